@@ -1,0 +1,952 @@
+"""Datasets: the in-memory `Sample`, the readers, the prepared records, frame sampling and resizing.
+
+    Ambi-RVOS folder --read_ambi_rvos--> Sample --prepare--> array_record files --load_prepared--> Sample
+
+`python -m icseg_jax.data --help` lists the commands. Pure numpy and Pillow; pyarrow and tensorflow-datasets
+(which never needs TensorFlow here) are imported only where they are used. Sources: METHOD.md 1 and 6 (what
+the authors' preprocessing does), DATA.md 3, 5 and 7 (layout, what tensorflow-datasets can do, the record).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from scipy import ndimage
+from tqdm import tqdm
+
+SPLITS = ("train", "test")
+MASK_TYPES = ("modal", "amodal")
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
+MAX_PIXELS = 64 * 2**20  # of one frame; a header that claims more is an attack or an accident
+EXIF_ORIENTATION = 0x0112
+
+
+class DataError(ValueError):
+    """Something outside is not as it must be: one line that says what, where, and what would work."""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The record (DATA.md 7)
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One query on one image or video, from whatever dataset it came.
+
+    Frames and masks are opened only when asked for. `masks(position)` and `amodal_masks(position)` give the
+    visible and the complete mask of the target, Bool [H, W], on the frame at that position of `frames`; None
+    where the dataset hides or lacks them. `privileged` is for the simulators and the expert: the policy
+    never sees it.
+    """
+
+    id: str
+    dataset: str
+    split: str
+    kind: str  # "image" | "video"
+    frames: list[Path | bytes]  # encoded images, in temporal order
+    frame_names: list[str]  # file stems
+    size: tuple[int, int]  # (H, W) of the original frames, pixels
+    query: str
+    dialogue: list[dict[str, str]] | None = None  # [{"role", "text"}], a conversation that came before
+    ability: str | None = None  # simple | medium | difficult | clear | none | one-hop ...
+    target_ids: list[str] = field(default_factory=list)  # empty: the query has no target
+    masks: Callable[[int], np.ndarray] | None = None
+    amodal_masks: Callable[[int], np.ndarray] | None = None
+    mask_type: str | None = None  # which of the two the query asks for: "modal" | "amodal"
+    ignore: Callable[[int], np.ndarray] | None = None  # pixels that no metric counts
+    initial_count: int = -1  # candidates that match the query; -1: unknown
+    max_count: int = -1  # questions needed in the worst case; -1: unknown
+    privileged: dict[str, Any] | None = None  # target_path, all_target_path, visual_paths, scene_graph
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @property
+    def frame_ids(self) -> list[int]:
+        """The number by which the dialogue names each frame (METHOD.md 1.1)."""
+        return [frame_id(name) for name in self.frame_names]
+
+    def image(self, position: int) -> UInt8[np.ndarray, "h w 3"]:
+        """The frame at `position`, RGB at its original size. DataError when it cannot be decoded."""
+        return decode_image(self.frames[position])
+
+    def truth(self, position: int) -> Bool[np.ndarray, "h w"]:
+        """The mask that the query asks for: the complete one when `mask_type` is amodal, else the visible
+        one."""
+        masks = self.amodal_masks if self.mask_type == "amodal" else self.masks
+        if masks is None:
+            raise DataError(f"sample {self.id} of {self.dataset} has no {self.mask_type or 'modal'} masks")
+        return masks(position)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Frames and masks
+# ---------------------------------------------------------------------------------------------------------
+
+
+def frame_id(stem: str) -> int:
+    """The integer after the last underscore of a file stem: 00012 and clip_00012 are both 12 (METHOD.md 1.1).
+
+    Not `int(stem)`: Python reads "1_2" as 12. Raises DataError when no number stands there.
+    """
+    digits = stem.rsplit("_", 1)[-1]
+    if not re.fullmatch(r"[0-9]{1,18}", digits):
+        raise DataError(f"frame name {stem!r} does not end in a number; names like 00012 or clip_00012 work")
+    return int(digits)
+
+
+def sample_frames(n_total: int, n: int, *, anchor: int | None = None) -> list[int]:
+    """Positions of the frames shown to the policy (METHOD.md 1.1): all, or `n` of them evenly spread,
+    truncated.
+
+    `anchor` (training only: a frame on which the target is visible) takes the place of the nearest of them,
+    so that at least one good key frame is among those shown. Raises ValueError for counts below 1 or an
+    anchor outside.
+    """
+    if n_total < 1 or n < 1:
+        raise ValueError(f"cannot show {n} of {n_total} frames; both must be at least 1")
+    if anchor is not None and not 0 <= anchor < n_total:
+        raise ValueError(f"anchor {anchor} is not among the positions 0 to {n_total - 1}")
+    if n >= n_total:
+        return list(range(n_total))
+    positions = [int(p) for p in np.linspace(0, n_total - 1, n)]
+    if anchor is not None:
+        nearest = min(range(n), key=lambda i: abs(positions[i] - anchor))
+        positions[nearest] = anchor
+    return sorted(positions)
+
+
+def ground_truth(masks: Mapping[int, Bool[np.ndarray, "h w"]]) -> dict[str, dict]:
+    """What the localisation rewards compare with: {frame id: {bbox_2d, point_2d, area, max_conn_area}}.
+
+    METHOD.md 6. `masks`: frame id -> mask of the target, all of one size. Frames without a target pixel are
+    absent. The box is the first and last pixel that are in (inclusive), the point is the pixel farthest from
+    the background (the first such in row-major order), both as round(v / size * 1000) of width and height.
+    `area` and `max_conn_area` (the largest 8-connected part) are divided by their maximum over the given
+    frames.
+
+    The distance is taken on the mask as it is (a choice METHOD.md leaves open): what lies outside the image
+    is no background, so the point of an object cut by the border may lie on the border. Only a mask that
+    fills the whole frame, where that distance is undefined, is measured from the border.
+    """
+    truth: dict[str, dict] = {}
+    for fid, mask in masks.items():
+        rows = np.flatnonzero(mask.any(axis=1))
+        if rows.size == 0:
+            continue
+        height, width = mask.shape
+        y1, y2 = int(rows[0]), int(rows[-1])
+        columns = np.flatnonzero(mask[y1 : y2 + 1].any(axis=0))
+        x1, x2 = int(columns[0]), int(columns[-1])
+        # With one pixel more on every side, a nearest background pixel of each object pixel is in the crop.
+        top, left = max(y1 - 1, 0), max(x1 - 1, 0)
+        crop = mask[top : y2 + 2, left : x2 + 2]
+        area = int(np.count_nonzero(crop))
+        if area == height * width:
+            distance = ndimage.distance_transform_edt(np.pad(crop, 1))[1:-1, 1:-1]
+        else:
+            distance = ndimage.distance_transform_edt(crop)
+        py, px = np.unravel_index(int(distance.argmax()), distance.shape)
+        parts, n_parts = ndimage.label(crop, structure=np.ones((3, 3), dtype=int))
+        truth[str(fid)] = {
+            "bbox_2d": [_thousandth(x1, width), _thousandth(y1, height),
+                        _thousandth(x2, width), _thousandth(y2, height)],
+            "point_2d": [_thousandth(left + int(px), width), _thousandth(top + int(py), height)],
+            "area": area,
+            "max_conn_area": area if n_parts == 1 else int(np.bincount(parts.ravel())[1:].max()),
+        }
+    for key in ("area", "max_conn_area"):
+        largest = max((entry[key] for entry in truth.values()), default=1)
+        for entry in truth.values():
+            entry[key] = entry[key] / largest
+    return truth
+
+
+def _thousandth(value: int, size: int) -> int:
+    return round(value / size * 1000)
+
+
+def resize(image: UInt8[np.ndarray, "h0 w0 3"], height: int, width: int, *, method: str = "bicubic"
+           ) -> UInt8[np.ndarray, "h w 3"]:
+    """`image` at height x width; the aspect ratio is not kept (METHOD.md 1.1).
+
+    `method`: "bicubic" for the frames shown at the start (what Qwen's processor uses), "lanczos" for the key
+    frame (METHOD.md 1.5).
+    """
+    methods = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
+    if method not in methods:
+        raise ValueError(f"unknown resize method {method!r}; use one of {', '.join(methods)}")
+    return np.array(Image.fromarray(image).resize((width, height), methods[method]))
+
+
+def decode_image(source: Path | bytes) -> UInt8[np.ndarray, "h w 3"]:
+    """An encoded image as RGB: upright (EXIF), palette and grey expanded, transparency laid on white, as
+    transformers does before its image processors. DataError when it cannot be decoded."""
+    with _opened(source) as image:
+        return np.array(_rgb(image))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _opened(source: Path | bytes) -> Iterator[Image.Image]:
+    """The image of a file or of bytes; whatever goes wrong while it is open is a DataError that names it."""
+    name = "image bytes" if isinstance(source, bytes) else str(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{name} claims {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+            yield image
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{name} is missing") from None
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+        raise DataError(f"{name} cannot be read as an image ({_first_line(error)})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:500]
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    """(H, W) as `decode_image` would give them, from the header alone."""
+    with _opened(path) as image:
+        turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _decode_mask(path: Path) -> Bool[np.ndarray, "h w"]:
+    """A mask image: value (or palette index) 255 is the target. Any value but 0 and 255 is an error, because
+    the released loader would not see it and the released scorer would (DATA.md 7)."""
+    with _opened(path) as image:
+        if image.mode == "1":
+            return np.array(image)
+        values = np.asarray(image)
+    mask = values == 255
+    if values.ndim != 2 or np.any(values[~mask]):
+        raise DataError(f"{path} is no mask; a single channel with the values 0 and 255 is one")
+    return mask
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Ambi-RVOS on disk (METHOD.md 6, DATA.md 3.1 and 3.2)
+# ---------------------------------------------------------------------------------------------------------
+
+AMBI_COLUMNS = ("question", "images", "ability", "video", "oid")
+
+
+def read_ambi_rvos(root: str | Path, split: str, *, strict: bool = False, decode: bool = False,
+                   refused: list[tuple[str, str]] | None = None) -> Iterator[Sample]:
+    """The records of `root`/{split}.parquet over `root`/RVOS_{Split}/, in the order of the file.
+
+    A record that is not as METHOD.md 6 says (missing frame, mask of another size, a path that leaves the
+    folder ...) is left out: (id, reason) is appended to `refused`, or a warning says so when no list is
+    given. `strict` raises instead. `decode` looks at every pixel of frames and masks, not only at the
+    headers. A frame without mask file, or with an empty one, is a frame on which the target is not visible.
+    The folders of the synthetic world (AmodalAnnotations, scene_graph) and the columns mask_type and object
+    are used where they exist.
+
+    Raises DataError at once when the folder or the parquet file is not there or lacks a column.
+    """
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r}; use one of {', '.join(SPLITS)}")
+    root = Path(root)
+    table = root / f"{split}.parquet"
+    folder = root / f"RVOS_{split.capitalize()}"
+    if not root.is_dir():
+        raise DataError(f"no dataset folder {root}")
+    if not (folder / "JPEGImages").is_dir():
+        raise DataError(f"{root} is no Ambi-RVOS folder: {folder.name}/JPEGImages is missing")
+    rows = _parquet_rows(table, AMBI_COLUMNS)
+    return _ambi_samples(rows, folder.resolve(), split, strict, decode, refused)
+
+
+def _ambi_samples(rows: Iterator[dict], folder: Path, split: str, strict: bool, decode: bool,
+                  refused: list[tuple[str, str]] | None) -> Iterator[Sample]:
+    # Several queries share one video; its frames are looked at once.
+    frames_of = functools.lru_cache(maxsize=64)(functools.partial(_ambi_frames, folder, decode))
+    seen: set[str] = set()
+    for index, row in enumerate(rows):
+        id = str(index if row.get("id") is None else row["id"])
+        try:
+            if id in seen:
+                raise DataError("its id belongs to an earlier record")
+            seen.add(id)
+            sample = _ambi_sample(row, id, folder, split, decode, frames_of)
+        except (DataError, OSError) as error:
+            if strict:
+                raise DataError(f"record {id} of {folder.parent / split}.parquet: {error}") from None
+            if refused is None:
+                warnings.warn(f"record {id} of {folder.parent / split}.parquet is left out: {error}",
+                              stacklevel=3)
+            else:
+                refused.append((id, str(error)))
+            continue
+        yield sample
+
+
+def _ambi_sample(row: dict, id: str, folder: Path, split: str, decode: bool, frames_of: Callable) -> Sample:
+    video, query, ability = (_text(row, key) for key in ("video", "question", "ability"))
+    stems = row["images"]
+    if not isinstance(stems, list) or not stems or not all(isinstance(s, str) for s in stems):
+        raise DataError("its images are not a list of frame names")
+    frames, size = frames_of(video, tuple(stems))
+    mask_type = row.get("mask_type") or None
+    if mask_type is not None and mask_type not in MASK_TYPES:
+        raise DataError(f"its mask_type is {mask_type!r}; use one of {', '.join(MASK_TYPES)}")
+
+    oid = None if ability == "none" else _oid(row["oid"])
+    privileged: dict[str, Any] = {}
+    if oid is None:  # nothing in the video matches the query
+        masks = amodal_masks = _no_masks(size)
+    else:
+        if not _inside(folder, "Annotations", video, oid).is_dir():
+            raise DataError(f"Annotations/{video}/{oid} is missing")
+        masks = _mask_reader(folder, ("Annotations", video, oid), stems, size, decode)
+        amodal_masks = None
+        if _inside(folder, "AmodalAnnotations", video, oid).is_dir():
+            amodal_masks = _mask_reader(folder, ("AmodalAnnotations", video, oid), stems, size, decode)
+        elif mask_type == "amodal":
+            raise DataError(f"it asks for complete masks, but AmodalAnnotations/{video}/{oid} is missing")
+        # A mask folder may be called 007, the description of it is 7.json.
+        number = str(int(oid)) if re.fullmatch("[0-9]{1,18}", oid) else oid
+        privileged["target_path"] = _inside(folder, "description_oid", video, f"{number}.json")
+        privileged["visual_paths"] = [_inside(folder, "Visualization", video, oid, f"{s}.jpg") for s in stems]
+    if row.get("aid") is not None:
+        privileged["all_target_path"] = _inside(folder, "description_id", f"{row['aid']}.json")
+    graph = _inside(folder, "scene_graph", f"{video}.json")
+    if graph.is_file():
+        privileged["scene_graph"] = _json_object(graph)
+
+    return Sample(
+        id=id, dataset="ambi_rvos", split=split, kind="video" if len(stems) > 1 else "image",
+        frames=list(frames), frame_names=list(stems), size=size, query=query, ability=ability,
+        target_ids=[] if oid is None else [oid], masks=masks, amodal_masks=amodal_masks, mask_type=mask_type,
+        initial_count=_count(row, "initial_count"), max_count=_count(row, "max_count"), privileged=privileged,
+        meta={"video": video} | {k: row[k] for k in ("object", "aid") if row.get(k) is not None},
+    )
+
+
+def _ambi_frames(folder: Path, decode: bool, video: str, stems: tuple[str, ...]
+                 ) -> tuple[tuple[Path, ...], tuple[int, int]]:
+    """The files of a video's frames and their common (H, W)."""
+    numbers = [frame_id(stem) for stem in stems]
+    if len(set(numbers)) < len(numbers):
+        raise DataError(f"two of its frames have the number {Counter(numbers).most_common(1)[0][0]}")
+    paths, size = [], None
+    for stem in stems:
+        candidates = (_inside(folder, "JPEGImages", video, stem + suffix) for suffix in FRAME_SUFFIXES)
+        path = next((p for p in candidates if p.is_file()), None)
+        if path is None:
+            raise DataError(f"frame JPEGImages/{video}/{stem}{FRAME_SUFFIXES[0]} is missing")
+        this = decode_image(path).shape[:2] if decode else _image_size(path)
+        if size is not None and this != size:
+            raise DataError(f"frame {path} is {this[0]}x{this[1]}, others of its video {size[0]}x{size[1]}")
+        size = this
+        paths.append(path)
+    assert size is not None  # stems is not empty
+    return tuple(paths), size
+
+
+def _mask_reader(folder: Path, parts: tuple[str, ...], stems: Sequence[str], size: tuple[int, int],
+                 decode: bool) -> Callable[[int], np.ndarray]:
+    """position -> mask, for the files {stem}.png of one object; a missing file is an empty mask."""
+    paths = [_inside(folder, *parts, f"{stem}.png") for stem in stems]
+
+    def read(position: int) -> np.ndarray:
+        path = paths[position]
+        if not path.is_file():
+            return np.zeros(size, dtype=bool)
+        mask = _decode_mask(path)
+        check(mask.shape, path)
+        return mask
+
+    def check(this: tuple[int, ...], path: Path) -> None:
+        if this != size:
+            raise DataError(f"mask {path} is {this[0]}x{this[1]}, its frame {size[0]}x{size[1]}")
+
+    for position, path in enumerate(paths):
+        if decode:
+            read(position)
+        elif path.is_file():
+            with _opened(path) as image:
+                check((image.height, image.width), path)
+    return read
+
+
+def _no_masks(size: tuple[int, int]) -> Callable[[int], np.ndarray]:
+    return lambda position: np.zeros(size, dtype=bool)
+
+
+def _inside(folder: Path, *parts: str) -> Path:
+    """folder/parts, where `folder` is resolved; DataError when '..', '/' or a link leads out of it."""
+    names = "/".join(parts).split("/")
+    path = folder.joinpath(*names)
+    leaves = any(name in ("", ".", "..") for name in names)
+    # Only a path with a link in it needs the costly look at where it really leads.
+    if any(map(os.path.islink, itertools.accumulate(names, os.path.join, initial=str(folder)))):
+        leaves |= not Path(os.path.realpath(path)).is_relative_to(folder)
+    if leaves:
+        raise DataError(f"path {'/'.join(parts)!r} leaves the dataset folder")
+    return path
+
+
+def _parquet(path: Path) -> Any:
+    """The opened pyarrow.parquet.ParquetFile; DataError when there is none."""
+    import pyarrow.parquet
+
+    if not path.is_file():
+        raise DataError(f"no table {path}")
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no parquet file ({_first_line(error)})") from None
+
+
+def _parquet_rows(path: Path, required: Sequence[str]) -> Iterator[dict]:
+    """The rows of a table as dicts, a batch in memory at a time; the columns are checked at once."""
+    import pyarrow
+
+    table = _parquet(path)
+    present = table.schema_arrow.names
+    if missing := [column for column in required if column not in present]:
+        raise DataError(f"{path} lacks the column {', '.join(missing)}; it has {', '.join(present)}")
+
+    def rows() -> Iterator[dict]:
+        try:
+            for batch in table.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{path} is damaged ({_first_line(error)})") from None
+
+    return rows()
+
+
+def _text(row: dict, key: str) -> str:
+    if not isinstance(row[key], str) or not row[key].strip():
+        raise DataError(f"its {key} is {row[key]!r}, not a text")
+    return row[key]
+
+
+def _oid(value: Any) -> str:
+    """The number or name of an object, as the name of its folder."""
+    if isinstance(value, bool) or not isinstance(value, int | str) or str(value) == "":
+        raise DataError(f"its oid is {value!r}, not the number or name of an object")
+    return str(value)
+
+
+def _count(row: dict, key: str) -> int:
+    value = -1 if row.get(key) is None else row[key]
+    if isinstance(value, float) and value.is_integer():  # pandas writes integer columns with gaps as floats
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < -1:
+        raise DataError(f"its {key} is {value!r}, not a count")
+    return value
+
+
+def _json_object(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no JSON ({_first_line(error)})") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds no JSON object")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Prepared records: array_record files written and read by tensorflow-datasets, without TensorFlow (DATA.md 5)
+# ---------------------------------------------------------------------------------------------------------
+
+READERS: dict[str, Callable[..., Iterator[Sample]]] = {"ambi_rvos": read_ambi_rvos}
+RECORD_VERSION = "1.0.0"  # raise it when the features or their meaning change
+MARKER = "prepared.json"  # written last: what we made, from what, and the size of every file
+
+
+def _features(*, encoded: bool = False) -> Any:
+    """The features of a record (DATA.md 5.3). `encoded` describes the same bytes without decoding images and
+    masks, so that reading a sample costs only the frames that are looked at."""
+    import tensorflow_datasets as tfds
+
+    f = tfds.features
+    raw = f.Tensor(shape=(), dtype=np.object_)
+    frames = f.Sequence(raw) if encoded else f.Sequence(f.Image(shape=(None, None, 3)))
+    masks = (f.FeaturesDict({"shape": f.Tensor(shape=(3,), dtype=np.int64), "value": raw}) if encoded
+             else f.Tensor(shape=(None, None, None), dtype=np.uint8, encoding="zlib"))
+    return f.FeaturesDict({
+        "id": f.Text(), "video": f.Text(), "query": f.Text(), "ability": f.Text(),
+        "frame_names": f.Sequence(f.Text()),
+        "frames": frames,  # the files' own bytes: nothing is compressed twice
+        "masks": masks,  # [T, H, W] of 0 and 1; [0, H, W] when the dataset hides them
+        "amodal_masks": masks,
+        "boxes": f.Sequence(f.Tensor(shape=(4,), dtype=np.int32)),  # 0..1000; zeros where it is not visible
+        "points": f.Sequence(f.Tensor(shape=(2,), dtype=np.int32)),
+        "initial_count": f.Scalar(np.int32), "max_count": f.Scalar(np.int32),
+        "meta": f.Text(),  # JSON: everything else
+    })
+
+
+def _to_record(sample: Sample) -> dict:
+    positions = range(len(sample))
+    stacks = {}
+    for key, masks in (("masks", sample.masks), ("amodal_masks", sample.amodal_masks)):
+        stacks[key] = (np.zeros((0, *sample.size), dtype=np.uint8) if masks is None
+                       else np.stack([masks(p) for p in positions]).astype(np.uint8))
+    wanted = stacks["amodal_masks" if sample.mask_type == "amodal" else "masks"]
+    truth = ground_truth({p: mask.astype(bool) for p, mask in enumerate(wanted)})
+    absent = {"bbox_2d": [0] * 4, "point_2d": [0] * 2}
+    places = [truth.get(str(p), absent) for p in positions]
+    return {
+        "id": sample.id, "video": str(sample.meta.get("video", "")), "query": sample.query,
+        "ability": sample.ability or "", "frame_names": sample.frame_names,
+        "frames": [io.BytesIO(f if isinstance(f, bytes) else f.read_bytes()) for f in sample.frames],
+        **stacks,
+        "boxes": [np.array(place["bbox_2d"], np.int32) for place in places],
+        "points": [np.array(place["point_2d"], np.int32) for place in places],
+        "initial_count": sample.initial_count, "max_count": sample.max_count,
+        "meta": json.dumps({
+            "dataset": sample.dataset, "kind": sample.kind, "size": sample.size, "dialogue": sample.dialogue,
+            "target_ids": sample.target_ids, "mask_type": sample.mask_type,
+            "scene_graph": (sample.privileged or {}).get("scene_graph"), "meta": sample.meta,
+        }),
+    }
+
+
+def _from_record(record: dict, split: str) -> Sample:
+    about = json.loads(record["meta"])
+    graph = about["scene_graph"]
+    return Sample(
+        id=record["id"].decode(), dataset=about["dataset"], split=split, kind=about["kind"],
+        frames=list(record["frames"]), frame_names=[name.decode() for name in record["frame_names"]],
+        size=tuple(about["size"]), query=record["query"].decode(), dialogue=about["dialogue"],
+        ability=record["ability"].decode() or None, target_ids=about["target_ids"],
+        masks=_unpacked(record["masks"]), amodal_masks=_unpacked(record["amodal_masks"]),
+        mask_type=about["mask_type"], initial_count=int(record["initial_count"]),
+        max_count=int(record["max_count"]), privileged=None if graph is None else {"scene_graph": graph},
+        meta=about["meta"],
+    )
+
+
+def _unpacked(encoded: dict) -> Callable[[int], np.ndarray] | None:
+    """position -> mask of a compressed stack, unpacked when the first one is asked for."""
+    shape = tuple(int(n) for n in encoded["shape"])
+    if shape[0] == 0:
+        return None
+
+    @functools.cache
+    def stack() -> np.ndarray:
+        return np.frombuffer(zlib.decompress(encoded["value"]), dtype=np.uint8).reshape(shape).astype(bool)
+
+    return lambda position: stack()[position]
+
+
+def prepare(name: str, source: str | Path, out: str | Path, *, progress: bool = True) -> dict:
+    """Writes the dataset `name` found in the folder `source` as array_record files into the folder `out`.
+
+    Every frame and mask is decoded once; bad records are left out and reported. What has been prepared from
+    the same tables is reused, what is damaged or half-written is made again; nothing appears under `out`
+    before all of it is there. Returns {"reused": bool, "splits": {split: {"examples": int, "refused": [[id,
+    reason], ...]}}, ...}.
+
+    Raises DataError for an unknown name, a source that is no such dataset, no usable record, or an `out`
+    that holds anything else.
+    """
+    if name not in READERS:
+        raise DataError(f"unknown dataset {name!r}{_closest(name, READERS)}; use one of {', '.join(READERS)}")
+    source, out = Path(source).absolute(), Path(out).absolute()
+    tables = [path for split in SPLITS if (path := source / f"{split}.parquet").is_file()]
+    totals = {path.stem: n for path in tables if (n := _parquet(path).metadata.num_rows)}
+    if not totals:
+        raise DataError(f"no {' or '.join(f'{s}.parquet' for s in SPLITS)} with a record in {source}")
+    fingerprint = _fingerprint(name, tables)
+    if out.exists():
+        made = None
+        with contextlib.suppress(DataError):
+            made = _check_prepared(out)
+        if made and made["fingerprint"] == fingerprint:
+            return made | {"reused": True}
+        if made:
+            raise DataError(f"{out} holds records of other tables or of another version, "
+                            f"from {made['source']}; remove it or give another out=")
+        _refuse_foreign(out)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(out)
+    partial = out.with_name(f".{out.name}.partial.{os.getpid()}")
+    try:
+        written = _write_records(name, source, totals, partial, progress)
+        folder = partial / name / RECORD_VERSION
+        made = {"name": name, "source": str(source), "fingerprint": fingerprint, "splits": written,
+                "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())}}
+        (folder / MARKER).write_text(json.dumps(made, indent=1))
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(folder, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return made | {"reused": False}
+
+
+def _write_records(name: str, source: Path, totals: dict[str, int], folder: Path, progress: bool) -> dict:
+    import tensorflow_datasets as tfds
+
+    refused: dict[str, list[tuple[str, str]]] = {split: [] for split in totals}
+
+    def examples(split: str) -> Iterator[tuple[int, dict]]:
+        samples = READERS[name](source, split, decode=True, refused=refused[split])
+        n = 0
+        for sample in tqdm(samples, f"prepare {split}", totals[split], unit=" samples", disable=not progress):
+            yield n, _to_record(sample)
+            n += 1
+        if n == 0:
+            raise DataError(f"{source}/{split}.parquet has no usable record; the first is refused because "
+                            f"{refused[split][0][1]}")
+
+    class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version(RECORD_VERSION)
+
+        def _info(self) -> Any:
+            return tfds.core.DatasetInfo(builder=self, features=_features(), disable_shuffling=True)
+
+        def _split_generators(self, dl_manager: Any) -> dict:
+            return {split: self._generate_examples(split) for split in refused}
+
+        def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
+            return examples(split)
+
+    Records.name = name
+    tfds.disable_progress_bar()  # its bars and its banner would hide ours
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder = Records(data_dir=str(folder))
+        builder.download_and_prepare(file_format="array_record", download_dir=str(folder / "downloads"))
+    return {split: {"examples": builder.info.splits[split].num_examples, "refused": refused[split]}
+            for split in refused}
+
+
+def _fingerprint(name: str, tables: Iterable[Path]) -> str:
+    digest = hashlib.sha256(f"{name} {RECORD_VERSION}".encode())
+    for table in tables:
+        digest.update(hashlib.sha256(table.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _check_prepared(folder: Path) -> dict:
+    """What the marker of a prepared folder says; DataError unless every file is there in its full size."""
+    marker = folder / MARKER
+    if not marker.is_file():
+        raise DataError(f"no prepared records in {folder}; make them with: {_prepare_command(folder)}")
+    try:
+        made = _json_object(marker)
+        command = _prepare_command(folder, made["name"], made["source"])
+        sizes = dict(made["files"])
+        made["splits"], made["fingerprint"]
+    except (DataError, KeyError, TypeError, ValueError):
+        raise DataError(f"{marker} is damaged; make it again with: {_prepare_command(folder)}") from None
+    for file, size in sizes.items():
+        path = folder / Path(file).name
+        if not path.is_file() or path.stat().st_size != size:
+            state = "damaged" if path.is_file() else "missing"
+            raise DataError(f"prepared record {path} is {state}; make it again with: {command}")
+    return made
+
+
+def _prepare_command(folder: Path, name: str = "ambi_rvos", source: str = "DIR") -> str:
+    return f"python -m icseg_jax.data prepare {name} source={source} out={folder}"
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Only what prepare itself wrote may be replaced."""
+    ours = re.compile(r"(prepared|features|dataset_info)\.json|[a-z_]+-[a-z]+\.array_record-.*")
+    foreign = [p.name for p in out.iterdir() if not ours.fullmatch(p.name)] if out.is_dir() else [out.name]
+    if foreign:
+        raise DataError(f"{out} holds other things ({foreign[0]}); give another out=")
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Half-written folders of earlier prepares that were killed."""
+    for path in out.parent.glob(f".{out.name}.partial.*"):
+        pid = path.name.rsplit(".", 1)[-1]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class PreparedDataset(Sequence):
+    """The samples of one split of a prepared folder, each read from its record when asked for."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core.decode import DeserializeMethod
+
+        self.folder, self.split = folder, split
+        made = _check_prepared(folder)
+        if split not in made["splits"]:
+            raise DataError(f"{folder} has no split {split!r}; it has {', '.join(made['splits'])}")
+        self.refused: list[tuple[str, str]] = [tuple(pair) for pair in made["splits"][split]["refused"]]
+        self._command = _prepare_command(folder, made["name"], made["source"])
+        self._features = _features(encoded=True)
+        try:
+            builder = tfds.builder_from_directory(folder)
+            self._records = builder.as_data_source(split, deserialize_method=DeserializeMethod.RAW_BYTES)
+            self._length = len(self._records)
+        except Exception as error:  # tensorflow-datasets and array_record raise many kinds on damaged files
+            raise self._damaged("the records", error) from None
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`; IndexError outside, DataError when its record is damaged."""
+        index = range(self._length)[index]
+        try:
+            return _from_record(self._features.deserialize_example_np(self._records[index]), self.split)
+        except Exception as error:
+            raise self._damaged(f"record {index} of {self.split}", error) from None
+
+    def _damaged(self, what: str, error: Exception) -> DataError:
+        return DataError(f"{what} in {self.folder} cannot be read ({_first_line(error)}); "
+                         f"make it again with: rm -r {self.folder} && {self._command}")
+
+
+def load_prepared(path: str | Path, split: str) -> PreparedDataset:
+    """One split of what `prepare` wrote to `path`.
+
+    Raises DataError, which names the path and the command that makes it again, when it is damaged or missing.
+    """
+    return PreparedDataset(Path(path), split)
+
+
+def order(seed: int, step: int, refill: int, n: int, batch: int) -> Int[np.ndarray, " batch"]:
+    """Which of `n` samples a training step takes: a pure function, so that a resumed run is the same run.
+
+    Refill 0 walks through the epochs, each one a permutation of its own; the n % batch samples at an epoch's
+    end are left out, other ones each time. Refill r > 0, drawn when groups without signal are replaced
+    (METHOD.md 4.7), are random samples which the step has not had before, as long as there are any. Raises
+    ValueError when batch > n.
+    """
+    if not 0 < batch <= n:
+        raise ValueError(f"a batch of {batch} samples cannot be drawn from {n}; it must be 1 to {n}")
+    epoch, start = divmod(step * batch, n // batch * batch)
+    first = np.random.default_rng([seed, 0, epoch]).permutation(n)[start : start + batch]
+    if refill == 0:
+        return first
+    others = np.setdiff1d(np.arange(n), first)
+    pool = np.concatenate([np.random.default_rng([seed, 1, step]).permutation(others), first])
+    return pool[np.arange((refill - 1) * batch, refill * batch) % n]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------
+
+USAGE = """\
+usage: python -m icseg_jax.data COMMAND ...
+
+  generate out=DIR train=N test=N [seed=0]   write the synthetic world in Ambi-RVOS's layout
+  prepare ambi_rvos source=DIR out=DIR       turn such a folder into array_record files
+  preview NAME_OR_DIR out=PNG [split=test] [n=8]
+                                             a picture of samples; NAME: synthetic (made on the spot)
+  stats DIR                                  counts per split and ability, of a folder of either kind
+"""
+
+
+def open_splits(path: str | Path) -> dict[str, tuple[Iterable[Sample], list[tuple[str, str]]]]:
+    """The samples of every split, and the list to which refused records are added while they are read, of a
+    prepared folder or one in Ambi-RVOS's layout; DataError when it is neither."""
+    path = Path(path)
+    if (path / MARKER).is_file():
+        prepared = [load_prepared(path, split) for split in _check_prepared(path)["splits"]]
+        return {dataset.split: (dataset, dataset.refused) for dataset in prepared}
+    splits = [split for split in SPLITS if (path / f"{split}.parquet").is_file()]
+    if not splits:
+        raise DataError(f"{path} is neither a prepared folder (no {MARKER}) nor one in Ambi-RVOS's layout "
+                        f"(no {SPLITS[0]}.parquet)")
+    refused: dict[str, list[tuple[str, str]]] = {split: [] for split in splits}
+    return {split: (read_ambi_rvos(path, split, refused=refused[split]), refused[split]) for split in splits}
+
+
+def generate(out: str, train: int, test: int, seed: int = 0) -> None:
+    from icseg_jax import synthetic
+
+    synthetic.write_dataset(out, train=train, test=test, seed=seed)
+    print(f"{train} train and {test} test videos in {out}")
+
+
+def stats(path: str) -> None:
+    """Prints what a dataset holds: per split and ability the samples, the means of candidates, of questions
+    needed and of frames, and the share of samples whose target is visible on at least one frame."""
+
+    def mean(values: Iterable[float]) -> str:
+        known = [v for v in values if v >= 0]
+        return f"{np.mean(known):.2f}" if known else "-"
+
+    for split, (samples, refused) in open_splits(path).items():
+        abilities: dict[str, list[tuple[int, int, int, bool]]] = {}
+        for sample in samples:
+            seen = sample.masks is not None and any(sample.masks(p).any() for p in range(len(sample)))
+            abilities.setdefault(sample.ability or "-", []).append(
+                (sample.initial_count, sample.max_count, len(sample), seen))
+        print(f"{split}: {sum(map(len, abilities.values()))} samples, {len(refused)} refused")
+        print("  ability      samples  candidates  questions  frames  visible")
+        for ability, rows in sorted(abilities.items()):
+            candidates, questions, frames, visible = (mean(column) for column in zip(*rows, strict=True))
+            print(f"  {ability:<12}{len(rows):>8}{candidates:>12}{questions:>11}{frames:>8}{visible:>9}")
+        for id, reason in refused:
+            print(f"  refused {id}: {reason}")
+
+
+def preview(source: str, out: str, split: str = "test", n: int = 8) -> None:
+    """Draws `n` samples, a row of shown frames each, with the target outlined in red, into the PNG `out`."""
+    import tempfile
+
+    if n < 1:
+        raise DataError(f"n={n} shows nothing; use 1 or more")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(source)
+        if source == "synthetic" and not folder.exists():
+            from icseg_jax import synthetic
+
+            folder = synthetic.write_dataset(Path(scratch) / "world", train=1, test=n, progress=False)
+        splits = open_splits(folder)
+        if split not in splits:
+            raise DataError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
+        sheet = _contact_sheet(list(itertools.islice(splits[split][0], n)))
+    target = Path(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    sheet.save(partial, "PNG")
+    os.replace(partial, target)
+    print(target)
+
+
+def _contact_sheet(samples: Sequence[Sample]) -> Image.Image:
+    tile, shown, gap = 160, 4, 8
+    caption = 34  # two lines of text above the frames
+    row = caption + tile + 2 * gap
+    sheet = Image.new("RGB", (gap + shown * (tile + gap), len(samples) * row), (250, 250, 248))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for i, sample in enumerate(samples):
+        top = i * row + gap
+        about = [sample.id, sample.ability or ""]
+        if sample.initial_count >= 0:
+            about.append(f"{sample.initial_count} match, {sample.max_count} to ask")
+        draw.text((gap, top), " \u00b7 ".join(about), font=font, fill=(120, 120, 120))
+        draw.text((gap, top + 16), sample.query, font=font, fill=(20, 20, 20))
+        for column, position in enumerate(sample_frames(len(sample), shown)):
+            frame = ImageOps.contain(Image.fromarray(_outlined(sample, position)), (tile, tile))
+            sheet.paste(frame, (gap + column * (tile + gap), top + caption))
+    return sheet
+
+
+def _outlined(sample: Sample, position: int) -> np.ndarray:
+    image = sample.image(position).copy()
+    if sample.masks is not None:
+        mask = sample.truth(position)
+        line = ndimage.binary_dilation(mask, iterations=max(1, max(mask.shape) // 160)) & ~mask
+        image[line] = (255, 0, 0)
+    return image
+
+
+def _prepare_and_report(name: str, source: str, out: str) -> None:
+    made = prepare(name, source, out)
+    for split, result in made["splits"].items():
+        print(f"{split}: {result['examples']} samples, {len(result['refused'])} refused"
+              + (" (prepared before)" if made["reused"] else ""))
+        for id, reason in result["refused"]:
+            print(f"  refused {id}: {reason}")
+    print(out)
+
+
+# Command -> function, positional arguments, types of the key=value ones, how many of these are required.
+COMMANDS: dict[str, tuple[Callable[..., None], list[str], dict[str, type], int]] = {
+    "generate": (generate, [], {"out": str, "train": int, "test": int, "seed": int}, 3),
+    "prepare": (_prepare_and_report, ["name"], {"source": str, "out": str}, 2),
+    "preview": (preview, ["source"], {"out": str, "split": str, "n": int}, 1),
+    "stats": (stats, ["path"], {}, 0),
+}
+
+
+def _closest(word: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def _parse(argv: Sequence[str]) -> Callable[[], None]:
+    if not argv:
+        raise DataError(f"no command; use one of {', '.join(COMMANDS)}, or --help")
+    command, *words = argv
+    if command not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        raise DataError(f"unknown command {command!r}{_closest(command, COMMANDS)}; use one of {known}")
+    function, positional, types, required = COMMANDS[command]
+    plain = [word for word in words if "=" not in word]
+    if len(plain) != len(positional):
+        wanted = f"{command} takes {' '.join(p.upper() for p in positional) or 'only key=value'}"
+        raise DataError(f"{wanted}, not {' '.join(plain) or 'nothing'}; see --help")
+    arguments: dict[str, Any] = {}
+    for word in words:
+        if word in plain:
+            continue
+        key, value = word.split("=", 1)
+        if key not in types:
+            raise DataError(f"{command} has no {key!r}{_closest(key, types)}; it takes "
+                            f"{', '.join(f'{k}=' for k in types) or 'no key=value'}")
+        try:
+            arguments[key] = types[key](value)
+        except ValueError:
+            raise DataError(f"{key}={value} is no whole number; {key}=8 is one") from None
+        if value == "":
+            raise DataError(f"{key}= is empty")
+    if missing := [key for key in list(types)[:required] if key not in arguments]:
+        raise DataError(f"{command} needs {', '.join(f'{key}=' for key in missing)}; see --help")
+    return functools.partial(function, *plain, **arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(USAGE, end="")
+        return 0
+    try:
+        _parse(argv)()
+    except (ValueError, OSError) as error:
+        print(f"error: {_first_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

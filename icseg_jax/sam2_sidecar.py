@@ -1,0 +1,1446 @@
+"""SAM2 in a process of its own: the PyTorch side, its protocol, and the client that the trainer holds.
+
+The trainer never imports torch (DESIGN.md section 7). It starts `python -m icseg_jax.sam2_sidecar serve`,
+registers frames once, and sends ids, boxes and points; masks, or one IoU per row, come back. Torch is
+imported only inside the functions that need it, so that importing this module for `SegmenterClient` stays
+light.
+
+Contents
+  1 Wire        messages: msgpack over ZeroMQ, signed when a secret is set
+  2 Segmenter   a SAM2 model: embed a frame, segment prompts, track through a video (METHOD.md 5.2)
+  3 Server      `serve`: caches, validation, one reply for every message
+  4 Client      `SegmenterClient`: deadlines, restart, joining of concurrent calls
+  5 Training    `train CONFIG`: the small segmenter of the embedded world, from nothing
+  6 main
+
+A segmenter on disk is a directory: `config.json` is the `sam2` package's own model configuration (the `model`
+node of its YAML files), `model.safetensors` its weights, in any float type. A second mask decoder, which
+draws complete instead of visible masks (R2SM, DATA.md section 2), is there when weights named
+`complete_mask_decoder.*` are.
+
+Coordinates of boxes and points are 0..1000 of the frame's width and height everywhere in this file (METHOD.md
+1.6).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import hashlib
+import hmac
+import io
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgpack
+import numpy as np
+import zmq
+from jaxtyping import Bool, Float, UInt8
+
+log = logging.getLogger("icseg_jax.sam2_sidecar")
+
+ASSET = Path(__file__).parent / "assets" / "sam2_mini"
+SECRET_VARIABLE = "ICSEG_SIDECAR_SECRET"
+MASK_TYPES = ("modal", "amodal")
+PROMPTING = ("joint", "sequential")
+_PREFIX = "icseg-sam2-"  # of the private directories that hold sockets
+BATCH = 8  # prompts in every decoder call, padded: a mask can't depend on how many were asked for together
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    """The file appears whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+# --------------------------------------------------------------------------------------------------
+# 1 Wire
+# --------------------------------------------------------------------------------------------------
+# A message is two ZeroMQ frames: the HMAC-SHA256 of the second under the shared secret (empty without one),
+# and a msgpack map. Requests hold "op" and its arguments; replies hold what was asked for, or "error": one
+# line.
+#   ping     -> pid, amodal
+#   stats    -> counters
+#   frames   frames: [{video, frame, image, shape?, truth?}]. `image`: raw RGB bytes of `shape` [h, w, 3], or
+#            a PNG or JPEG file's bytes; `truth`: mask bits of the frame's size. Registering again replaces.
+#   segment  rows: [{video, frame, box, point, mask_type}], want: "iou" | "mask", prompting
+#            -> rows: [{iou} | {mask, shape} | {error, missing?}]; missing: register the frame (again)
+#   track    images: [{image, shape?}], position, box, point, mask_type, prompting -> masks, shape [t, h, w]
+
+
+class SidecarError(RuntimeError):
+    """The sidecar is dead, stuck, or refused a request."""
+
+
+def encode_message(message: dict, secret: bytes = b"") -> list[bytes]:
+    body = msgpack.packb(message)
+    return [_sign(body, secret), body]
+
+
+def decode_message(parts: Sequence[bytes], secret: bytes = b"") -> dict:
+    """Raises ValueError when the message is not ours, not signed with the secret, or not a map."""
+    if len(parts) != 2:
+        raise ValueError(f"a message has 2 parts, this one {len(parts)}")
+    if not hmac.compare_digest(parts[0], _sign(parts[1], secret)):
+        raise ValueError(f"wrong secret; both sides need the same {SECRET_VARIABLE}")
+    try:
+        message = msgpack.unpackb(parts[1])
+    except Exception as error:  # msgpack has half a dozen kinds
+        raise ValueError(f"not msgpack ({_one_line(error)})") from None
+    if not isinstance(message, dict):
+        raise ValueError(f"expected a map, not {type(message).__name__}")
+    return message
+
+
+def _sign(body: bytes, secret: bytes) -> bytes:
+    return hmac.digest(secret, body, hashlib.sha256) if secret else b""
+
+
+def parse_address(text: str) -> str:
+    """A ZeroMQ address of a socket path, `ipc://PATH` or `tcp://HOST:PORT`.
+
+    Raises ValueError for anything else, and for a host beyond this machine when no secret is set.
+    """
+    if "://" not in text:
+        text = f"ipc://{text}"
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError(f"{text}: not an address; write tcp://HOST:PORT or a socket's path") from None
+    if parts.scheme == "ipc" and len(text) > len("ipc://"):
+        return text
+    if parts.scheme != "tcp" or not host or port is None:
+        raise ValueError(f"{text}: not an address; write tcp://HOST:PORT or a socket's path")
+    loopback = host in ("localhost", "::1") or (host.startswith("127.") and host.count(".") == 3)
+    if not loopback and not _secret():
+        raise ValueError(f"{text}: is not on this machine; set the same {SECRET_VARIABLE} for both sides")
+    return text
+
+
+def _secret() -> bytes:
+    return os.environ.get(SECRET_VARIABLE, "").encode()
+
+
+def pack_mask(mask: Bool[np.ndarray, ...]) -> bytes:
+    return np.packbits(mask).tobytes()
+
+
+def unpack_mask(data: bytes, shape: Sequence[int]) -> Bool[np.ndarray, ...]:
+    """Raises ValueError when the bits are not exactly those of the shape."""
+    count = math.prod(shape)
+    if not isinstance(data, bytes) or len(data) != (count + 7) // 8:
+        raise ValueError(f"mask bits: expected {(count + 7) // 8} bytes for {list(shape)}")
+    return np.unpackbits(np.frombuffer(data, np.uint8), count=count).astype(bool).reshape(shape)
+
+
+# --------------------------------------------------------------------------------------------------
+# 2 Segmenter
+# --------------------------------------------------------------------------------------------------
+
+
+def import_torchvision() -> None:
+    """Imports torchvision also where its compiled operators don't fit the installed torch (any CPU-only
+    build).
+
+    Nothing in this file needs it; `sam2`'s image predictor and transformers' image code do, for their
+    pure-Python transforms. Declaring the two operators whose absence stops the import is enough (DESIGN.md
+    section 7).
+    """
+    import torch
+
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        operators = torch.library.Library("torchvision", "DEF")
+        operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import_torchvision.operators = operators  # they are withdrawn when the object dies
+        import torchvision  # noqa: F401
+
+
+def mini_config(image_size: int, embed_dim: int, stages: Sequence[int], width: int, memories: int) -> dict:
+    """The `sam2` package's configuration of a small model: Hiera trunk, `memories` frames of memory, one
+    mask."""
+    package = "sam2.modeling."
+    grid = image_size // 16
+
+    def positions(channels):
+        return {"_target_": package + "position_encoding.PositionEmbeddingSine", "num_pos_feats": channels,
+                "normalize": True, "scale": None, "temperature": 10000}
+
+    def attention(**more):
+        return {"_target_": package + "sam.transformer.RoPEAttention", "rope_theta": 10000.0,
+                "feat_sizes": [grid, grid], "embedding_dim": width, "num_heads": 1, "downsample_rate": 1,
+                "dropout": 0.0, **more}
+
+    return {
+        "_target_": package + "sam2_base.SAM2Base",
+        "image_encoder": {
+            "_target_": package + "backbones.image_encoder.ImageEncoder",
+            "scalp": 1,
+            "trunk": {
+                "_target_": package + "backbones.hieradet.Hiera", "embed_dim": embed_dim, "num_heads": 1,
+                "stages": list(stages), "global_att_blocks": [sum(stages[:3]) - 1],
+                "window_spec": [8, 4, grid, 8], "window_pos_embed_bkg_spatial_size": [8, 8],
+            },
+            "neck": {
+                "_target_": package + "backbones.image_encoder.FpnNeck", "d_model": width,
+                "backbone_channel_list": [embed_dim * 2**i for i in (3, 2, 1, 0)],
+                "position_encoding": positions(width), "fpn_top_down_levels": [2, 3],
+                "fpn_interp_model": "nearest",
+            },
+        },
+        "memory_attention": {
+            "_target_": package + "memory_attention.MemoryAttention", "d_model": width,
+            "pos_enc_at_input": True, "num_layers": 2,
+            "layer": {
+                "_target_": package + "memory_attention.MemoryAttentionLayer", "activation": "relu",
+                "dim_feedforward": 4 * width, "dropout": 0.0, "d_model": width, "pos_enc_at_attn": False,
+                "pos_enc_at_cross_attn_keys": True, "pos_enc_at_cross_attn_queries": False,
+                "self_attention": attention(),
+                "cross_attention": attention(rope_k_repeat=True, kv_in_dim=width),
+            },
+        },
+        "memory_encoder": {
+            "_target_": package + "memory_encoder.MemoryEncoder", "in_dim": width, "out_dim": width,
+            "position_encoding": positions(width),
+            "mask_downsampler": {"_target_": package + "memory_encoder.MaskDownSampler", "embed_dim": width,
+                                 "kernel_size": 3, "stride": 2, "padding": 1},
+            "fuser": {"_target_": package + "memory_encoder.Fuser", "num_layers": 2,
+                      "layer": {"_target_": package + "memory_encoder.CXBlock", "dim": width, "padding": 3,
+                                "kernel_size": 7, "layer_scale_init_value": 0.1, "use_dwconv": True}},
+        },
+        "image_size": image_size, "num_maskmem": memories, "max_obj_ptrs_in_encoder": memories,
+        "sigmoid_scale_for_mem_enc": 20.0, "sigmoid_bias_for_mem_enc": -10.0,
+        "binarize_mask_from_pts_for_mem_enc": True, "use_mask_input_as_output_without_sam": True,
+        "directly_add_no_mem_embed": True, "no_obj_embed_spatial": True, "use_high_res_features_in_sam": True,
+        "iou_prediction_use_sigmoid": True, "use_obj_ptrs_in_encoder": True, "add_tpos_enc_to_obj_ptrs": True,
+        "proj_tpos_enc_in_obj_ptrs": True, "use_signed_tpos_enc_to_obj_ptrs": True,
+        "only_obj_ptrs_in_the_past_for_eval": True, "pred_obj_scores": True, "pred_obj_scores_mlp": True,
+        "fixed_no_obj_ptr": True, "use_mlp_for_obj_ptr_proj": True,
+    }
+
+
+def build_model(config: dict) -> Any:
+    """The `sam2` package's model (torch) of a configuration; any of its own files will do, SAM 2.1's too.
+
+    Raises ValueError when the configuration names a class outside the package: it is data, not a program.
+    """
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    def check(node):
+        if isinstance(node, dict):
+            target = node.get("_target_", "sam2.modeling.")
+            if not str(target).startswith("sam2.modeling."):
+                raise ValueError(f"segmenter config: _target_ {target!r} is not a class of sam2.modeling")
+        for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+            check(child)
+
+    check(config)
+    if "_target_" not in config:
+        raise ValueError("segmenter config: no _target_; expected sam2.modeling.sam2_base.SAM2Base")
+    try:
+        return instantiate(OmegaConf.create(config)).eval()
+    except Exception as error:  # hydra wraps whatever the classes raise
+        raise ValueError(f"segmenter config: {_one_line(error)}") from None
+
+
+def add_complete_decoder(model: Any) -> None:
+    """Gives the model a second mask decoder, a copy of the first, to be trained on complete masks."""
+    model.complete_mask_decoder = copy.deepcopy(model.sam_mask_decoder)
+    for name in ("conv_s0", "conv_s1"):  # these belong to the frame's embedding, which both decoders share
+        if hasattr(model.complete_mask_decoder, name):
+            delattr(model.complete_mask_decoder, name)
+
+
+def load_segmenter(path: str | Path) -> Segmenter:
+    """The segmenter in a directory (see the module docstring), in float32.
+
+    Raises FileNotFoundError when a file is missing and ValueError when one is damaged or they don't fit
+    together.
+    """
+    import safetensors.torch
+
+    path = Path(path)
+    for name in ("config.json", "model.safetensors"):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path / name}: no such file; a segmenter is a directory with "
+                                    f"config.json and model.safetensors, such as {ASSET}")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        weights = safetensors.torch.load_file(path / "model.safetensors")
+    except Exception as error:  # json and safetensors each have their own kinds
+        raise ValueError(f"{path}: damaged segmenter ({_one_line(error)})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path / 'config.json'}: expected an object, sam2's model configuration")
+    model = build_model(config)
+    if any(name.startswith("complete_mask_decoder.") for name in weights):
+        add_complete_decoder(model)
+    try:
+        model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    except RuntimeError as error:
+        raise ValueError(f"{path}: weights and config don't fit ({_one_line(error)})") from None
+    return Segmenter(model)
+
+
+def save_segmenter(path: str | Path, model: Any, config: dict) -> None:
+    """Writes the directory that `load_segmenter` reads, weights in float16; each file appears whole or not at
+    all."""
+    import safetensors.torch
+    import torch
+
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.to(torch.float16).contiguous() for name, weight in model.state_dict().items()}
+    _write_bytes(path / "model.safetensors", safetensors.torch.save(weights))
+    _write_bytes(path / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to segment: a box x1 y1 x2 y2, a point x y, or both, in 0..1000 of the frame."""
+
+    box: tuple[float, ...] | None
+    point: tuple[float, ...] | None
+    mask_type: str = "modal"  # "modal": the visible part; "amodal": the whole object
+
+    @property
+    def empty(self) -> bool:
+        return self.box is None and self.point is None
+
+
+def prompt_of_mask(mask: Bool[np.ndarray, "h w"], mask_type: str = "modal") -> Prompt:
+    """Box and innermost point of a mask that holds at least one pixel."""
+    y1, x1, y2, x2, y, x = _extent(mask)
+    height, width = mask.shape
+    return Prompt((x1 * 1000 / width, y1 * 1000 / height, x2 * 1000 / width, y2 * 1000 / height),
+                  (x * 1000 / width, y * 1000 / height), mask_type)
+
+
+def _extent(mask: np.ndarray) -> tuple[int, ...]:
+    """y1 x1 y2 x2 (inclusive) and the y x farthest from the mask's border."""
+    from scipy.ndimage import distance_transform_edt
+
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    y1, y2, x1, x2 = int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])
+    depth = distance_transform_edt(np.pad(mask[y1 : y2 + 1, x1 : x2 + 1], 1))
+    y, x = np.unravel_index(int(depth.argmax()), depth.shape)
+    return y1, x1, y2, x2, y1 + int(y) - 1, x1 + int(x) - 1
+
+
+class Segmenter:
+    """A SAM2 model behind four verbs. Features are the model's pyramid of one or more frames: tensors [B, C,
+    h, w]."""
+
+    def __init__(self, model: Any):
+        self.model = model.eval()
+
+    @property
+    def has_complete(self) -> bool:
+        return hasattr(self.model, "complete_mask_decoder")
+
+    def pixels(self, images: UInt8[np.ndarray, "b h w 3"]) -> Any:
+        """Frames as the model sees them: [B, 3, size, size], normalised as the package does."""
+        import torch
+        import torch.nn.functional as F
+
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        x = (torch.from_numpy(np.array(images)).to(self.model.device).float() / 255 - mean) / std
+        size = (self.model.image_size,) * 2
+        return F.interpolate(x.permute(0, 3, 1, 2), size=size, mode="bilinear", antialias=True)
+
+    def features(self, images: UInt8[np.ndarray, "b h w 3"]) -> list:
+        """Encodes frames. Serving gives one frame at a time, so that an embedding has no neighbours."""
+        return self.model.forward_image(self.pixels(images))["backbone_fpn"][-self.model.num_feature_levels :]
+
+    def step(self, features: list, prompts: Sequence[Prompt] = (), *, previous: Any = None, frame: int = 0,
+             frames: int = 1, memory: dict | None = None, reverse: bool = False) -> dict:
+        """The package's tracking step on a batch: `pred_masks` [B, 1, h, w] logits and what memory needs.
+
+        `prompts` (all of one kind) start a track or refine `previous` logits; without prompts the masks
+        follow `memory` (the package's output dict). Without `memory` the step is an image segmentation and
+        stores nothing.
+        """
+        import torch
+
+        n = features[0].shape[0]
+        points = None
+        if prompts:
+            rows = [[*(p.box or ()), *(p.point or ())] for p in prompts]
+            labels = ([2, 3] if prompts[0].box else []) + ([1] if prompts[0].point else [])
+            places = torch.tensor(rows, dtype=torch.float32, device=self.model.device).reshape(n, -1, 2)
+            points = {"point_coords": places * (self.model.image_size / 1000),
+                      "point_labels": torch.tensor([labels] * n, dtype=torch.int32, device=self.model.device)}
+        encode = self.model.image_encoder.neck.position_encoding
+        return self.model.track_step(
+            frame_idx=frame, is_init_cond_frame=bool(prompts),
+            current_vision_feats=[f.flatten(2).permute(2, 0, 1) for f in features],
+            current_vision_pos_embeds=[encode(f).flatten(2).permute(2, 0, 1) for f in features],
+            feat_sizes=[f.shape[-2:] for f in features], point_inputs=points, mask_inputs=None,
+            output_dict=memory, num_frames=frames, track_in_reverse=reverse,
+            run_mem_encoder=memory is not None, prev_sam_mask_logits=previous)
+
+    @contextmanager
+    def drawing(self, mask_type: str) -> Iterator[None]:
+        """Within it the model draws masks of this type."""
+        if mask_type == "modal":
+            yield
+            return
+        if not self.has_complete:
+            raise ValueError('this segmenter has no decoder for complete masks; use mask_type "modal"')
+        visible, self.model.sam_mask_decoder = self.model.sam_mask_decoder, self.model.complete_mask_decoder
+        try:
+            yield
+        finally:
+            self.model.sam_mask_decoder = visible
+
+    def prompted(self, features: list, prompts: Sequence[Prompt], prompting: str, **memory: Any) -> dict:
+        """`step` on prompts of one kind, jointly or as the parent project does: box first, then only the
+        point on the logits of the box (METHOD.md 5.2)."""
+        if prompting == "sequential" and prompts[0].box and prompts[0].point:
+            first = self.step(features, [dataclasses.replace(p, point=None) for p in prompts])
+            points = [dataclasses.replace(p, box=None) for p in prompts]
+            return self.step(features, points, previous=first["pred_masks"].clamp(-32, 32), **memory)
+        return self.step(features, prompts, **memory)
+
+    def segment(self, features: Sequence[list], prompts: Sequence[Prompt], prompting: str = "joint") -> list:
+        """Logits [h, w] of every prompt, each on its own frame's features (batch 1), None for an empty
+        prompt.
+
+        Prompts of one kind share decoder calls of exactly `BATCH` rows, so a result does not depend on
+        company.
+        """
+        import torch
+
+        kinds: dict[tuple, list[int]] = {}
+        for i, p in enumerate(prompts):
+            if not p.empty:
+                kinds.setdefault((p.mask_type, p.box is None, p.point is None), []).append(i)
+        logits: list = [None] * len(prompts)
+        with torch.inference_mode():
+            for (mask_type, *_), rows in kinds.items():
+                for start in range(0, len(rows), BATCH):
+                    chunk = rows[start : start + BATCH]
+                    padded = chunk + chunk[:1] * (BATCH - len(chunk))
+                    batch = [torch.cat(level) for level in zip(*(features[i] for i in padded), strict=True)]
+                    with self.drawing(mask_type):
+                        out = self.prompted(batch, [prompts[i] for i in padded], prompting)
+                    for i, mask in zip(chunk, out["pred_masks"][:, 0], strict=False):
+                        logits[i] = mask
+        return logits
+
+    def embed(self, image: UInt8[np.ndarray, "h w 3"]) -> list:
+        """Features of one frame, without gradients."""
+        import torch
+
+        with torch.inference_mode():
+            return self.features(image[None])
+
+    def track(self, features: Sequence[list], position: int, prompt: Prompt, size: tuple[int, int],
+              prompting: str = "joint") -> Bool[np.ndarray, "t h w"]:
+        """Masks of a whole clip from one prompt at frame `position`: forward, then backward (METHOD.md 5.2).
+
+        Complete masks follow the visible ones: what is tracked is what is seen, and in every frame box and
+        innermost point of the visible mask prompt the second decoder.
+        """
+        import torch
+
+        frames = len(features)
+        masks = np.zeros((frames, *size), bool)
+        if prompt.empty:
+            return masks
+        visible = dataclasses.replace(prompt, mask_type="modal")
+        memory: dict = {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
+        with torch.inference_mode():
+            first = self.prompted(features[position], [visible], prompting, frame=position, frames=frames,
+                                  memory=memory)
+            memory["cond_frame_outputs"][position] = first
+            masks[position] = to_mask(first["pred_masks"][0, 0], size)
+            for order, reverse in ((range(position + 1, frames), False), (range(position - 1, -1, -1), True)):
+                for t in order:
+                    out = self.step(features[t], frame=t, frames=frames, memory=memory, reverse=reverse)
+                    memory["non_cond_frame_outputs"][t] = out
+                    masks[t] = to_mask(out["pred_masks"][0, 0], size)
+        if prompt.mask_type == "modal":
+            return masks
+        seen = [t for t in range(frames) if masks[t].any() or t == position]
+        prompts = [prompt if t == position else prompt_of_mask(masks[t], prompt.mask_type) for t in seen]
+        whole = self.segment([features[t] for t in seen], prompts, prompting)
+        for t, logits in zip(seen, whole, strict=True):
+            masks[t] = to_mask(logits, size)
+        return masks
+
+
+def to_mask(logits: Any, size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
+    """Logits [h, w] (torch) at the frame's own resolution, above zero; None gives the empty mask."""
+    import torch.nn.functional as F
+
+    if logits is None:
+        return np.zeros(size, bool)
+    return (F.interpolate(logits[None, None].float(), size=size, mode="bilinear")[0, 0] > 0).cpu().numpy()
+
+
+# --------------------------------------------------------------------------------------------------
+# 3 Server
+# --------------------------------------------------------------------------------------------------
+
+
+def _decode_image(entry: dict) -> UInt8[np.ndarray, "h w 3"]:
+    data, shape = entry.get("image"), entry.get("shape")
+    if not isinstance(data, bytes):
+        raise ValueError("image: expected bytes")
+    if shape is None:
+        from PIL import Image
+
+        try:
+            return np.array(Image.open(io.BytesIO(data), formats=("PNG", "JPEG")).convert("RGB"))
+        except Exception as error:  # PIL and its decoders
+            raise ValueError(f"image: not a readable PNG or JPEG ({_one_line(error)})") from None
+    sizes = shape if isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape) else []
+    if len(sizes) != 3 or sizes[2] != 3 or math.prod(sizes) != len(data):
+        raise ValueError(f"image: {len(data)} bytes are no RGB frame of shape {shape!r:.60}")
+    return np.frombuffer(data, np.uint8).reshape(sizes)
+
+
+def _decode_prompt(row: dict) -> Prompt:
+    """A row's prompt. An all-zero box or point is left out (METHOD.md 5.2); others are clipped into the
+    frame."""
+    parts: list[tuple[float, ...] | None] = []
+    for name, length in (("box", 4), ("point", 2)):
+        values = row.get(name)
+        good = isinstance(values, list) and len(values) == length
+        if not good or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+            raise ValueError(f"{name}: expected {length} finite numbers in 0..1000, not {values!r:.60}")
+        parts.append(tuple(min(max(float(v), 0.0), 1000.0) for v in values) if any(values) else None)
+    mask_type = row.get("mask_type", "modal")
+    if mask_type not in MASK_TYPES:
+        raise ValueError(f'mask_type: expected "modal" or "amodal", not {mask_type!r:.60}')
+    return Prompt(parts[0], parts[1], mask_type)
+
+
+def _frame_key(row: dict) -> tuple[str, int]:
+    video, frame = row.get("video"), row.get("frame")
+    if not isinstance(video, str) or type(frame) is not int:
+        raise ValueError(f"video, frame: expected a string and an integer, not {video!r:.60}, {frame!r:.60}")
+    return video, frame
+
+
+def _prompting(message: dict) -> str:
+    prompting = message.get("prompting", "joint")
+    if prompting not in PROMPTING:
+        raise ValueError(f'prompting: expected "joint" or "sequential", not {prompting!r:.60}')
+    return prompting
+
+
+def _entries(message: dict, name: str) -> list[dict]:
+    entries = message.get(name)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{name}: expected a list of maps")
+    return entries
+
+
+class Server:
+    """Answers messages with a segmenter. Embeddings are cached by the frame's content, so that samples on the
+    same video share them; frames and embeddings are forgotten least recently used first."""
+
+    def __init__(self, segmenter: Segmenter, max_frames: int = 2048, max_embeddings: int = 512):
+        self.segmenter, self.max_frames, self.max_embeddings = segmenter, max_frames, max_embeddings
+        self.frames: OrderedDict[tuple[str, int], tuple[np.ndarray, np.ndarray | None]] = OrderedDict()
+        self.embeddings: OrderedDict[bytes, list] = OrderedDict()
+        names = ("messages", "refused", "frames", "rows", "tracks", "encoded", "cached")
+        self.counts = dict.fromkeys(names, 0)
+
+    def answer(self, message: dict) -> dict:
+        """The reply to a request. Raises ValueError with one line when the request makes no sense."""
+        operation = message.get("op")
+        if operation == "ping":
+            return {"pid": os.getpid(), "amodal": self.segmenter.has_complete}
+        if operation == "stats":
+            return {**self.counts, "held_frames": len(self.frames), "held_embeddings": len(self.embeddings)}
+        if operation == "frames":
+            return self.register(_entries(message, "frames"))
+        if operation == "segment":
+            return self.segment(_entries(message, "rows"), message.get("want", "mask"), _prompting(message))
+        if operation == "track":
+            return self.track(message)
+        raise ValueError(f"op: expected ping, stats, frames, segment or track, not {operation!r:.60}")
+
+    def register(self, entries: list[dict]) -> dict:
+        for entry in entries:
+            key, image, truth = _frame_key(entry), _decode_image(entry), entry.get("truth")
+            mask = None if truth is None else unpack_mask(truth, image.shape[:2])
+            self.frames[key] = (image, mask)
+            self.frames.move_to_end(key)
+            self.counts["frames"] += 1
+        while len(self.frames) > self.max_frames:
+            self.frames.popitem(last=False)
+        return {}
+
+    def embed(self, image: UInt8[np.ndarray, "h w 3"]) -> list:
+        content = hashlib.blake2b(repr(image.shape).encode())
+        content.update(image)
+        digest = content.digest()
+        features = self.embeddings.get(digest)
+        self.counts["encoded" if features is None else "cached"] += 1
+        if features is None:
+            features = self.embeddings[digest] = self.segmenter.embed(image)
+            while len(self.embeddings) > self.max_embeddings:
+                self.embeddings.popitem(last=False)
+        self.embeddings.move_to_end(digest)
+        return features
+
+    def segment(self, rows: list[dict], want: Any, prompting: str) -> dict:
+        if want not in ("iou", "mask"):
+            raise ValueError(f'want: expected "iou" or "mask", not {want!r:.60}')
+        self.counts["rows"] += len(rows)
+        replies: list[dict] = [{} for _ in rows]
+        jobs: OrderedDict[tuple, list[int]] = OrderedDict()  # rollouts of a group often give the same prompt
+        for i, row in enumerate(rows):
+            try:
+                key, prompt = _frame_key(row), _decode_prompt(row)
+                if prompt.mask_type == "amodal" and not self.segmenter.has_complete:
+                    raise ValueError("mask_type: this segmenter has no decoder for complete masks")
+                if key not in self.frames:
+                    replies[i]["missing"] = True
+                    raise ValueError(f"frame {key[1]} of video {key[0]!r:.60} is not registered")
+                if want == "iou" and self.frames[key][1] is None:
+                    raise ValueError(f"frame {key[1]} of video {key[0]!r:.60} has no truth")
+            except ValueError as error:
+                replies[i]["error"] = str(error)
+            else:
+                self.frames.move_to_end(key)
+                jobs.setdefault((key, prompt), []).append(i)
+        features = [self.embed(self.frames[key][0]) for key, _ in jobs]
+        logits = self.segmenter.segment(features, [prompt for _, prompt in jobs], prompting)
+        for ((key, _), where), mask_logits in zip(jobs.items(), logits, strict=True):
+            image, truth = self.frames[key]
+            mask = to_mask(mask_logits, image.shape[:2])
+            if want == "mask":
+                reply = {"mask": pack_mask(mask), "shape": list(mask.shape)}
+            else:  # an empty truth overlaps with nothing: an empty answer on a frame without target earns 0
+                reply = {"iou": float((mask & truth).sum() / max((mask | truth).sum(), 1))}
+            for i in where:
+                replies[i] = reply
+        return {"rows": replies}
+
+    def track(self, message: dict) -> dict:
+        images = [_decode_image(entry) for entry in _entries(message, "images")]
+        position, prompt, prompting = message.get("position"), _decode_prompt(message), _prompting(message)
+        if not images or any(image.shape != images[0].shape for image in images):
+            raise ValueError("images: expected at least one frame, all of one size")
+        if type(position) is not int or not 0 <= position < len(images):
+            raise ValueError(f"position: expected 0..{len(images) - 1}, not {position!r:.60}")
+        self.counts["tracks"] += 1
+        features = [] if prompt.empty else [self.embed(image) for image in images]
+        if prompt.empty:
+            masks = np.zeros((len(images), *images[0].shape[:2]), bool)
+        else:
+            masks = self.segmenter.track(features, position, prompt, images[0].shape[:2], prompting)
+        return {"masks": pack_mask(masks), "shape": list(masks.shape)}
+
+
+def serve(address: str, segmenter: str | Path, *, threads: int = 1, parent: int | None = None,
+          max_frames: int = 2048, max_embeddings: int = 512) -> None:
+    """Answers until killed, or until `parent` dies. Raises what `load_segmenter` and `parse_address`
+    raise."""
+    import torch
+
+    address, secret = parse_address(address), _secret()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    os.umask(0o077)  # the socket is its owner's alone
+    torch.set_num_threads(threads)
+    if parent is not None:
+        # Not PDEATHSIG: that fires when the *thread* which started us ends, and a restart may come from any.
+        threading.Thread(target=_follow_parent, args=(parent, address), daemon=True).start()
+    server = Server(load_segmenter(segmenter), max_frames, max_embeddings)
+    with zmq.Context() as context, context.socket(zmq.REP) as socket:
+        socket.setsockopt(zmq.MAXMSGSIZE, 2**31)
+        socket.setsockopt(zmq.LINGER, 0)
+        try:
+            socket.bind(address)
+        except zmq.ZMQError as error:
+            raise ValueError(f"{address}: cannot listen there ({error})") from None
+        print(f"serving {segmenter} on {address}", flush=True)
+        while True:
+            parts = socket.recv_multipart()
+            server.counts["messages"] += 1
+            try:
+                reply = server.answer(decode_message(parts, secret))
+            except Exception as error:  # whatever a message does, the next one is answered
+                server.counts["refused"] += 1
+                reply = {"error": _one_line(error)}
+                if not isinstance(error, ValueError):
+                    log.exception("unexpected")
+            socket.send_multipart(encode_message(reply, secret))
+
+
+def _follow_parent(parent: int, address: str) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.3)
+    directory = Path(address.removeprefix("ipc://")).parent
+    if directory.name.startswith(_PREFIX):  # made by a client that can't remove it any more
+        shutil.rmtree(directory, ignore_errors=True)
+    os._exit(0)
+
+
+# --------------------------------------------------------------------------------------------------
+# 4 Client
+# --------------------------------------------------------------------------------------------------
+
+
+class _Call:
+    """Rows of one caller, waiting for the request they are joined into."""
+
+    def __init__(self, rows: Sequence[dict]):
+        self.rows, self.done = rows, threading.Event()
+        self.iou, self.valid = np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
+
+
+class SegmenterClient:
+    """Talks to a sidecar: one of its own that it starts and restarts, or one that runs at `address`.
+
+    A row is {"video": str, "frame": int, "box": 4 numbers, "point": 2 numbers, "mask_type": "modal" |
+    "amodal"}, box and point in 0..1000; its frame must have been registered. `truth` belongs to (video,
+    frame): where several targets share a video, register it under a name for each (pixels are still encoded
+    once).
+
+    `mask_iou` never raises for anything that happens in the sidecar: the row comes back invalid and is
+    counted in `failures`. `segment` and `track`, which evaluation uses, raise SidecarError when a second try
+    failed too. All methods may be called from any thread.
+    """
+
+    ROWS = 64  # in one request: the deadline is for these
+
+    def __init__(self, address: str | None = None, *, segmenter: str | Path = ASSET, prompting: str = "joint",
+                 log_file: str | Path | None = None, threads: int = 1, timeout_s: float = 60.0,
+                 start_timeout_s: float = 180.0, join_s: float = 0.004, max_frames: int = 2048,
+                 max_embeddings: int = 512):
+        """`address` None starts a process of its own, which loads `segmenter` and writes to `log_file`;
+        `timeout_s` is for one request, `start_timeout_s` for the first answer; rows that come within `join_s`
+        share a request; `max_frames` is how many registered frames client and server each remember, oldest
+        forgotten first."""
+        self.address = None if address is None else parse_address(address)
+        self.segmenter, self.log_file, self.threads = Path(segmenter), log_file, threads
+        self.timeout_s, self.start_timeout_s, self.join_s = timeout_s, start_timeout_s, join_s
+        self.max_frames, self.max_embeddings, self.prompting = max_frames, max_embeddings, prompting
+        self.failures = 0  # rows that came back invalid
+        self.restarts = 0
+        self._frames: OrderedDict[tuple[str, int], dict] = OrderedDict()  # as they go over the wire
+        self._sent: set[tuple[str, int]] = set()  # known to the process that runs now
+        self._queue: list[_Call] = []
+        self._queue_lock, self._lock = threading.Lock(), threading.RLock()
+        self._socket: zmq.Socket | None = None
+        self._process: subprocess.Popen | None = None
+        self._directory: str | None = None
+        self._ready = False
+
+    def __enter__(self) -> SegmenterClient:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int | None:
+        """The local sidecar's process id."""
+        return self._process and self._process.pid
+
+    def start(self, wait: bool = True) -> None:
+        """Starts the process (or connects). With `wait` False it comes up while the caller does something
+        else.
+
+        Raises SidecarError, with the end of its log, when it dies or does not answer within
+        `start_timeout_s`.
+        """
+        with self._lock:
+            self._launch()
+            if wait:
+                self._await_ready()
+
+    def register(self, video: str, frame: int, image: UInt8[np.ndarray, "h w 3"],
+                 truth: Bool[np.ndarray, "h w"] | None = None) -> None:
+        """Remembers a frame, and the truth that `mask_iou` compares with; it is sent with the first row that
+        needs it. Registering the same pair again replaces it."""
+        if image.ndim != 3 or image.shape[2] != 3 or (truth is not None and truth.shape != image.shape[:2]):
+            raise ValueError(f"register: image {image.shape} and truth {np.shape(truth)} don't fit")
+        key = (str(video), int(frame))
+        entry = {"video": key[0], "frame": key[1], "image": image.tobytes(), "shape": list(image.shape),
+                 "truth": None if truth is None else pack_mask(truth)}
+        with self._lock:
+            if self._frames.get(key) != entry:
+                self._frames[key] = entry
+                self._sent.discard(key)
+            self._frames.move_to_end(key)
+            while len(self._frames) > self.max_frames:
+                self._sent.discard(self._frames.popitem(last=False)[0])
+
+    def mask_iou(self, rows: Sequence[dict]) -> tuple[Float[np.ndarray, " rows"], Bool[np.ndarray, " rows"]]:
+        """IoU of each row's mask with the registered truth (0 where the truth is empty), and whether it is
+        valid.
+
+        Calls that come at the same time from several threads (a host callback fires once per device) are one
+        request.
+        """
+        call = _Call(rows)
+        with self._queue_lock:
+            self._queue.append(call)
+            leader = len(self._queue) == 1
+        if leader:
+            calls = []
+            try:
+                time.sleep(self.join_s)
+                with self._lock:  # whoever comes while another request runs joins the next one
+                    calls = self._take_calls()
+                    self._score(calls)
+            finally:  # also on Ctrl-C: nobody must wait for a leader that left
+                for each in calls or self._take_calls():
+                    each.done.set()
+        call.done.wait()
+        return call.iou, call.valid
+
+    def segment(self, rows: Sequence[dict]) -> list[Bool[np.ndarray, "_ _"]]:
+        """The rows' masks at their frames' resolution. Raises SidecarError when one can't be had."""
+        with self._lock:
+            masks = []
+            plain = [_plain_row(row) for row in rows]
+            for start in range(0, len(rows), self.ROWS):
+                for reply in self._segment(plain[start : start + self.ROWS], "mask"):
+                    if "error" in reply:
+                        raise SidecarError(reply["error"])
+                    masks.append(unpack_mask(reply["mask"], reply["shape"]))
+            return masks
+
+    def track(self, frames: UInt8[np.ndarray, "t h w 3"], position: int, box: Sequence[float],
+              point: Sequence[float], mask_type: str = "modal") -> Bool[np.ndarray, "t h w"]:
+        """Masks of a clip from a prompt at frame `position`. Raises SidecarError when they can't be had.
+
+        The deadline grows with the clip: `timeout_s` for every 32 frames.
+        """
+        images = [{"image": frame.tobytes(), "shape": list(frame.shape)} for frame in frames]
+        row = _plain_row({"video": "", "frame": 0, "box": box, "point": point, "mask_type": mask_type})
+        message = {**row, "op": "track", "images": images, "position": int(position),
+                   "prompting": self.prompting}
+        timeout_s = self.timeout_s * math.ceil(len(images) / 32)
+        with self._lock:
+            reply = self._twice(lambda: self._request(message, timeout_s))
+        return unpack_mask(reply["masks"], reply["shape"])
+
+    def stats(self) -> dict[str, int]:
+        """The server's counters since it started, and `failures` and `restarts` of this client."""
+        with self._lock:
+            counts = self._twice(lambda: self._request({"op": "stats"}, self.timeout_s))
+        return {**counts, "failures": self.failures, "restarts": self.restarts}
+
+    def close(self) -> None:
+        """Ends the local process. The client may be started again."""
+        with self._lock:
+            self._stop()
+
+    # -- one request at a time, under self._lock ------------------------------------------------------------
+
+    def _take_calls(self) -> list[_Call]:
+        with self._queue_lock:
+            calls, self._queue = self._queue, []
+        return calls
+
+    def _score(self, calls: Sequence[_Call]) -> None:
+        places = [(call, i) for call in calls for i in range(len(call.rows))]
+        rows = []
+        for call, i in places:
+            try:
+                rows.append(_plain_row(call.rows[i]))
+            except (KeyError, TypeError, ValueError) as error:
+                log.warning("row left out: %s", _one_line(error))
+                rows.append(None)
+        live = [n for n, row in enumerate(rows) if row is not None]
+        try:
+            for start in range(0, len(live), self.ROWS):
+                chunk = live[start : start + self.ROWS]
+                for n, reply in zip(chunk, self._segment([rows[n] for n in chunk], "iou"), strict=True):
+                    call, i = places[n]
+                    if "error" in reply:
+                        log.warning("row left out: %s", reply["error"])
+                    else:
+                        call.iou[i], call.valid[i] = reply["iou"], True
+        except Exception as error:  # training goes on whatever happened; the rows are invalid and counted
+            log.warning("%d rows without a mask: %s", len(places), _one_line(error))
+        self.failures += sum(int((~call.valid).sum()) for call in calls)
+
+    def _segment(self, rows: list[dict], want: str) -> list[dict]:
+        message = {"op": "segment", "rows": rows, "want": want, "prompting": self.prompting}
+
+        def attempt() -> list[dict]:
+            for _ in range(2):
+                self._send_frames(rows)
+                replies = self._request(message, self.timeout_s)["rows"]
+                missing = [(row["video"], row["frame"]) for row, reply in zip(rows, replies, strict=True)
+                           if reply.get("missing") and (row["video"], row["frame"]) in self._frames]
+                if not missing:
+                    break
+                self._sent.difference_update(missing)  # the server forgot them, or is another process by now
+            return replies
+
+        return self._twice(attempt)
+
+    def _send_frames(self, rows: Sequence[dict]) -> None:
+        keys = [key for key in dict.fromkeys((row["video"], row["frame"]) for row in rows)
+                if key in self._frames and key not in self._sent]
+        if keys:
+            self._request({"op": "frames", "frames": [self._frames[key] for key in keys]}, self.timeout_s)
+            self._sent.update(keys)
+
+    def _twice(self, attempt: Callable[[], Any]) -> Any:
+        """Tries, and when the sidecar is dead or stuck, tries once more with a new one."""
+        try:
+            self._launch()
+            self._await_ready()
+            return attempt()
+        except _Lost as error:
+            log.warning("sidecar lost (%s); starting it again", error)
+            self._stop()
+            self.restarts += 1
+        try:
+            self._launch()
+            self._await_ready()
+            return attempt()
+        except _Lost:
+            self._stop()
+            raise
+
+    def _request(self, message: dict, timeout_s: float) -> dict:
+        """Raises _Lost when no answer comes, SidecarError when it is a refusal."""
+        assert self._socket is not None
+        end = time.monotonic() + timeout_s
+        try:
+            self._socket.send_multipart(encode_message(message, _secret()))
+            while not self._socket.poll(100):
+                if self._process is not None and self._process.poll() is not None:
+                    raise _Lost(f"it exited with {self._process.returncode}: {self._log_tail()}")
+                if time.monotonic() > end:
+                    raise _Lost(f"no answer within {timeout_s:g} s")
+            reply = decode_message(self._socket.recv_multipart(), _secret())
+        except (zmq.ZMQError, ValueError) as error:  # an interrupted request leaves the socket unusable
+            raise _Lost(str(error)) from None
+        if "error" in reply:
+            raise SidecarError(reply["error"])
+        return reply
+
+    def _launch(self) -> None:
+        if self._socket is not None:
+            return
+        address = self.address
+        if address is None:
+            self._directory = tempfile.mkdtemp(prefix=_PREFIX)  # readable by its owner only
+            address = f"ipc://{self._directory}/socket"
+            command = [sys.executable, "-m", "icseg_jax.sam2_sidecar", "serve", "--socket", address,
+                       "--segmenter", str(self.segmenter), "--threads", str(self.threads),
+                       "--frames", str(self.max_frames), "--embeddings", str(self.max_embeddings),
+                       "--parent", str(os.getpid())]
+            hidden = ("XLA_", "JAX_", "TPU_", "LIBTPU_")
+            environment = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
+            paths = (str(Path(__file__).resolve().parents[1]), environment.get("PYTHONPATH"))
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+            environment["OMP_NUM_THREADS"] = str(self.threads)
+            with open(self.log_file or os.devnull, "ab") as output:
+                self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL,
+                                                 stdout=output, stderr=subprocess.STDOUT)
+        self._socket = zmq.Context.instance().socket(zmq.REQ)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(address)
+
+    def _await_ready(self) -> None:
+        if not self._ready:
+            self._request({"op": "ping"}, self.start_timeout_s)
+            self._ready = True
+
+    def _stop(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+        self._socket = self._process = self._directory = None
+        self._sent.clear()
+        self._ready = False
+
+    def _log_tail(self) -> str:
+        try:
+            lines = Path(self.log_file or os.devnull).read_text(errors="replace").splitlines()
+        except OSError:
+            lines = []
+        return lines[-1][:300] if lines else "no log"
+
+
+class _Lost(SidecarError):
+    """No answer: the process is dead or stuck, and a new one may do better."""
+
+
+def _plain_row(row: dict) -> dict:
+    """The row in msgpack's types. Raises KeyError, TypeError or ValueError when it can't be one."""
+    return {"video": str(row["video"]), "frame": int(row["frame"]), "box": [float(v) for v in row["box"]],
+            "point": [float(v) for v in row["point"]], "mask_type": str(row.get("mask_type", "modal"))}
+
+
+# --------------------------------------------------------------------------------------------------
+# 5 Training
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the small segmenter is made. It reads nothing from disk: scenes come from `synthetic`."""
+
+    run_dir: str = "runs/sam2_mini"  # checkpoint and log lines
+    asset: str = str(ASSET)  # where the finished segmenter is written
+    seed: int = 0  # of the weights and of the scenes
+    threads: int = 1  # of torch
+    image_size: int = 192  # pixels, a multiple of 64: frames are resized to it, masks come out at a quarter
+    embed_dim: int = 24  # channels of Hiera's first stage, doubled at every further one
+    stages: tuple[int, ...] = (1, 2, 3, 1)  # Hiera's blocks per stage
+    width: int = 96  # channels of everything after the trunk
+    memories: int = 4  # frames that a tracking step may look back at (num_maskmem)
+    image_steps: int = 3000  # phase 1: visible masks from prompts, everything but the memory trained
+    complete_steps: int = 800  # phase 2: complete masks, only the second decoder trained
+    clip_steps: int = 1200  # phase 3: tracking, memory and first decoder trained
+    scenes: int = 4  # per step
+    frames: int = 2  # per scene, phases 1 and 2
+    objects: int = 4  # prompts per frame, or tracks per scene
+    clip_frames: int = 5  # per scene, phase 3: the prompted frame and those tracked
+    learning_rate: float = 8e-4  # at the top of warm-up, then a cosine to 0 in every phase (AdamW)
+    warmup: int = 100  # steps of each phase
+    focal: float = 5.0  # weight of the focal loss beside dice
+    locality: float = 6.0  # how sharply the untrained decoder looks near its prompt (see `start_local`)
+    checkpoint_every: int = 100  # steps
+    test_scenes: int = 100  # measured at the end, from the test split
+    test_clips: int = 40  # of those, tracked through
+
+
+PHASES = ("image", "complete", "clip")
+MIN_AREA = 60  # pixels an object must show to be prompted or scored
+
+
+def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads a YAML file and `key=value` overrides. Raises ValueError with one line that names what is
+    wrong."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"{override!r}: an override reads key=value, such as seed=1")
+    try:
+        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        for key in given:
+            if key not in names:
+                close = difflib.get_close_matches(str(key), names, 1)
+                hint = f"did you mean {close[0]}?" if close else f"keys are {', '.join(names)}"
+                raise ValueError(f"{path}: unknown key {key!r}; {hint}")
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), given))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such config file") from None
+    except ValueError:
+        raise
+    except (OmegaConfBaseException, Exception) as error:  # yaml has its own
+        raise ValueError(f"{path}: {_one_line(error)}") from None
+    if config.image_size % 64:
+        raise ValueError(f"image_size={config.image_size}: must be a multiple of 64, such as 192")
+    return config
+
+
+def start_local(model: Any, sharpness: float) -> None:
+    """Lets the untrained mask decoder look near its prompts.
+
+    SAM encodes places as random Fourier features, whose inner product falls off with distance; the decoder's
+    random query and key projections hide that, and finding it again takes a thousand steps in which masks
+    ignore the prompt. Here both projections of each cross-attention begin by picking the same few of these
+    features.
+    """
+    import torch
+
+    half = model.hidden_dim // 2  # sines, then cosines
+    with torch.no_grad():
+        for layer in model.sam_mask_decoder.transformer.layers:
+            for attention in (layer.cross_attn_token_to_image, layer.cross_attn_image_to_token):
+                rows = torch.arange(attention.internal_dim)
+                wave = torch.randperm(half)[rows // 2] + half * (rows % 2)
+                pick = torch.zeros(attention.internal_dim, model.hidden_dim)
+                pick[rows, wave] = math.sqrt(sharpness)
+                for projection in (attention.q_proj, attention.k_proj):
+                    projection.weight.mul_(0.3).add_(pick)
+                    projection.bias.zero_()
+
+
+def _noisy_prompt(mask: np.ndarray, kind: str, rng: np.random.Generator) -> Prompt:
+    """A prompt as a policy would give it: corners off by up to 4 pixels, the point innermost or anywhere
+    inside."""
+    y1, x1, y2, x2, y, x = _extent(mask)
+    height, width = mask.shape
+    scale = np.array([1000 / width, 1000 / height])
+    corners = np.array([[x1, y1], [x2, y2]]) + rng.uniform(-1, 1, (2, 2)) * rng.choice([0, 2, 2, 4])
+    if rng.random() < 0.5:
+        inside = np.flatnonzero(mask)
+        y, x = divmod(int(inside[rng.integers(len(inside))]), width)
+    box = tuple((corners * scale).clip(0, 1000).reshape(-1).tolist())
+    point = tuple((np.array([x, y]) * scale).tolist())
+    return Prompt(box if kind != "point" else None, point if kind != "box" else None)
+
+
+def _prompt_kind(rng: np.random.Generator) -> str:
+    return str(rng.choice(["both", "box", "point", "sequential"], p=[0.6, 0.15, 0.15, 0.1]))
+
+
+def _loss(logits: Any, truth: Any, focal_weight: float) -> tuple[Any, Any]:
+    """Dice plus weighted focal loss at the truth's resolution, [B] each; and the IoU [B]."""
+    import torch.nn.functional as F
+
+    logits = F.interpolate(logits, size=truth.shape[-2:], mode="bilinear")[:, 0]
+    p = logits.sigmoid()
+    overlap, total = (p * truth).sum((1, 2)), (p + truth).sum((1, 2))
+    missed = (1 - p) * truth + p * (1 - truth)
+    # More weight on objects (0.6) than SAM's 0.25: with that the masks of small objects first die out.
+    alpha = 0.6 * truth + 0.4 * (1 - truth)
+    bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    focal = (alpha * missed.square() * bce).mean((1, 2))
+    hit, either = ((logits > 0) & (truth > 0)).sum((1, 2)), ((logits > 0) | (truth > 0)).sum((1, 2))
+    return 1 - (2 * overlap + 1) / (total + 1) + focal_weight * focal, hit / either.clamp(min=1)
+
+
+def _image_step(segmenter: Segmenter, config: TrainConfig, rng: np.random.Generator, scenes: list,
+                complete: bool) -> tuple[Any, Any]:
+    """Loss and IoU of prompts on single frames. For complete masks the features stay as they are."""
+    import torch
+
+    from icseg_jax import synthetic
+
+    kind = _prompt_kind(rng)
+    images, prompts, truth = [], [], []
+    for scene in scenes:
+        frames = rng.choice(scene.n_frames, config.frames, replace=False)
+        images.append(synthetic.render(scene, frames))
+        for frame in frames:
+            visible, whole = synthetic.visible_masks(scene, frame), synthetic.complete_masks(scene, frame)
+            area = visible.sum((1, 2))
+            weight = (area > MIN_AREA) * (1.0 + 4 * complete * (area < 0.95 * whole.sum((1, 2)))) + 1e-9
+            for i in rng.choice(len(visible), config.objects, replace=len(visible) < config.objects,
+                                p=weight / weight.sum()):
+                truth.append((whole if complete else visible)[i])
+                # Who asks for the whole object may have boxed the whole or only what is seen of it.
+                shown = whole[i] if complete and rng.random() < 0.5 else visible[i]
+                prompts.append(_noisy_prompt(shown if shown.any() else whole[i], kind, rng))
+    with torch.set_grad_enabled(not complete):
+        features = segmenter.features(np.concatenate(images))
+    features = [f.repeat_interleave(config.objects, 0) for f in features]
+    with segmenter.drawing("amodal" if complete else "modal"):
+        out = segmenter.prompted(features, prompts, "sequential" if kind == "sequential" else "joint")
+    loss, iou = _loss(out["pred_masks"], torch.from_numpy(np.stack(truth)).float(), config.focal)
+    seen = torch.nn.functional.softplus(-out["object_score_logits"])
+    return (loss + 0.1 * seen[:, 0]).mean(), iou.mean()
+
+
+def _clip_step(segmenter: Segmenter, config: TrainConfig, rng: np.random.Generator,
+               scenes: list) -> tuple[Any, Any]:
+    """Loss and IoU of tracks: prompts in one frame, then the package's tracking step, either way in time."""
+    import torch
+    import torch.nn.functional as F
+
+    from icseg_jax import synthetic
+
+    images, masks = [], []
+    backward = bool(rng.integers(2))
+    ahead = int(rng.choice([1, 1, 2, 3]))  # more than 1: frames that memory has missed
+    length = scenes[0].n_frames
+    start = int(rng.integers(length - (config.clip_frames - 2 + ahead)))
+    order = [start, *range(start + ahead, start + ahead + config.clip_frames - 1)]
+    if backward:
+        order = [length - 1 - t for t in order]
+    for scene in scenes:
+        images.append(synthetic.render(scene, order))
+        visible = np.stack([synthetic.visible_masks(scene, t) for t in order])  # [T, n, H, W]
+        weight = (visible[0].sum((1, 2)) > MIN_AREA) + 1e-9
+        chosen = rng.choice(visible.shape[1], config.objects, replace=visible.shape[1] < config.objects,
+                            p=weight / weight.sum())
+        masks.append(visible[:, chosen])
+    truth = torch.from_numpy(np.concatenate(masks, 1)).float()  # [T, B, H, W]
+    kind = _prompt_kind(rng)
+    with torch.no_grad():
+        clips = segmenter.features(np.concatenate(images))
+    clips = [f.unflatten(0, (len(scenes), len(order))).repeat_interleave(config.objects, 0) for f in clips]
+    memory: dict = {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
+    total, ious = 0.0, []
+    for i, t in enumerate(order):
+        features = [f[:, i] for f in clips]
+        if i == 0:
+            prompts = [_noisy_prompt(mask.numpy() > 0, kind, rng) if mask.any() else
+                       Prompt((0.0, 0.0, 1.0, 1.0), (1.0, 1.0)) for mask in truth[0]]
+            out = segmenter.prompted(features, prompts, "sequential" if kind == "sequential" else "joint",
+                                     frame=t, frames=length, memory=memory)
+            memory["cond_frame_outputs"][t] = out
+        else:
+            out = segmenter.step(features, frame=t, frames=length, memory=memory, reverse=backward)
+            memory["non_cond_frame_outputs"][t] = out
+        there = truth[i].flatten(1).any(1).float()
+        loss, iou = _loss(out["pred_masks"], truth[i], config.focal)
+        score = F.binary_cross_entropy_with_logits(out["object_score_logits"][:, 0], there, reduction="none")
+        total = total + (loss * there + 0.1 * score).mean()
+        if i:
+            ious.append((iou * there).sum() / there.sum().clamp(min=1))
+    return total / len(order), torch.stack(ious).mean()
+
+
+def _trained(model: Any, phase: str) -> list:
+    """The parameters that a phase trains; all others are frozen, so that earlier phases stay true."""
+    memory = ("memory_", "maskmem_", "obj_ptr_", "no_obj_", "mask_downsample")
+    chosen = []
+    for name, parameter in model.named_parameters():
+        train = {"image": not name.startswith((*memory, "complete_mask_decoder.")),
+                 "complete": name.startswith("complete_mask_decoder."),
+                 "clip": name.startswith((*memory, "sam_mask_decoder.")) and ".conv_s" not in name}[phase]
+        parameter.requires_grad_(train)
+        if train:
+            chosen.append(parameter)
+    return chosen
+
+
+def train(config: TrainConfig) -> dict[str, float]:
+    """Trains the small segmenter, writes `config.asset`, and returns the numbers of `measure`.
+
+    The same call continues an unfinished run from its last checkpoint, bit for bit; a finished one is only
+    measured and written again. Raises ValueError when `run_dir` holds a run of another config.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from icseg_jax import synthetic
+
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    run = Path(config.run_dir)
+    run.mkdir(parents=True, exist_ok=True)
+    model_config = mini_config(config.image_size, config.embed_dim, config.stages, config.width,
+                               config.memories)
+    model = build_model(model_config)
+    start_local(model, config.locality)
+    # The package replaces the mask wherever the object score is negative, and then nothing is learned: begin
+    # above 0.
+    torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 4.0)
+    segmenter = Segmenter(model)
+
+    file = run / "checkpoint.pt"
+    first, done, seconds, saved = 0, 0, 0.0, None  # seconds of processor time
+    free = ("run_dir", "asset", "threads", "checkpoint_every", "test_scenes", "test_clips")
+    identity = {key: value for key, value in dataclasses.asdict(config).items() if key not in free}
+    identity["stages"] = list(config.stages)
+    if file.exists():
+        try:
+            saved = torch.load(file, weights_only=True)
+            first, done, seconds = saved["phase"], saved["step"], saved["seconds"]
+            theirs = saved["config"]
+        except Exception as error:  # torch and zipfile each have their own kinds
+            raise ValueError(f"{file}: damaged checkpoint ({_one_line(error)}); remove it") from None
+        if theirs != identity:
+            keys = [key for key in identity if identity[key] != theirs.get(key)]
+            raise ValueError(f"{run} holds a run with another config (differs in {', '.join(keys)}); choose "
+                             f"another run_dir")
+        if first >= PHASES.index("complete"):
+            add_complete_decoder(model)
+        model.load_state_dict(saved["model"])
+
+    for number, phase in enumerate(PHASES):
+        if number < first:
+            continue
+        if phase == "complete" and not segmenter.has_complete:
+            add_complete_decoder(model)
+        steps = (config.image_steps, config.complete_steps, config.clip_steps)[number]
+        parameters = _trained(model, phase)
+        optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
+        start = 0
+        if saved is not None and number == first:
+            start = done
+            if saved["optimizer"] is not None:
+                optimizer.load_state_dict(saved["optimizer"])
+        began, recent = time.process_time() - seconds, []
+        for step in tqdm(range(start, steps), phase, steps, initial=start, disable=None):
+            rng = np.random.default_rng([config.seed, number, step])
+            seeds = range(step * config.scenes, (step + 1) * config.scenes)
+            scenes = [synthetic.make_scene(i, seed=1000 * (config.seed + 1) + number) for i in seeds]
+            schedule = min(1.0, (step + 1) / config.warmup) * (1 + math.cos(math.pi * step / steps)) / 2
+            optimizer.param_groups[0]["lr"] = config.learning_rate * schedule
+            if phase == "clip":
+                loss, iou = _clip_step(segmenter, config, rng, scenes)
+            else:
+                loss, iou = _image_step(segmenter, config, rng, scenes, phase == "complete")
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            recent.append((loss.item(), iou.item()))
+            seconds = time.process_time() - began
+            if (step + 1) % 50 == 0 or step + 1 == steps:
+                means = np.mean(recent, 0)
+                print(f"{phase} {step + 1}/{steps} loss {means[0]:.4f} iou {means[1]:.4f} "
+                      f"seconds {seconds:.0f}", flush=True)
+                recent.clear()
+            if (step + 1) % config.checkpoint_every == 0 and step + 1 < steps:
+                _save_checkpoint(file, identity, number, step + 1, seconds, model, optimizer)
+        _save_checkpoint(file, identity, number, steps, seconds, model, None)
+
+    numbers = measure(segmenter, config.test_scenes, config.test_clips)
+    print(json.dumps(numbers), flush=True)
+    save_segmenter(config.asset, model, model_config)
+    count = sum(p.numel() for p in model.parameters())
+    _write_bytes(Path(config.asset) / "README.md", _asset_readme(config, count, seconds, numbers).encode())
+    return numbers
+
+
+def _save_checkpoint(file: Path, config: dict, phase: int, step: int, seconds: float, model: Any,
+                     optimizer: Any) -> None:
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save({"config": config, "phase": phase, "step": step, "seconds": seconds,
+                "model": model.state_dict(), "optimizer": optimizer and optimizer.state_dict()}, buffer)
+    _write_bytes(file, buffer.getvalue())
+
+
+def _asset_readme(config: TrainConfig, parameters: int, seconds: float, numbers: dict[str, float]) -> str:
+    rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in numbers.items())
+    return f"""# The embedded world's SAM2
+
+{parameters:,} parameters, the `sam2` package's own classes, trained from nothing on `synthetic` scenes by
+
+    python -m icseg_jax.sam2_sidecar train experiments/embedded_sam2.yaml
+
+with seed {config.seed} in {seconds / 60:.0f} minutes of one CPU core. Measured by `measure` on
+{config.test_scenes} test scenes (objects that show more than {MIN_AREA} pixels), {config.test_clips} tracked:
+
+| | |
+|---|---|
+{rows}
+"""
+
+
+def measure(segmenter: Segmenter, scenes: int, clips: int) -> dict[str, float]:
+    """Mean IoUs on the test split.
+
+    `iou` and `iou_sequential`: visible masks from true box and point; `iou_box`, `iou_point`: from one alone;
+    `iou_noisy`: from noisy ones; `complete_occluded`: complete masks of objects with 5 % or more hidden,
+    prompted by what is seen, and `visible_occluded`, the score of answering with exactly what is seen;
+    `track`: mean J over all frames but the prompted one; `track_complete`: the same of complete masks.
+    """
+    from icseg_jax import synthetic
+
+    def iou(logits, truth):
+        mask = to_mask(logits, truth.shape)
+        return (mask & truth).sum() / max((mask | truth).sum(), 1)
+
+    names = ("iou", "iou_sequential", "iou_box", "iou_point", "iou_noisy", "complete_occluded",
+             "visible_occluded", "track", "track_complete")
+    scores: dict[str, list[float]] = {name: [] for name in names}
+    rng = np.random.default_rng(0)
+    for index in range(scenes):
+        scene = synthetic.make_scene(index, seed=7, split="test")
+        frame = int(rng.integers(scene.n_frames))
+        visible, whole = synthetic.visible_masks(scene, frame), synthetic.complete_masks(scene, frame)
+        chosen = [i for i in range(len(visible)) if visible[i].sum() > MIN_AREA]
+        features = [segmenter.embed(synthetic.render(scene, [frame])[0])] * len(chosen)
+        prompts = [prompt_of_mask(visible[i]) for i in chosen]
+        for name, given, prompting in (
+            ("iou", prompts, "joint"),
+            ("iou_sequential", prompts, "sequential"),
+            ("iou_box", [dataclasses.replace(p, point=None) for p in prompts], "joint"),
+            ("iou_point", [dataclasses.replace(p, box=None) for p in prompts], "joint"),
+            ("iou_noisy", [_noisy_prompt(visible[i], "both", rng) for i in chosen], "joint"),
+        ):
+            logits = segmenter.segment(features, given, prompting)
+            scores[name] += [iou(mask, visible[i]) for mask, i in zip(logits, chosen, strict=True)]
+        hidden = [i for i in chosen if visible[i].sum() < 0.95 * whole[i].sum()]
+        prompts = [prompt_of_mask(visible[i], "amodal") for i in hidden]
+        logits = segmenter.segment(features[: len(hidden)], prompts)
+        scores["complete_occluded"] += [iou(mask, whole[i]) for mask, i in zip(logits, hidden, strict=True)]
+        scores["visible_occluded"] += [visible[i].sum() / whole[i].sum() for i in hidden]
+        if index >= clips:
+            continue
+        features = [segmenter.embed(image) for image in synthetic.render(scene, range(scene.n_frames))]
+        seen = np.stack([synthetic.visible_masks(scene, t) for t in range(scene.n_frames)])
+        all_of_it = np.stack([synthetic.complete_masks(scene, t) for t in range(scene.n_frames)])
+        i = int(rng.integers(seen.shape[1]))
+        shown = synthetic.shown_frames()
+        best = max(shown, key=lambda t, i=i: seen[t, i].sum())
+        others = [t for t in range(scene.n_frames) if t != best]
+        for name, truth, mask_type in (("track", seen[:, i], "modal"),
+                                       ("track_complete", all_of_it[:, i], "amodal")):
+            masks = segmenter.track(features, best, prompt_of_mask(seen[best, i], mask_type), truth.shape[1:])
+            either = np.maximum((masks | truth).sum((1, 2)), 1)
+            scores[name] += [float(j) for j in ((masks & truth).sum((1, 2)) / either)[others]]
+    return {name: float(np.mean(values)) for name, values in scores.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# 6 main
+# --------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    about = "SAM2 in a process of its own, and the training of the small one."
+    parser = argparse.ArgumentParser(prog="python -m icseg_jax.sam2_sidecar", description=about)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("serve", help="answer segmentation requests until killed")
+    command.add_argument("--socket", required=True, help="path of a Unix socket, or tcp://HOST:PORT; a HOST "
+                         f"that is not this machine needs the same secret in {SECRET_VARIABLE} on both sides")
+    command.add_argument("--segmenter", default=str(ASSET), help="directory of the model")
+    command.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+    command.add_argument("--frames", type=int, default=2048, help="registered frames to remember")
+    command.add_argument("--embeddings", type=int, default=512, help="frame embeddings to remember")
+    command.add_argument("--parent", type=int, help="exit when this parent process dies")
+    command = commands.add_parser("train", help="make the small segmenter of the embedded world")
+    command.add_argument("config", help="a YAML file, such as experiments/embedded_sam2.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="fields of TrainConfig")
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "serve":
+            serve(given.socket, given.segmenter, threads=given.threads, parent=given.parent,
+                  max_frames=given.frames, max_embeddings=given.embeddings)
+        else:
+            train(load_train_config(given.config, given.overrides))
+    except (ValueError, OSError) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3357 @@
+"""IC-Seg in one file: a policy that asks before it segments, and Hi-GRPO, which teaches it to.
+
+"Don't Guess, Just Ask" (arXiv 2605.17531). Read it from top to bottom; it runs as
+`python -m icseg_jax.train experiments/embedded.yaml [key=value ...]`.
+
+    section                     paper / METHOD.md
+    1   Config                  5.1 recipe, 11 decisions
+    2   Policy                  Qwen3-VL
+    3   Mesh and sharding       (ours)
+    4   Protocol                1   agent protocol: prompts, tags, transcript
+    5   Rollout                 1.3 the dialogue loop
+    6   Rewards                 3   trajectory terms, turn-level process reward
+    7   Hi-GRPO                 4   three levels of credit, losses
+    8   Update                  4.6-4.9; and the supervised warm start, which shares it
+    9   Checkpoints and logs    (ours)
+    10  Evaluation and main     5.3, 11.7
+
+Shapes: P prompts, N rollouts of a prompt, T tokens of a rollout, S tokens of a prompt, L layers, H query heads,
+K key/value heads, h head size, D width, V vocabulary, F frames, Q questions. The group axis is explicit: what
+belongs to a prompt is [P, ...], what belongs to a rollout [P, N, ...].
+
+Where this departs from the released scripts, or chooses where they are silent (METHOD.md 11.3):
+ 1. The process reward is the mean normalised reduction of the candidate count, gated by format; its formula is not
+    public. `reward.process`.
+ 2. The turn level enters as a scalar in the return. `credit.turn_credit: local` gives each question its own.
+ 3. The teacher sees the expert's guidance only, never a sibling's solution. `credit.teacher_context`.
+ 4. A sixth reward term, the SAM2 mask IoU. `reward.weights.mask: 0` leaves the paper's five.
+ 5. The key frame is the last valid one before the answer; answers may span lines (the format term stays strict).
+ 6. Frame -1 with the zero answer is scored on no-target samples. `reward.no_target`.
+ 7. The clarification prompt is used on every sample, so that over-asking is trained against and measured.
+    `protocol.clarify`: levels that get it.
+ 8. Clips are 0.2/0.2 under `rlsd`; the asymmetric pair belongs to `vanilla`. `update.clip_low`, `clip_high`.
+ 9. Zero-spread groups are dropped and refilled at most `rollout.refills` times; the release's filter may be inert.
+10. Rollouts that ran out of tokens are masked out of the loss but stay in the group's statistics.
+    `update.mask_overlong`.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import difflib
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import operator
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax import struct
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+from icseg_jax import data, metrics, simulator, synthetic, weights
+from icseg_jax.sam2_sidecar import SegmenterClient, SidecarError
+
+Array = jax.Array | np.ndarray
+
+
+class ConfigError(ValueError):
+    """Something from outside is wrong. One line: what, where, and what would work."""
+
+
+# ======================================================================================================
+# 1  Config
+# ======================================================================================================
+
+
+@dataclass(frozen=True)
+class PolicySection:
+    path: str = "asset:embedded_base"  # a Hugging Face directory or one of our checkpoints; "asset:" is in the package
+    shape: str | None = None  # a config.json to start from random weights instead (stage: sft)
+    dtype: str = "bfloat16"  # type of the computation; master parameters are always float32
+    remat: bool = True  # recompute activations in the backward pass
+    freeze_vision: bool = False  # METHOD.md 5.1: the released recipe trains the vision tower
+    logits_tokens: int = 512  # tokens whose vocabulary logits exist at a time
+
+
+@dataclass(frozen=True)
+class DataSection:
+    name: str = "ambi_rvos"  # reader (DATA.md 4.2)
+    path: str = "data/synthetic"  # prepared by `python -m icseg_jax.data prepare`
+    generate_train: int = 0  # synthetic scenes to write and prepare when `path` does not exist yet; 0: never
+    generate_test: int = 0
+    generate_seed: int = 0
+
+
+@dataclass(frozen=True)
+class ProtocolSection:
+    frames: int = 6  # frames shown with the query
+    frame_size: int = 448  # pixels, square (METHOD.md 1.1)
+    keyframe_size: int = 864  # pixels of the high-resolution key frame
+    max_turns: int = 6  # tool calls: at most max_turns - 1 questions and the key frame
+    prompts: str = "full"  # full | brief: how much the system prompt explains
+    clarify: tuple[str, ...] = ("simple", "medium", "difficult")  # abilities that get the clarification prompt
+    prompt_tokens: int = 2176  # longest prompt; longer ones are left out in training
+    response_tokens: int = 8192  # T: everything after the prompt, observations included
+    action_tokens: int = 4096  # one generation
+    observation_tokens: int = 4096  # one observation
+
+
+@dataclass(frozen=True)
+class RolloutSection:
+    prompts: int = 16  # P per step
+    rollouts: int = 8  # N per prompt
+    temperature: float = 1.0
+    refills: int = 3  # times that zero-spread groups are replaced by new prompts
+    cache_buckets: tuple[int, ...] = (1024, 2048, 4096, 8192)  # lengths to which a rollout's own cache is cut
+    observation_buckets: tuple[int, ...] = (64, 256, 1024, 4096)  # lengths to which a turn's observations are padded
+    least_prompts: int = 4  # ended prompts are left behind down to this many: each size is a program
+
+
+@dataclass(frozen=True)
+class RewardSection:
+    weights: dict[str, float] = field(
+        default_factory=lambda: {"iou": 1.0, "box": 1.0, "point": 1.0, "frame": 1.0, "process": 1.0, "mask": 1.0}
+    )
+    iou: float = 0.5  # box IoU above this is a hit
+    box_l1: float = 10.0  # mean coordinate error below this is a hit, thousandths of the frame
+    point_l2: float = 100.0  # point error below this is a hit, thousandths of the frame
+    process: str = "reduction"  # METHOD.md 3.3: reduction | ratio | log | resolution_x_efficiency | linear | format | parent_tpr
+    success: float = 0.7  # share of the maximum return from which a rollout counts as a solution
+    no_target: bool = True  # score frame -1 with the zero answer on no-target samples
+
+
+@dataclass(frozen=True)
+class CreditSection:
+    normalise_std: bool = True  # divide by the group's standard deviation; false is Dr.GRPO
+    lam: float = 0.5  # strength of the step level at the start
+    lam_start: int = 1  # step until which it stays there
+    lam_decay: int = 100  # steps over which it then falls to 0
+    weight_clip: float = 0.2  # a token's weight stays within 1 -+ this
+    teacher_context: str = "guidance"  # guidance | none
+    teacher_update: str = "sync"  # sync
+    sync_interval: int = 10  # steps between copies of the student to the teacher
+    guidance_tokens: int = 1024  # room for the guidance in a teacher's row
+
+
+@dataclass(frozen=True)
+class UpdateSection:
+    learning_rate: float = 1e-6
+    warmup: int = 10  # steps
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    minibatches: int = 2  # optimiser updates per step, each on P / minibatches prompts
+    micro_prompts: int = 0  # prompts whose activations live at a time; 0: the whole minibatch
+    share_prefix: bool = True  # run each prompt once per group, in the update too
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 3.0
+    mask_overlong: bool = True
+    token_buckets: tuple[int, ...] = (2048, 4096, 8192)  # T to which a step's rollouts are padded
+
+
+@dataclass(frozen=True)
+class WarmstartSection:
+    scenes: int = 32  # scenes per step
+    rows: int = 2  # packed rows per scene
+    row_tokens: int = 224
+    keyframes: int = 2  # distinct high-resolution frames per scene
+    learning_rate: float = 2e-3
+    warmup: int = 100
+    skill: float = 0.0  # 0: noisy askers, 1: optimal ones
+    guided: float = 0.2  # share of dialogues that follow the expert's guidance
+    conversations: float = 0.06  # share of scenes that are conversations
+    mask_types: float = 0.12  # share of scenes whose wording asks for a mask type
+    coordinate_sigma: float = 1.5  # start of the spread of coordinate targets, in grid steps; falls to 0
+    coordinate_step: int = 10  # grid of coordinate tokens, thousandths of the frame
+
+
+@dataclass(frozen=True)
+class SidecarSection:
+    segmenter: str = "asset:sam2_mini"  # directory of config and weights
+    address: str | None = None  # a sidecar on another machine instead of one per host
+    timeout: float = 60.0  # seconds per request
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class SimulatorSection:
+    kind: str = "oracle"  # oracle | person
+
+
+@dataclass(frozen=True)
+class EvaluateSection:
+    every: int = 50  # steps between evaluations; 0 turns every evaluation off
+    prompts: int = 64  # dialogues side by side
+    samples: int = 0  # of the test split; 0: all
+    clips: int = 32  # samples whose video masks are scored
+    gallery: int = 24  # dialogues kept with pictures
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    every: int = 20  # steps
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class MeshSection:
+    data: int = -1  # -1: what the other axes leave
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "run"
+    stage: str = "rl"  # rl | sft (the supervised warm start)
+    seed: int = 0
+    steps: int = 100
+    run_dir: str | None = None  # default runs/<name>
+    policy: PolicySection = PolicySection()
+    data: DataSection = DataSection()
+    protocol: ProtocolSection = ProtocolSection()
+    rollout: RolloutSection = RolloutSection()
+    reward: RewardSection = RewardSection()
+    credit: CreditSection = CreditSection()
+    update: UpdateSection = UpdateSection()
+    warmstart: WarmstartSection = WarmstartSection()
+    sidecar: SidecarSection = SidecarSection()
+    simulator: SimulatorSection = SimulatorSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    mesh: MeshSection = MeshSection()
+
+
+TERMS = ("iou", "box", "point", "frame", "process", "mask")
+TURN_KINDS = ("reduction", "ratio", "log", "resolution_x_efficiency", "linear", "format", "parent_tpr")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML with `base:` inheritance and `key.sub=value` overrides into a checked, frozen Config.
+
+    Raises ConfigError, one line, for a missing file, an unknown key (the closest known one is named), a wrong type,
+    or a combination that can not work.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    def read(file: Path, seen: tuple[Path, ...]) -> Any:
+        if file in seen:
+            raise ConfigError(f"{file}: base: leads back to itself")
+        try:
+            raw = OmegaConf.load(file)
+        except FileNotFoundError:
+            raise ConfigError(f"{file}: no such config; ready ones are in experiments/") from None
+        except Exception as error:  # yaml's and OmegaConf's own errors
+            raise ConfigError(f"{file}: not a YAML mapping ({str(error).splitlines()[0]})") from None
+        if not OmegaConf.is_dict(raw):
+            raise ConfigError(f"{file}: a config is a mapping of keys, this is a list or a single value")
+        base = raw.pop("base", None)
+        if base is None:
+            return raw
+        if not isinstance(base, str):
+            raise ConfigError(f"{file}: base: must be the path of another YAML, not {base!r}")
+        return OmegaConf.merge(read((file.parent / base).resolve(), (*seen, file)), raw)
+
+    def known(raw: Mapping[str, Any], section: type, where: str, prefix: str = "") -> None:
+        names = {f.name: f for f in dataclasses.fields(section)}
+        for key, value in raw.items():
+            if key not in names:
+                close = difflib.get_close_matches(str(key), names, 1, 0.4)
+                hint = f"; closest is {prefix}{close[0]}" if close else f"; known: {', '.join(names)}"
+                raise ConfigError(f"{where}: unknown key {prefix}{key}{hint}")
+            inner = type(names[key].default)
+            if dataclasses.is_dataclass(inner):
+                if not isinstance(value, Mapping):
+                    raise ConfigError(f"{where}: {prefix}{key} is a section of keys, got {value!r}")
+                known(value, inner, where, f"{prefix}{key}.")
+
+    file = Path(path).resolve()
+    try:
+        raw = read(file, ())
+        for item in overrides:
+            key, equals, value = item.partition("=")
+            if not equals:
+                raise ConfigError(f"override {item!r} is not key=value, for example steps=4")
+            given = OmegaConf.from_dotlist([item])
+            known(OmegaConf.to_container(given), Config, "command line")
+            raw = OmegaConf.merge(raw, given)
+        known(OmegaConf.to_container(raw, resolve=True), Config, str(path))
+        schema = OmegaConf.structured(Config)
+        for node in (schema, *(schema[f.name] for f in dataclasses.fields(Config))):
+            if OmegaConf.is_config(node):  # frozen dataclasses come as read-only nodes
+                OmegaConf.set_readonly(node, False)
+        config = OmegaConf.to_object(OmegaConf.merge(schema, raw))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}") from None
+    return check_config(config)
+
+
+def check_config(c: Config) -> Config:
+    """Refuses what can not work before anything is compiled. Raises ConfigError."""
+
+    def need(ok: bool, key: str, given: Any, works: str) -> None:
+        if not ok:
+            raise ConfigError(f"{key}={given}: {works}")
+
+    need(c.stage in ("rl", "sft"), "stage", c.stage, "use rl or sft")
+    need(c.steps >= 1, "steps", c.steps, "use 1 or more")
+    need(c.policy.dtype in ("float32", "bfloat16"), "policy.dtype", c.policy.dtype, "use float32 or bfloat16")
+    need(c.policy.shape is None or c.stage == "sft", "policy.shape", c.policy.shape, "random weights need stage=sft")
+    need(c.protocol.prompts in PROMPTS, "protocol.prompts", c.protocol.prompts, f"use one of {', '.join(PROMPTS)}")
+    need(c.protocol.max_turns >= 1, "protocol.max_turns", c.protocol.max_turns, "use 1 or more (6 in the paper)")
+    need(c.rollout.rollouts >= 2 or c.stage == "sft", "rollout.rollouts", c.rollout.rollouts,
+         "group statistics need 2 or more (8 in the paper)")
+    need(c.rollout.temperature > 0, "rollout.temperature", c.rollout.temperature, "use a positive number (1.0 in the paper)")
+    need(c.rollout.prompts % c.update.minibatches == 0, "update.minibatches", c.update.minibatches,
+         f"must divide rollout.prompts={c.rollout.prompts}")
+    per = c.rollout.prompts // c.update.minibatches
+    need(c.update.micro_prompts == 0 or per % c.update.micro_prompts == 0, "update.micro_prompts", c.update.micro_prompts,
+         f"must divide the {per} prompts of a minibatch (0: all at once)")
+    need(0 <= c.credit.lam <= 1, "credit.lam", c.credit.lam, "use a number from 0 to 1 (0.5 in the paper)")
+    need(c.credit.lam_decay > 0, "credit.lam_decay", c.credit.lam_decay, "use 1 or more steps")
+    need(0 <= c.credit.weight_clip < 1, "credit.weight_clip", c.credit.weight_clip, "use a number from 0 to below 1")
+    need(c.credit.teacher_context in ("guidance", "none"), "credit.teacher_context", c.credit.teacher_context, "use guidance or none")
+    need(c.credit.teacher_update == "sync", "credit.teacher_update", c.credit.teacher_update, "use sync")
+    need(c.credit.sync_interval >= 1, "credit.sync_interval", c.credit.sync_interval, "use 1 or more steps")
+    need(c.reward.process in TURN_KINDS, "reward.process", c.reward.process, f"use one of {', '.join(TURN_KINDS)}")
+    unknown = set(c.reward.weights) - set(TERMS)
+    need(not unknown, "reward.weights", sorted(unknown), f"known terms: {', '.join(TERMS)}")
+    need(any(w > 0 for w in c.reward.weights.values()), "reward.weights", dict(c.reward.weights), "at least one weight must be above 0")
+    need(c.update.dual_clip > 1, "update.dual_clip", c.update.dual_clip, "use a number above 1 (3.0 in the paper)")
+    need(0 < c.update.clip_low < 1 and c.update.clip_high > 0, "update.clip_low", c.update.clip_low, "use 0 < clip_low < 1, clip_high > 0")
+    need(c.simulator.kind in ("oracle", "person"), "simulator.kind", c.simulator.kind, "use oracle or person")
+    need(max(c.update.token_buckets) >= c.protocol.response_tokens, "update.token_buckets", list(c.update.token_buckets),
+         f"the largest must hold protocol.response_tokens={c.protocol.response_tokens}")
+    need(max(c.rollout.cache_buckets) >= c.protocol.response_tokens, "rollout.cache_buckets", list(c.rollout.cache_buckets),
+         f"the largest must hold protocol.response_tokens={c.protocol.response_tokens}")
+    need(c.mesh.data == -1 or c.mesh.data >= 1, "mesh.data", c.mesh.data, "use -1 (what is left) or a count of devices")
+    return c
+
+
+def resolve_path(path: str) -> Path:
+    """`asset:NAME` lies in the package, everything else where the user stands."""
+    if path.startswith("asset:"):
+        return Path(__file__).parent / "assets" / path.removeprefix("asset:")
+    return Path(path)
+
+
+# ======================================================================================================
+# 2  Policy: Qwen3-VL in functional Flax
+# ======================================================================================================
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower, named as in `vision_config` of a Hugging Face `config.json`."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    num_position_embeddings: int
+    deepstack_visual_indexes: tuple[int, ...]
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    in_channels: int = 3
+
+    @property
+    def patch_dim(self) -> int:
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Shapes of the policy, read from `config.json` (4.57-era and transformers-5 spelling of rope)."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    vision: VisionConfig
+    image_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    video_token_id: int
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any], where: str = "config.json") -> "PolicyConfig":
+        """`raw`: the parsed `config.json` of a Qwen3-VL directory. Raises ConfigError naming the key."""
+        if raw.get("model_type") != "qwen3_vl":
+            raise ConfigError(
+                f"{where}: model_type is {raw.get('model_type')!r}; this policy reads 'qwen3_vl' (dense) only"
+            )
+        try:
+            text, vision = raw["text_config"], raw["vision_config"]
+            rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+            theta = rope.get("rope_theta", text.get("rope_theta"))
+            config = cls(
+                vocab_size=text["vocab_size"],
+                hidden_size=text["hidden_size"],
+                intermediate_size=text["intermediate_size"],
+                num_hidden_layers=text["num_hidden_layers"],
+                num_attention_heads=text["num_attention_heads"],
+                num_key_value_heads=text["num_key_value_heads"],
+                head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+                rope_theta=float(theta if theta is not None else 5e6),
+                mrope_section=tuple(rope.get("mrope_section", (24, 20, 20))),
+                rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+                tie_word_embeddings=raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
+                image_token_id=raw["image_token_id"],
+                video_token_id=raw["video_token_id"],
+                vision_start_token_id=raw["vision_start_token_id"],
+                vision_end_token_id=raw["vision_end_token_id"],
+                vision=VisionConfig(
+                    depth=vision["depth"],
+                    hidden_size=vision["hidden_size"],
+                    intermediate_size=vision["intermediate_size"],
+                    num_heads=vision["num_heads"],
+                    out_hidden_size=vision["out_hidden_size"],
+                    num_position_embeddings=vision["num_position_embeddings"],
+                    deepstack_visual_indexes=tuple(vision["deepstack_visual_indexes"]),
+                    patch_size=vision["patch_size"],
+                    temporal_patch_size=vision["temporal_patch_size"],
+                    spatial_merge_size=vision["spatial_merge_size"],
+                    in_channels=vision.get("in_channels", 3),
+                ),
+            )
+        except KeyError as error:
+            raise ConfigError(f"{where}: key {error.args[0]!r} is missing; a Qwen3-VL config.json has it") from None
+        if sum(config.mrope_section) * 2 != config.head_dim:
+            raise ConfigError(
+                f"{where}: mrope_section {list(config.mrope_section)} must sum to head_dim/2 = {config.head_dim // 2}"
+            )
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise ConfigError(
+                f"{where}: num_attention_heads {config.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {config.num_key_value_heads}"
+            )
+        if len(config.vision.deepstack_visual_indexes) > config.num_hidden_layers:
+            raise ConfigError(f"{where}: more deepstack_visual_indexes than num_hidden_layers")
+        return config
+
+
+class Images(struct.PyTreeNode):
+    """Images of one batch as patches, in the merge-major order that Qwen's image processor emits.
+
+    Images of unequal grids are padded to the longest; what each patch needs to know of its place is data.
+    """
+
+    patches: Array  # [I, M, C*t*p*p]
+    corners: Array  # [I, M, 4] int32: the four cells of the learned position grid around the patch
+    corner_weights: Array  # [I, M, 4]: their bilinear weights
+    place: Array  # [I, M, 2] int32: row and column, for the rotary embedding
+    valid: Array  # [I, M] bool
+
+
+class Visual(struct.PyTreeNode):
+    """Encoded images of one prompt, as one bank of merged tokens that token sequences point into."""
+
+    tokens: Array  # [P, B, D]
+    deepstack: Array  # [taps, P, B, D]: added after the first LM layers (Qwen3-VL's DeepStack)
+
+
+class Keys(struct.PyTreeNode):
+    """Keys and values of one part of the context: shared by the group [L,P,S,K,h] or a rollout's own [L,P,N,S,K,h]."""
+
+    k: Array
+    v: Array
+
+
+def _weight(module: nn.Module, name: str, shape: Sequence[int], axes: Sequence[str | None], scale: float | None = None):
+    """One description of a parameter: its shape, its logical axes and how it starts."""
+    if scale is None:
+        start = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0)
+        if axes[-1] == "embed" and len(shape) == 3:  # [H, h, D]: both leading axes feed the output
+            start = nn.initializers.normal((shape[0] * shape[1]) ** -0.5)
+    elif scale in (0.0, 1.0):
+        start = nn.initializers.constant(scale)
+    else:
+        start = nn.initializers.normal(scale)
+    return module.param(name, nn.with_logical_partitioning(start, tuple(axes)), tuple(shape))
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """Root-mean-square normalisation in fp32 over the last axis."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return scale.astype(x.dtype) * y.astype(x.dtype)
+
+
+def layer_norm(x: Array, scale: Array, bias: Array, eps: float = 1e-6) -> Array:
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotary embedding, half-split convention. x [..., heads, h]; cos, sin [..., h/2], fp32."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def mrope_angles(config: PolicyConfig, positions: Array) -> tuple[Array, Array]:
+    """Interleaved M-RoPE: frequency i takes its position from axis t, h, w, t, h, w, ... while the sections last.
+
+    positions [..., 3] int32 -> cos, sin [..., h/2] fp32.
+    """
+    half = config.head_dim // 2
+    axis = np.zeros(half, np.int32)
+    for dim in (1, 2):
+        axis[dim : config.mrope_section[dim] * 3 : 3] = dim
+    frequency = config.rope_theta ** (-np.arange(half, dtype=np.float32) / half)
+    chosen = positions.astype(jnp.float32)[..., axis]
+    angle = chosen * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def attend(q: Array, parts: Sequence[tuple[Array, Array, Array]]) -> Array:
+    """Softmax attention over a context that lies in several parts, grouped queries, fp32 softmax.
+
+    q [P,N,t,H,h]. Each part is (k, v, mask): shared by the group (k, v [P,S,K,h]) or a rollout's own
+    (k, v [P,N,S,K,h]); mask is boolean and broadcasts to [P,N,t,S]. The parts are never concatenated or
+    tiled: only their logits meet, in one softmax. A query that sees nothing gets the mean, not NaN.
+    """
+    heads, size = q.shape[-2:]
+    groups = parts[0][0].shape[-2]
+    q = q.reshape(*q.shape[:-2], groups, heads // groups, size) * size**-0.5
+    logits = []
+    for k, _, mask in parts:
+        shared = k.ndim == 4
+        scores = jnp.einsum("pntkgh,pskh->pnkgts" if shared else "pntkgh,pnskh->pnkgts", q, k.astype(q.dtype),
+                            preferred_element_type=jnp.float32)
+        logits.append(jnp.where(mask[:, :, None, None], scores, MASKED))
+    top = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in logits])
+    weights = [jnp.exp(x - jax.lax.stop_gradient(top)) for x in logits]
+    total = functools.reduce(operator.add, [w.sum(-1) for w in weights])
+    out = 0.0
+    for weight, (_, v, _) in zip(weights, parts, strict=True):
+        form = "pnkgts,pskh->pntkgh" if v.ndim == 4 else "pnkgts,pnskh->pntkgh"
+        out += jnp.einsum(form, weight.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32)
+    out = out / jnp.moveaxis(total, -1, 2)[..., None]
+    return out.reshape(*out.shape[:3], heads, size).astype(q.dtype)
+
+
+MASKED = -1e30  # a finite minus infinity: a fully masked row stays finite
+
+
+class Layer(nn.Module):
+    """One decoder layer. The context's keys and values are arguments, the new ones are a result."""
+
+    config: PolicyConfig
+
+    @nn.compact
+    def __call__(self, carry, context, rope, mask, context_masks, visual):
+        c = self.config
+        x, index = carry
+        heads, groups, size = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        width, inner = c.hidden_size, c.intermediate_size
+
+        y = rms_norm(x, _weight(self, "attention_norm", [width], ["norm"], 1.0), c.rms_norm_eps)
+        q = jnp.einsum("pntd,dhe->pnthe", y, _weight(self, "q", [width, heads, size], ["embed", "heads", None]).astype(x.dtype))
+        k = jnp.einsum("pntd,dke->pntke", y, _weight(self, "k", [width, groups, size], ["embed", "kv_heads", None]).astype(x.dtype))
+        v = jnp.einsum("pntd,dke->pntke", y, _weight(self, "v", [width, groups, size], ["embed", "kv_heads", None]).astype(x.dtype))
+        q = rotate(rms_norm(q, _weight(self, "q_norm", [size], ["norm"], 1.0), c.rms_norm_eps), *rope)
+        k = rotate(rms_norm(k, _weight(self, "k_norm", [size], ["norm"], 1.0), c.rms_norm_eps), *rope)
+        parts = [(keys.k, keys.v, m) for keys, m in zip(context, context_masks, strict=True)] + [(k, v, mask)]
+        out = attend(q, parts)
+        x = x + jnp.einsum("pnthe,hed->pntd", out, _weight(self, "o", [heads, size, width], ["heads", None, "embed"]).astype(x.dtype))
+
+        y = rms_norm(x, _weight(self, "mlp_norm", [width], ["norm"], 1.0), c.rms_norm_eps)
+        gate = y @ _weight(self, "gate", [width, inner], ["embed", "mlp"]).astype(x.dtype)
+        up = y @ _weight(self, "up", [width, inner], ["embed", "mlp"]).astype(x.dtype)
+        x = x + (jax.nn.silu(gate) * up) @ _weight(self, "down", [inner, width], ["mlp", "embed"]).astype(x.dtype)
+
+        if visual is not None:
+            deepstack, slots = visual  # [taps, P, B, D], [P, N, t]
+            taps = deepstack.shape[0]
+            added = look_up(deepstack[jnp.minimum(index, taps - 1)], slots)
+            x = x + jnp.where(index < taps, added, 0).astype(x.dtype)
+        return (x, index + 1), Keys(k, v)
+
+
+def look_up(bank: Array, slots: Array) -> Array:
+    """bank [P,B,D], slots [P,N,t] (-1: no visual token) -> [P,N,t,D], zero where there is none."""
+    rows = jax.vmap(lambda b, s: b[jnp.maximum(s, 0)])(bank, slots)
+    return jnp.where((slots >= 0)[..., None], rows, 0)
+
+
+class Merger(nn.Module):
+    """2x2 patches -> one LM token. The final merger normalises before the patches join, DeepStack's after."""
+
+    config: VisionConfig
+    norm_after: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        joined = c.hidden_size * c.spatial_merge_size**2
+        size = joined if self.norm_after else c.hidden_size
+        scale, bias = _weight(self, "norm", [size], ["norm"], 1.0), _weight(self, "norm_bias", [size], ["norm"], 0.0)
+        images, patches, _ = x.shape
+        if not self.norm_after:
+            x = layer_norm(x, scale, bias)
+        x = x.reshape(images, patches // c.spatial_merge_size**2, joined)
+        if self.norm_after:
+            x = layer_norm(x, scale, bias)
+        x = x @ _weight(self, "fc1", [joined, joined], ["vision_joined", "mlp"]).astype(x.dtype)
+        x = jax.nn.gelu(x + _weight(self, "fc1_bias", [joined], ["mlp"], 0.0).astype(x.dtype), approximate=False)
+        x = x @ _weight(self, "fc2", [joined, c.out_hidden_size], ["mlp", "embed"]).astype(x.dtype)
+        return x + _weight(self, "fc2_bias", [c.out_hidden_size], ["norm"], 0.0).astype(x.dtype)
+
+
+class VisionBlock(nn.Module):
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, x: Array, rope: tuple[Array, Array], valid: Array) -> tuple[Array, None]:
+        c = self.config
+        width, heads, size = c.hidden_size, c.num_heads, c.hidden_size // c.num_heads
+        y = layer_norm(x, _weight(self, "norm1", [width], ["norm"], 1.0), _weight(self, "norm1_bias", [width], ["norm"], 0.0))
+        qkv = jnp.einsum("imd,dche->imche", y, _weight(self, "qkv", [width, 3, heads, size], ["vision", None, "heads", None]).astype(x.dtype))
+        qkv = qkv + _weight(self, "qkv_bias", [3, heads, size], [None, "heads", None], 0.0).astype(x.dtype)
+        q, k, v = (qkv[:, None, :, j] for j in range(3))  # one "rollout" per image
+        out = attend(rotate(q, *rope), [(rotate(k, *rope), v, valid[:, None, None, :])])[:, 0]
+        x = x + jnp.einsum("imhe,hed->imd", out, _weight(self, "o", [heads, size, width], ["heads", None, "vision"], (heads * size) ** -0.5).astype(x.dtype))
+        x = x + _weight(self, "o_bias", [width], ["norm"], 0.0).astype(x.dtype)
+        y = layer_norm(x, _weight(self, "norm2", [width], ["norm"], 1.0), _weight(self, "norm2_bias", [width], ["norm"], 0.0))
+        y = y @ _weight(self, "fc1", [width, c.intermediate_size], ["vision", "mlp"]).astype(x.dtype)
+        y = jax.nn.gelu(y + _weight(self, "fc1_bias", [c.intermediate_size], ["mlp"], 0.0).astype(x.dtype), approximate=True)
+        y = y @ _weight(self, "fc2", [c.intermediate_size, width], ["mlp", "vision"]).astype(x.dtype)
+        return x + y + _weight(self, "fc2_bias", [width], ["norm"], 0.0).astype(x.dtype), None
+
+
+class Vision(nn.Module):
+    """Images -> merged tokens [I, M/merge^2, D] and DeepStack features [taps, I, M/merge^2, D]."""
+
+    config: VisionConfig
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, images: Images) -> tuple[Array, Array]:
+        c = self.config
+        x = images.patches @ _weight(self, "patch", [c.patch_dim, c.hidden_size], [None, "vision"]).astype(images.patches.dtype)
+        x = x + _weight(self, "patch_bias", [c.hidden_size], ["norm"], 0.0).astype(x.dtype)
+        grid = _weight(self, "position", [c.num_position_embeddings, c.hidden_size], [None, "vision"], 0.02).astype(x.dtype)
+        x = x + jnp.einsum("imcd,imc->imd", grid[images.corners], images.corner_weights.astype(x.dtype))
+        quarter = c.hidden_size // c.num_heads // 4
+        frequency = 10000.0 ** (-np.arange(quarter, dtype=np.float32) / quarter)
+        angle = (images.place[..., None].astype(jnp.float32) * frequency).reshape(*images.place.shape[:2], 2 * quarter)
+        rope = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+        # The blocks between two taps are one scan: one compiled block, and only tapped features are kept.
+        block = nn.remat(VisionBlock, prevent_cse=False) if self.remat else VisionBlock
+        taps, done = [], 0
+        for number, end in enumerate((*(tap + 1 for tap in c.deepstack_visual_indexes), c.depth)):
+            if end > done:
+                x, _ = nn.scan(
+                    block,
+                    variable_axes={"params": 0},
+                    split_rngs={"params": True},
+                    in_axes=(nn.broadcast, nn.broadcast),
+                    metadata_params={nn.PARTITION_NAME: "layers"},
+                    length=end - done,
+                )(c, name=f"blocks_{number}")(x, rope, images.valid)
+            done = end
+            if number < len(c.deepstack_visual_indexes):
+                taps.append(Merger(c, True, name=f"deepstack_{number}")(x))
+        merged = Merger(c, False, name="merger")(x)
+        return merged, jnp.stack(taps) if taps else jnp.zeros((0, *merged.shape), merged.dtype)
+
+
+class Policy(nn.Module):
+    """Qwen3-VL as three pure functions of its parameters: `encode`, `run` (hidden states), `head` (logits)."""
+
+    config: PolicyConfig
+    remat: bool = False
+
+    def setup(self):
+        c = self.config
+        self.embedding = _weight(self, "embedding", [c.vocab_size, c.hidden_size], ["vocab", "embed"], 0.02)
+        self.vision = Vision(c.vision, self.remat)
+        layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
+        self.layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+            length=c.num_hidden_layers,
+        )(c)
+        self.norm = _weight(self, "norm", [c.hidden_size], ["norm"], 1.0)
+        if not c.tie_word_embeddings:
+            self.output = _weight(self, "output", [c.hidden_size, c.vocab_size], ["embed", "vocab"])
+
+    def encode(self, images: Images) -> tuple[Array, Array]:
+        return self.vision(images)
+
+    def run(self, tokens, positions, mask, *, context=(), context_masks=(), visual: Visual | None = None, slots=None):
+        """Hidden states after the final norm, and the new keys and values.
+
+        tokens [P,N,t] int32; positions [P,N,t,3]; mask [P,N,t,t] (own part: causal, same segment, valid);
+        context: tuple of Keys, shared or own, each with its mask in context_masks (broadcast to [P,N,t,S]);
+        visual: the image bank of each prompt, slots [P,N,t]: which bank token stands here, -1 for text.
+        Returns hidden [P,N,t,D] and Keys [L,P,N,t,K,h].
+        """
+        x = self.embedding[tokens].astype(self.dtype_of())
+        injected = None
+        if visual is not None:
+            x = jnp.where((slots >= 0)[..., None], look_up(visual.tokens, slots).astype(x.dtype), x)
+            if visual.deepstack.shape[0]:
+                injected = (visual.deepstack, slots)
+        rope = mrope_angles(self.config, positions)
+        (x, _), keys = self.layers((x, 0), tuple(context), rope, mask, tuple(context_masks), injected)
+        return rms_norm(x, self.norm, self.config.rms_norm_eps), keys
+
+    def dtype_of(self):
+        return self.norm.dtype
+
+    def head(self, hidden: Array) -> Array:
+        """hidden [..., D] -> logits [..., V] in fp32."""
+        kernel = self.embedding.T if self.config.tie_word_embeddings else self.output
+        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    def __call__(self, images: Images):
+        """Touches every parameter once; used by init and to read shapes and logical axes."""
+        tokens, deepstack = self.encode(images)
+        one = jnp.zeros((1, 1, 1), jnp.int32)
+        visual = Visual(tokens.reshape(1, -1, tokens.shape[-1]), deepstack.reshape(deepstack.shape[0], 1, -1, tokens.shape[-1]))
+        hidden, _ = self.run(one, jnp.zeros((1, 1, 1, 3), jnp.int32), jnp.ones((1, 1, 1, 1), bool), visual=visual, slots=one)
+        return self.head(hidden)
+
+
+def vision_place(config: VisionConfig, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each patch of a height x width patch grid lies, in merge-major order.
+
+    Returns corners [M,4] int32 and weights [M,4] fp32 into the learned square position grid (bilinear, corners
+    aligned), and place [M,2] int32 (row, column) for the rotary embedding.
+    """
+    merge, side = config.spatial_merge_size, math.isqrt(config.num_position_embeddings)
+    row, column = np.divmod(np.arange(height * width), width)
+    order = (
+        np.arange(height * width)
+        .reshape(height // merge, merge, width // merge, merge)
+        .transpose(0, 2, 1, 3)
+        .reshape(-1)
+    )
+    row, column = row[order], column[order]
+
+    def axis(index: np.ndarray, n: int):
+        exact = np.linspace(0, side - 1, n, dtype=np.float32)[index]
+        low = exact.astype(np.int32)
+        return low, np.minimum(low + 1, side - 1), exact - low
+
+    r0, r1, dr = axis(row, height)
+    c0, c1, dc = axis(column, width)
+    corners = np.stack([r0 * side + c0, r0 * side + c1, r1 * side + c0, r1 * side + c1], -1).astype(np.int32)
+    weights = np.stack([(1 - dr) * (1 - dc), (1 - dr) * dc, dr * (1 - dc), dr * dc], -1).astype(np.float32)
+    return corners, weights, np.stack([row, column], -1).astype(np.int32)
+
+
+def image_positions(grid: tuple[int, int], start: int) -> tuple[np.ndarray, int]:
+    """M-RoPE positions [3, h*w] of one image of h x w merged tokens that begins at `start`, and what follows it."""
+    height, width = grid
+    rows, columns = np.divmod(np.arange(height * width), width)
+    return np.stack([np.zeros_like(rows), rows, columns]).astype(np.int32) + start, start + max(height, width)
+
+
+def mrope_positions(policy_config: PolicyConfig, input_ids, image_grid_thw=None, attention_mask=None) -> np.ndarray:
+    """Positions [3,B,T] int32 of whole sequences: text counts on all three axes, an image spans rows and columns.
+
+    input_ids [B,T]; image_grid_thw [images,3] in patches, in the order the images stand in the batch;
+    attention_mask [B,T] with 0 on padding (its positions are 0). Raises ConfigError when the image tokens and the
+    grids do not match.
+    """
+    ids = np.asarray(input_ids)
+    valid = np.ones_like(ids, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
+    merge = policy_config.vision.spatial_merge_size
+    grids = iter([] if image_grid_thw is None else np.asarray(image_grid_thw).tolist())
+    out = np.zeros((3, *ids.shape), np.int32)
+    for row in range(ids.shape[0]):
+        where = np.flatnonzero(valid[row])
+        tokens = ids[row, where]
+        position, at = 0, 0
+        while at < len(tokens):
+            if tokens[at] == policy_config.image_token_id:
+                try:
+                    t, h, w = next(grids)
+                except StopIteration:
+                    raise ConfigError(f"row {row}: more image tokens than image_grid_thw describes") from None
+                span = t * (h // merge) * (w // merge)
+                if (tokens[at : at + span] != policy_config.image_token_id).any() or at + span > len(tokens):
+                    raise ConfigError(f"row {row}: image at token {at} needs {span} image tokens for grid {[t, h, w]}")
+                # A still image has t = 1; more would be frames that share rows and columns.
+                places, following = image_positions((h // merge, w // merge), position)
+                out[:, row, where[at : at + span]] = np.tile(places, t)
+                position = following
+            else:
+                span = 1
+                out[:, row, where[at]] = position
+                position += 1
+            at += span
+    return out
+
+
+def policy_logits(policy_config, params, input_ids, *, pixel_values=None, image_grid_thw=None, attention_mask=None):
+    """Whole-sequence forward with Hugging Face's input conventions.
+
+    input_ids [B,T]; pixel_values [patches, C*t*p*p]; image_grid_thw [images,3]; attention_mask [B,T], right padding.
+    Returns logits [B,T,V] fp32, computed in the parameters' dtype at highest matmul precision. Raises ConfigError
+    when image tokens and grids do not match.
+    """
+    ids = np.asarray(input_ids, np.int32)
+    positions = mrope_positions(policy_config, ids, image_grid_thw, attention_mask)
+    valid = np.ones_like(ids, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
+    policy = Policy(policy_config)
+    mask = np.tril(np.ones((ids.shape[1],) * 2, bool)) & valid[:, None, None, :]
+    visual, slots = None, None
+    with jax.default_matmul_precision("highest"):
+        if pixel_values is not None:
+            grids = np.asarray(image_grid_thw)
+            images = pack_images(policy_config.vision, split_patches(np.asarray(pixel_values), grids), grids[:, 1:])
+            images = images.replace(patches=images.patches.astype(params["norm"].dtype))
+            tokens, deepstack = policy.apply({"params": params}, images, method=Policy.encode)
+            # One bank for the whole batch, seen by every row.
+            per_image = grids[:, 0] * grids[:, 1] * grids[:, 2] // policy_config.vision.spatial_merge_size**2
+            flat = np.concatenate([i * tokens.shape[1] + np.arange(n) for i, n in enumerate(per_image)])
+            bank = tokens.reshape(-1, tokens.shape[-1])[flat]
+            deep = deepstack.reshape(deepstack.shape[0], -1, tokens.shape[-1])[:, flat]
+            rows = ids.shape[0]
+            visual = Visual(jnp.broadcast_to(bank, (rows, *bank.shape)), jnp.repeat(deep[:, None], rows, 1))
+            is_image = (ids == policy_config.image_token_id) & valid
+            slots = np.where(is_image, np.cumsum(is_image.reshape(-1)).reshape(ids.shape) - 1, -1)[:, None].astype(np.int32)
+        hidden, _ = policy.apply(
+            {"params": params}, ids[:, None], np.moveaxis(positions, 0, -1)[:, None], mask, visual=visual, slots=slots, method=Policy.run
+        )
+        return policy.apply({"params": params}, hidden[:, 0], method=Policy.head)
+
+
+def split_patches(pixel_values: np.ndarray, grids: np.ndarray) -> list[np.ndarray]:
+    counts = np.prod(grids, axis=-1)
+    if counts.sum() != len(pixel_values):
+        raise ConfigError(f"pixel_values has {len(pixel_values)} patches, image_grid_thw describes {counts.sum()}")
+    return np.split(pixel_values, np.cumsum(counts)[:-1])
+
+
+def pack_images(config: VisionConfig, patches: Sequence[np.ndarray], grids: Sequence[tuple[int, int]]) -> Images:
+    """Images of any grids as one padded batch. patches: one [h*w, C*t*p*p] array per image, grids: (h, w) in patches."""
+    most = max(len(p) for p in patches)
+    out = Images(
+        patches=np.zeros((len(patches), most, config.patch_dim), np.float32),
+        corners=np.zeros((len(patches), most, 4), np.int32),
+        corner_weights=np.zeros((len(patches), most, 4), np.float32),
+        place=np.zeros((len(patches), most, 2), np.int32),
+        valid=np.zeros((len(patches), most), bool),
+    )
+    for i, (pixels, (height, width)) in enumerate(zip(patches, grids, strict=True)):
+        n = len(pixels)
+        corners, weights, place = vision_place(config, int(height), int(width))
+        out.patches[i, :n], out.corners[i, :n], out.corner_weights[i, :n] = pixels, corners, weights
+        out.place[i, :n], out.valid[i, :n] = place, True
+    return out
+
+
+# ======================================================================================================
+# 3  Mesh and sharding
+# ======================================================================================================
+
+# Logical axis of a parameter -> mesh axis. `embed` is what FSDP cuts; heads and MLP width are what tensor
+# parallelism cuts; everything named here exists on purpose, a name that is missing is an error.
+RULES = {
+    "embed": "fsdp",
+    "vision": "fsdp",
+    "vision_joined": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+    "norm": None,
+    None: None,
+}
+
+
+def make_mesh(section: MeshSection) -> Mesh:
+    """Mesh (data, fsdp, tensor). Raises ConfigError when it does not match the number of devices."""
+    count = jax.device_count()
+    fixed = section.fsdp * section.tensor
+    rest = count // fixed if section.data == -1 else section.data
+    if rest * fixed != count or rest < 1:
+        raise ConfigError(
+            f"mesh data={section.data} fsdp={section.fsdp} tensor={section.tensor}: does not cover {count} devices; "
+            "their product must, with data=-1 for what is left"
+        )
+    # Auto on purpose: since JAX 0.9 the default makes every gather name its output sharding.
+    return jax.make_mesh((rest, section.fsdp, section.tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def parameter_specs(policy: Policy, mesh: Mesh, *, log: Callable[[str], None] = lambda line: None) -> Any:
+    """NamedSharding of every parameter by the rules table; an axis that does not divide is replicated and said so."""
+    boxed = jax.eval_shape(lambda: policy.init(jax.random.key(0), example_images(policy.config.vision)))["params"]
+
+    def spec(path, box) -> NamedSharding:
+        name = "/".join(str(k.key) for k in path)
+        names = box.names
+        axes = []
+        for axis, size in zip(names, box.value.shape, strict=True):
+            if axis not in RULES:
+                raise ConfigError(f"parameter {name}: logical axis {axis!r} is in no sharding rule")
+            target = RULES[axis]
+            if target is not None and size % mesh.shape[target]:
+                log(f"{name}: {axis}={size} does not divide by {target}={mesh.shape[target]}, replicated")
+                target = None
+            axes.append(None if target in axes else target)
+        return NamedSharding(mesh, Spec(*axes))
+
+    return jax.tree_util.tree_map_with_path(spec, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def example_images(vision: VisionConfig) -> Images:
+    side = vision.spatial_merge_size
+    return pack_images(vision, [np.zeros((side * side, vision.patch_dim), np.float32)], [(side, side)])
+
+
+def parameter_shapes(config: PolicyConfig) -> Any:
+    """The parameter tree as ShapeDtypeStructs, without the logical boxes."""
+    return nn.unbox(jax.eval_shape(lambda: Policy(config).init(jax.random.key(0), example_images(config.vision))))["params"]
+
+
+def shard_batch(mesh: Mesh, tree: Any) -> Any:
+    """Host arrays [P, ...] and [P, N, ...] -> device arrays: P over data, N over fsdp where it divides."""
+
+    def put(x: np.ndarray) -> jax.Array:
+        spec = []
+        for axis, size in zip(("data", "fsdp"), x.shape[:2], strict=False):
+            spec.append(axis if size % mesh.shape[axis] == 0 else None)
+        return jax.device_put(x, NamedSharding(mesh, Spec(*spec)))
+
+    return jax.tree.map(put, tree)
+
+
+# ======================================================================================================
+# 4  Protocol: what is said, and how it becomes tokens
+# ======================================================================================================
+
+# METHOD.md 1.2 in our own words. `full` is for instruct checkpoints, `brief` for a policy that was warm-started on the
+# protocol and needs no rules explained.
+PROMPTS = {
+    "full": {
+        "clarify": """You find one target in a video. You get a query and numbered frames; you finish with a box and a point on one frame of your choice.
+The query may fit several objects. You have one tool to settle that:
+{"name": "vlm_tool", "description": "asks the user a question when several objects still fit what is known", "parameters": {"query": "the question, a string"}}
+The user's reply comes between <information> and </information>.
+Look at the frames first. Then say exactly one of these three things.
+While several objects fit: <thinking> list the objects that still fit; find the visible features in which they differ; choose the question that splits them most evenly or isolates one </thinking><call> {"name": "vlm_tool", "query": "..."} </call>
+When one object is left: <thinking> which frame shows it best </thinking><keyframe> frame number </keyframe>
+After you were shown that frame in high resolution: <thinking> its unique features and its exact place </thinking><answer> {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]} </answer>
+Never guess while several objects fit. Do not repeat the query in a question, say "the target". Ask about one visible attribute at a time: colour, direction, action, relative position or shape; for a place name the frame. Never ask which frame is clearest. Left and right are the viewer's. Coordinates run from 0 to 1000.
+If nothing in the video fits the query: <keyframe> -1 </keyframe>, then <answer> {"bbox_2d": [0, 0, 0, 0], "point_2d": [0, 0]} </answer>.
+Examples: <call> {"name": "vlm_tool", "query": "Counting from the left in frame 0, which one is the target?"} </call> <call> {"name": "vlm_tool", "query": "In frame 12, is the target in front of or behind the fence?"} </call> <call> {"name": "vlm_tool", "query": "What color is the target?"} </call> <call> {"name": "vlm_tool", "query": "In frame 30, is the target in a corner or in the middle?"} </call>""",
+        "direct": """You find one target in a video. You get a query and numbered frames; you finish with a box and a point on one frame of your choice.
+First: <thinking> which frame shows the target best </thinking><keyframe> frame number </keyframe>
+After you were shown that frame in high resolution: <thinking> its unique features and its exact place </thinking><answer> {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]} </answer>
+Left and right are the viewer's. Coordinates run from 0 to 1000. If nothing in the video fits the query: <keyframe> -1 </keyframe>, then <answer> {"bbox_2d": [0, 0, 0, 0], "point_2d": [0, 0]} </answer>.""",
+        "mask_type": ' Add "mask_type" to the answer: "modal" when the visible part is meant, "amodal" when the whole object is, hidden parts included.',
+        "conversation": """You talk with a user about an image. Answer briefly. When the user asks for a segmentation: <thinking> which object the conversation means </thinking><keyframe> frame number </keyframe>
+After you were shown that frame in high resolution: <thinking> its unique features and its exact place </thinking><answer> {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]} </answer>
+Coordinates run from 0 to 1000.""",
+    },
+    "brief": {
+        "clarify": "Find the target. Ask while several match.",
+        "direct": "Find the target.",
+        "mask_type": " Say which mask.",
+        "conversation": "Answer, then find the target.",
+    },
+}
+
+KEYFRAME_REPLY = "Here is the high-res version of your selected frame: "
+NO_TARGET_REPLY = "No frame selected. Answer with zeros."
+NO_SUCH_FRAME = "Frame index not in {frames}."
+
+
+def information(reply: str) -> str:
+    """The user's reply as the policy sees it (METHOD.md 1.4)."""
+    return f"<information>{reply}</information>\n\n"
+
+
+GUIDANCE = "\n\nFeedback on an earlier attempt: {guidance}\n\nAnswer the query correctly."
+
+
+@dataclass(frozen=True)
+class Action:
+    """What one generation asks for. Fields of other kinds are None; `error` says why a text is invalid."""
+
+    kind: str  # call | keyframe | answer | invalid
+    question: str | None = None
+    frame: int | None = None
+    box: tuple[float, float, float, float] | None = None
+    point: tuple[float, float] | None = None
+    mask_type: str | None = None
+    error: str | None = None
+
+
+def _between(text: str, tag: str, *, last: bool) -> str | None:
+    """The text inside the first or last complete <tag>...</tag>; linear in the text, whatever it holds."""
+    start, end = f"<{tag}>", f"</{tag}>"
+    if last:
+        close = text.rfind(end)
+        opening = text.rfind(start, 0, close) if close >= 0 else -1
+    else:
+        opening = text.find(start)
+        close = text.find(end, opening) if opening >= 0 else -1
+    return text[opening + len(start) : close] if opening >= 0 and close >= 0 else None
+
+
+def _read_json(text: str) -> Any:
+    """Strict JSON: no NaN, no infinities, no bottomless nesting. Returns None when it is not."""
+    if len(text) > 20_000:
+        return None
+    try:
+        return json.loads(text, parse_constant=lambda name: None)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
+    if not isinstance(value, list) or len(value) != count:
+        return None
+    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value):
+        return None
+    try:
+        numbers = tuple(float(x) for x in value)
+    except OverflowError:
+        return None
+    return numbers if all(math.isfinite(x) for x in numbers) else None
+
+
+def parse_action(text: str) -> Action:
+    """One generation -> what it does (METHOD.md 1.4, 1.5, 1.7). Never raises, linear in the text.
+
+    A call wins over a key frame, a key frame over an answer, as the environment acts on the tag that stopped it.
+    """
+    call = _between(text, "call", last=True)
+    if call is not None:
+        request = _read_json(call)
+        if not isinstance(request, dict):
+            return Action("invalid", error="The call is not valid JSON.")
+        if not isinstance(request.get("name"), str) or not isinstance(request.get("query"), str) or not request["query"].strip():
+            return Action("invalid", error='The call needs "name" and "query".')
+        if request["name"] != "vlm_tool":
+            return Action("invalid", error="Unknown tool; the only one is vlm_tool.")
+        return Action("call", question=request["query"].strip())
+    keyframe = _between(text, "keyframe", last=False)
+    if keyframe is not None:
+        if not re.fullmatch(r"\s*-?\d{1,9}\s*", keyframe):
+            return Action("invalid", error="")  # the released tool server answers nothing here (METHOD.md 1.5)
+        return Action("keyframe", frame=int(keyframe))
+    answer = _between(text, "answer", last=False)
+    if answer is not None:
+        value = _read_json(answer)
+        if not isinstance(value, dict):
+            return Action("invalid", error="The answer is not valid JSON.")
+        box, point = _numbers(value.get("bbox_2d"), 4), _numbers(value.get("point_2d"), 2)
+        if box is None or point is None:
+            return Action("invalid", error='The answer needs "bbox_2d" with 4 numbers and "point_2d" with 2.')
+        mask_type = value.get("mask_type", "modal")
+        if mask_type not in ("modal", "amodal"):
+            return Action("invalid", error='"mask_type" is "modal" or "amodal".')
+        return Action("answer", box=box, point=point, mask_type=mask_type)
+    return Action("invalid", error="Nothing to do was found.")
+
+
+def well_formed(texts: Sequence[str], *, mask_type: bool = False) -> bool:
+    """The format term (METHOD.md 3.2): thinking right before an integer key frame, thinking right before a one-line
+    answer whose JSON has exactly the keys asked for."""
+    keys = {"bbox_2d", "point_2d"} | ({"mask_type"} if mask_type else set())
+    framed = answered = False
+    for text in texts:
+        if len(text) > 100_000 or "<thinking>" not in text:
+            continue
+        before, thought, after = text.rpartition("</thinking>")
+        if not thought or "<thinking>" not in before:
+            continue
+        after = after.strip()
+        framed |= re.fullmatch(r"<keyframe>\s*-?\d{1,9}\s*</keyframe>", after) is not None
+        if after.startswith("<answer>") and after.endswith("</answer>") and "\n" not in after:
+            value = _read_json(after.removeprefix("<answer>").removesuffix("</answer>"))
+            answered |= isinstance(value, dict) and set(value) == keys and parse_action(after).kind == "answer"
+    return framed and answered
+
+
+class Transcript:
+    """Tokens of one row as they grow, with everything the policy needs to know of each: data, made once.
+
+    Token ids only move forward: sampled ids are appended as they are, never decoded and encoded again.
+    """
+
+    def __init__(self, position: int = 0):
+        self.tokens: list[int] = []
+        self.trained: list[bool] = []  # sampled by the policy, so part of the loss
+        self.turn: list[int] = []  # which generation, -1 outside
+        self.slots: list[int] = []  # token of the image bank that stands here, -1: text
+        self.positions: list[tuple[int, int, int]] = []
+        self.logp: list[float] = []  # of sampled tokens, by the sampler
+        self.position = position  # M-RoPE position of the next token
+        self.generations = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(self, ids: Sequence[int], *, trained: bool = False, logp: Sequence[float] | None = None) -> None:
+        n = len(ids)
+        self.tokens += ids
+        self.trained += [trained] * n
+        self.turn += [self.generations if trained else -1] * n
+        self.slots += [-1] * n
+        self.positions += [(p, p, p) for p in range(self.position, self.position + n)]
+        self.logp += [0.0] * n if logp is None else list(logp)
+        self.position += n
+        self.generations += trained
+
+    def add_image(self, image_token: int, first_slot: int, grid: tuple[int, int]) -> None:
+        """grid: height and width in merged tokens."""
+        places, following = image_positions(grid, self.position)
+        n = places.shape[1]
+        self.tokens += [image_token] * n
+        self.trained += [False] * n
+        self.turn += [-1] * n
+        self.slots += range(first_slot, first_slot + n)
+        self.positions += list(zip(*places.tolist(), strict=True))
+        self.logp += [0.0] * n
+        self.position = following
+
+
+class Rows(struct.PyTreeNode):
+    """Transcripts as arrays, [P, 1, S] for prompts and [P, N, T] for rollouts, padded on the right."""
+
+    tokens: Array  # [P,N,T] int32
+    positions: Array  # [P,N,T,3] int32: M-RoPE's time, row and column
+    slots: Array  # [P,N,T] int32
+    segment: Array  # [P,N,T] int32: 0 padding; tokens see earlier ones of their own segment only
+    trained: Array  # [P,N,T] bool
+    turn: Array  # [P,N,T] int32
+    logp: Array  # [P,N,T] float32, the sampler's
+
+
+def stack_rows(grid: Sequence[Sequence[Sequence[Transcript]]], length: int, pad: int) -> Rows:
+    """grid[p][n]: the segments of one row, laid one after the other. Raises ValueError when one does not fit."""
+    p, n = len(grid), len(grid[0])
+    out = Rows(
+        tokens=np.full((p, n, length), pad, np.int32),
+        positions=np.zeros((p, n, length, 3), np.int32),
+        slots=np.full((p, n, length), -1, np.int32),
+        segment=np.zeros((p, n, length), np.int32),
+        trained=np.zeros((p, n, length), bool),
+        turn=np.full((p, n, length), -1, np.int32),
+        logp=np.zeros((p, n, length), np.float32),
+    )
+    for i, rows in enumerate(grid):
+        for j, segments in enumerate(rows):
+            at = 0
+            for number, row in enumerate(segments, start=1):
+                span = slice(at, at + len(row))
+                if span.stop > length:
+                    raise ValueError(f"{span.stop} tokens do not fit a row of {length}")
+                if len(row):
+                    out.tokens[i, j, span] = row.tokens
+                    out.positions[i, j, span] = row.positions
+                    out.slots[i, j, span], out.segment[i, j, span] = row.slots, number
+                    out.trained[i, j, span], out.turn[i, j, span] = row.trained, row.turn
+                    out.logp[i, j, span] = row.logp
+                at = span.stop
+    return out
+
+
+class Speaker:
+    """Turns words and images into transcripts, the same way for demonstrations, rollouts and evaluation.
+
+    The chat layout is Qwen's, the newline after <|im_end|> included. The bank of a prompt holds its `frames` shown
+    images first and then up to as many high-resolution key frames.
+    """
+
+    def __init__(self, config: ProtocolSection, policy: PolicyConfig, tokenizer: weights.Tokenizer):
+        self.config, self.policy, self.tokenizer = config, policy, tokenizer
+        unit = policy.vision.patch_size * policy.vision.spatial_merge_size
+        # Sizes are rounded up to whole merged tokens (METHOD.md 1.1).
+        self.frame_grid = (-(-config.frame_size // unit),) * 2
+        self.keyframe_grid = (-(-config.keyframe_size // unit),) * 2
+        self.frame_tokens = self.frame_grid[0] * self.frame_grid[1]
+        self.keyframe_tokens = self.keyframe_grid[0] * self.keyframe_grid[1]
+        self.image_token = policy.image_token_id
+        self._cache: dict[str, list[int]] = {}
+
+    def ids(self, text: str) -> list[int]:
+        if text not in self._cache:
+            if len(self._cache) > 4096:
+                self._cache.clear()
+            self._cache[text] = self.tokenizer.encode(text)
+        return self._cache[text]
+
+    def system(self, ability: str | None, *, mask_type: bool = False, conversation: bool = False) -> str:
+        prompts = PROMPTS[self.config.prompts]
+        if conversation:
+            return prompts["conversation"]
+        kind = "clarify" if ability in self.config.clarify else "direct"
+        return prompts[kind] + (prompts["mask_type"] if mask_type else "")
+
+    def opening(self, fids: Sequence[int], system: str) -> Transcript:
+        """Everything before the query: system message and shown frames."""
+        row = Transcript()
+        row.add(self.ids(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"))
+        for i, fid in enumerate(fids):
+            row.add(self.ids(f"frame {fid} <|vision_start|>"))
+            row.add_image(self.image_token, i * self.frame_tokens, self.frame_grid)
+            row.add(self.ids("<|vision_end|>\n"))
+        row.add(self.ids("\n"))
+        return row
+
+    def query(self, row: Transcript, query: str, guidance: str | None = None) -> None:
+        text = query + (GUIDANCE.format(guidance=guidance) if guidance else "")
+        row.add(self.tokenizer.encode(text))
+        row.add(self.closing())
+
+    def closing(self) -> list[int]:
+        return self.ids("<|im_end|>\n<|im_start|>assistant\n")
+
+    def observe(self, row: Transcript, text: str, keyframe_slot: int | None = None, *, ended: bool = False) -> None:
+        """The environment's reply as a user turn (METHOD.md 1.3). ended: the policy closed its turn itself."""
+        row.add(self.ids("\n<|im_start|>user\n" if ended else "<|im_end|>\n<|im_start|>user\n"))
+        ids = self.tokenizer.encode(text)
+        if len(ids) > self.config.observation_tokens:  # the released loop keeps the end of a text that is too long
+            ids = ids[-self.config.observation_tokens :] + self.ids("...(truncated)")
+        row.add(ids)
+        if keyframe_slot is not None:
+            row.add(self.ids("<|vision_start|>"))
+            first = self.config.frames * self.frame_tokens + keyframe_slot * self.keyframe_tokens
+            row.add_image(self.image_token, first, self.keyframe_grid)
+            row.add(self.ids("<|vision_end|>"))
+        row.add(self.closing())
+
+    # What the policy says, in the form that demonstrations teach and `parse_action` reads.
+
+    def call(self, thinking: str, question: str) -> str:
+        return f"<thinking> {thinking} </thinking><call> {json.dumps({'name': 'vlm_tool', 'query': question})} </call>"
+
+    def keyframe(self, thinking: str, fid: int) -> str:
+        return f"<thinking> {thinking} </thinking><keyframe> {fid} </keyframe>"
+
+    def answer(self, thinking: str, box: Sequence[int], point: Sequence[int], mask_type: str | None = None) -> str:
+        value = {"bbox_2d": list(box), "point_2d": list(point)} | ({"mask_type": mask_type} if mask_type else {})
+        return f"<thinking> {thinking} </thinking><answer> {json.dumps(value)} </answer>"
+
+    def patches(self, image: np.ndarray, grid: tuple[int, int], method: str) -> np.ndarray:
+        """uint8 [h,w,3] -> [patches, C*t*p*p] at the grid's size (METHOD.md 1.1, 1.5)."""
+        unit = self.policy.vision.patch_size * self.policy.vision.spatial_merge_size
+        return patchify(self.policy.vision, data.resize(image, grid[0] * unit, grid[1] * unit, method=method))
+
+    def frame_patches(self, image: np.ndarray) -> np.ndarray:
+        return self.patches(image, self.frame_grid, "bicubic")
+
+    def keyframe_patches(self, image: np.ndarray) -> np.ndarray:
+        return self.patches(image, self.keyframe_grid, "lanczos")
+
+    def images(self, patches: np.ndarray, grid: tuple[int, int]) -> Images:
+        """patches [I, M, C*t*p*p] of one grid."""
+        merge = self.policy.vision.spatial_merge_size
+        corners, corner_weights, place = vision_place(self.policy.vision, grid[0] * merge, grid[1] * merge)
+        count = (len(patches),)
+        return Images(
+            patches=patches,
+            corners=np.broadcast_to(corners, count + corners.shape),
+            corner_weights=np.broadcast_to(corner_weights, count + corner_weights.shape),
+            place=np.broadcast_to(place, count + place.shape),
+            valid=np.ones(patches.shape[:2], bool),
+        )
+
+
+def patchify(config: VisionConfig, image: np.ndarray) -> np.ndarray:
+    """uint8 [h,w,3], sides whole merged tokens -> [h/p * w/p, C*t*p*p] float32 in merge-major order.
+
+    Values are scaled to -1..1 (Qwen3-VL's mean and deviation of 0.5); a still fills its temporal patch twice.
+    """
+    p, m, t = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
+    height, width = image.shape[0] // p, image.shape[1] // p
+    x = (image.astype(np.float32) / 255 - 0.5) / 0.5
+    x = x.reshape(height // m, m, p, width // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    x = np.broadcast_to(x[..., None, :, :], (*x.shape[:5], t, p, p))
+    return x.reshape(height * width, config.patch_dim)
+
+
+# ======================================================================================================
+# 5  Rollout: the dialogue loop
+# ======================================================================================================
+
+
+class Prompt:
+    """One sample as the policy meets it: its transcript so far, its images, and which key frames were asked for."""
+
+    def __init__(self, sample: data.Sample, positions: Sequence[int], speaker: Speaker):
+        self.sample, self.positions = sample, list(positions)
+        self.fids = [data.frame_id(sample.frame_names[i]) for i in positions]
+        self.images = [sample.image(i) for i in positions]
+        system = speaker.system(sample.ability, mask_type=sample.mask_type is not None)
+        self.row = speaker.opening(self.fids, system)
+        self.row.add(speaker.tokenizer.encode(sample.query))
+        self.query_end = len(self.row)  # a teacher's guidance goes here
+        self.query_position = self.row.position
+        self.row.add(speaker.closing())
+        self.keyframes: dict[int, int] = {}  # fid -> slot of its high-resolution copy in the bank
+        masks = sample.masks
+        self.truth = {} if masks is None else data.ground_truth({f: masks(i) for f, i in zip(self.fids, positions, strict=True)})
+        self.graph = (sample.privileged or {}).get("scene_graph") or {}
+        self.initial_count = sample.initial_count
+        self.no_target = sample.ability == "none" or sample.initial_count == 0
+
+    @property
+    def key(self) -> int:
+        """A stable number for random keys: the same sample samples the same, whatever stands beside it."""
+        return int.from_bytes(hashlib.blake2s(self.sample.id.encode(), digest_size=4).digest(), "big") >> 1
+
+    def patches(self, speaker: Speaker) -> np.ndarray:
+        return np.stack([speaker.frame_patches(image) for image in self.images])
+
+    def image_of(self, fid: int) -> np.ndarray:
+        return self.images[self.fids.index(fid)]
+
+
+class Dialogue:
+    """One rollout as it unfolds on the host: what was said, asked, shown and answered."""
+
+    def __init__(self, prompt: Prompt):
+        self.prompt = prompt
+        self.row = Transcript(prompt.row.position)
+        self.texts: list[str] = []
+        self.actions: list[Action] = []
+        self.replies: list[str] = []  # observation after each generation; "" when the dialogue ended
+        self.questions: list[tuple[str, str]] = []  # (question, answer) of every call; a malformed one asks ""
+        self.end: str | None = None  # answered | stopped | overlong | turns
+        self.frame: int | None = None  # last valid key frame; -1: no target
+        self.answer: Action | None = None
+
+    def say(self, ids: list[int], logp: list[float], speaker: Speaker, *, finished: bool, last: bool) -> None:
+        """Takes one generation. finished: it ended on a stop string or the end of the turn; last: no tool call is left."""
+        self.row.add(ids, trained=True, logp=logp)
+        text = speaker.tokenizer.decode(ids)
+        closed = text.endswith("<|im_end|>")
+        text = text.removesuffix("<|im_end|>")
+        action = parse_action(text)
+        self.texts.append(text)
+        self.actions.append(action)
+        self.replies.append("")
+        if action.kind == "answer":
+            self.answer, self.end = action, "answered"
+        elif not finished:
+            self.end = "overlong"
+        elif closed or not text.rstrip().endswith(("</call>", "</keyframe>")):
+            self.end = "stopped"  # it closed its turn with nothing left to react to
+        elif last:
+            self.end = "turns"
+        if self.end is None and action.kind == "invalid" and "</call>" in text:
+            self.questions.append(("", action.error or ""))
+
+    def wants_user(self) -> bool:
+        return self.end is None and self.actions[-1].kind == "call"
+
+    def observe(self, speaker: Speaker, reply: str | None) -> None:
+        """Appends the environment's observation. reply: the user's words, when the last action was a call."""
+        action, slot = self.actions[-1], None
+        if action.kind == "call":
+            self.questions.append((action.question, reply))
+            text = information(reply)
+        elif action.kind == "keyframe" and action.frame == -1:
+            self.frame, text = -1, NO_TARGET_REPLY
+        elif action.kind == "keyframe" and action.frame in self.prompt.fids:
+            self.frame, text = action.frame, KEYFRAME_REPLY
+            slot = self.prompt.keyframes.setdefault(action.frame, len(self.prompt.keyframes))
+        elif action.kind == "keyframe":
+            text = NO_SUCH_FRAME.format(frames=self.prompt.fids)
+        else:
+            text = action.error or ""
+        self.replies[-1] = text
+        speaker.observe(self.row, text, slot)
+        if len(self.row) >= speaker.config.response_tokens:
+            self.end = "overlong"
+
+    @property
+    def well_formed(self) -> bool:
+        return well_formed(self.texts, mask_type=self.prompt.sample.mask_type is not None)
+
+
+def stop_automaton(spelling: Sequence[bytes], stops: Sequence[str]) -> tuple[np.ndarray, int]:
+    """Stop strings as a token-level automaton: table [states, V] int32 of next states, and the state that means stop.
+
+    Exact for strings that straddle tokens: states are how much of a stop string the text ends on (Aho-Corasick over
+    bytes), and each token is spelled through it once, here. The last state is the stop and keeps itself.
+    """
+    patterns = [s.encode() for s in stops]
+    prefixes = sorted({p[:i] for p in patterns for i in range(len(p))}, key=lambda x: (len(x), x))
+    number = {prefix: i for i, prefix in enumerate(prefixes)}
+    done = len(prefixes)
+    step = np.zeros((done + 1, 256), np.int32)
+    step[done] = done
+    for prefix, state in number.items():
+        for byte in range(256):
+            text = prefix + bytes([byte])
+            if any(text.endswith(p) for p in patterns):
+                step[state, byte] = done
+            else:
+                step[state, byte] = next(number[text[i:]] for i in range(len(text) + 1) if text[i:] in number)
+    longest = max(map(len, spelling))
+    letters = np.zeros((len(spelling), longest), np.uint8)
+    lengths = np.array([len(s) for s in spelling])
+    for i, s in enumerate(spelling):
+        letters[i, : len(s)] = np.frombuffer(s, np.uint8)
+    table = np.tile(np.arange(done + 1, dtype=np.int32)[:, None], (1, len(spelling)))
+    for place in range(longest):
+        table = np.where(place < lengths, step[table, letters[:, place]], table)
+    return table, done
+
+
+def bucket(size: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds `size`: programs are compiled once per bucket."""
+    return next(b for b in sorted(buckets) if b >= size)
+
+
+class Lanes(struct.PyTreeNode):
+    """Device state of the dialogues in play. Everything of the prompt is [P], everything of the rollout [P, N]."""
+
+    prompt: Keys  # [L,P,S,K,h]
+    prompt_mask: Array  # [P,S]
+    visual: Visual
+    past: Keys  # [L,P,N,C,K,h]: the rollout's own tokens so far
+    past_length: Array  # [P,N]
+    logits: Array  # [P,N,V]: of the next token
+
+
+class Sampler:
+    """Plays dialogues: encode and prefill once per prompt, then turns of decode, act, observe, extend.
+
+    The prompt's keys and values stay [P]; a rollout's own grow in place across turns. During a turn the past is only
+    read, new tokens collect in a small buffer and are laid behind the past once, at the turn's end.
+    """
+
+    def __init__(self, config: Config, policy: Policy, speaker: Speaker, mesh: Mesh):
+        self.c, self.policy, self.speaker, self.mesh = config, policy, speaker, mesh
+        tokenizer = speaker.tokenizer
+        vocabulary = policy.config.vocab_size
+        spelling = tokenizer.spelling()
+        spelling += [b""] * (vocabulary - len(spelling))
+        table, self.stop_state = stop_automaton(spelling[:vocabulary], ["</call>", "</keyframe>"])
+        self.table = jnp.asarray(table)
+        # What may be sampled: tokens that spell something, and the two ends of a turn.
+        allowed = np.array([bool(s) for s in spelling[:vocabulary]])
+        allowed[[tokenizer.end_of_turn, tokenizer.end_of_text]] = True
+        self.allowed = jnp.asarray(allowed)
+        self.ends = jnp.asarray([tokenizer.end_of_turn, tokenizer.end_of_text])
+        for name in ("encode", "insert", "prefill", "extend", "decode", "commit", "pick", "keys"):
+            setattr(self, name, jax.jit(getattr(self, f"_{name}"), static_argnames=("length",) if name == "commit" else None))
+
+    # Device programs
+
+    def _run(self, params, *args, **kwargs):
+        return self.policy.apply({"params": params}, *args, method=Policy.run, **kwargs)
+
+    def _encode(self, params, images: Images):
+        return self.policy.apply({"params": params}, images, method=Policy.encode)
+
+    def _insert(self, visual: Visual, tokens, deepstack, prompt, first):
+        """Lays newly encoded images [I, m, D] into the banks: image i at prompt[i], from token first[i] on."""
+        where = first[:, None] + jnp.arange(tokens.shape[1])
+        return Visual(
+            visual.tokens.at[prompt[:, None], where].set(tokens, mode="drop"),
+            visual.deepstack.at[:, prompt[:, None], where].set(deepstack, mode="drop"),
+        )
+
+    def _prefill(self, params, prompts: Rows, visual: Visual):
+        hidden, keys = self._run(params, prompts.tokens, prompts.positions, own_mask(prompts), visual=visual, slots=prompts.slots)
+        there = prompts.segment[:, 0] > 0
+        last = jnp.take_along_axis(hidden[:, 0], there.sum(-1)[:, None, None] - 1, 1)[:, 0]
+        logits = self.policy.apply({"params": params}, last, method=Policy.head)
+        return jax.tree.map(lambda x: x[:, :, 0], keys), there, logits
+
+    def _context(self, lanes: Lanes):
+        here = jnp.arange(lanes.past.k.shape[3]) < lanes.past_length[..., None]
+        return (lanes.prompt, lanes.past), (lanes.prompt_mask[:, None, None, :], here[:, :, None, :])
+
+    def _extend(self, params, lanes: Lanes, rows: Rows):
+        """An observation as one chunk per row, each at its own offset; rows without one have length 0."""
+        context, masks = self._context(lanes)
+        hidden, fresh = self._run(params, rows.tokens, rows.positions, own_mask(rows), context=context, context_masks=masks,
+                                  visual=lanes.visual, slots=rows.slots)
+        count = (rows.segment > 0).sum(-1)
+        last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[..., None, None], 2)[:, :, 0]
+        return fresh, count, self.policy.apply({"params": params}, last, method=Policy.head)
+
+    def _commit(self, lanes: Lanes, fresh: Keys, count, length: int):
+        """Lays `count` fresh keys and values of each row behind its past, in a cache of `length` slots."""
+        slot = jnp.arange(length)
+        offset = lanes.past_length[..., None]
+        new = (slot >= offset) & (slot < offset + count[..., None])
+        source = jnp.clip(slot - offset, 0, fresh.k.shape[3] - 1)
+
+        def lay(past, fresh):
+            past = jnp.pad(past, ((0, 0),) * 3 + ((0, length - past.shape[3]),) + ((0, 0),) * 2)
+            moved = jnp.take_along_axis(fresh, source[None, ..., None, None], 3)
+            return jnp.where(new[None, ..., None, None], moved, past)
+
+        return lanes.replace(past=jax.tree.map(lay, lanes.past, fresh), past_length=lanes.past_length + count)
+
+    def _pick(self, lanes: Lanes, p):
+        """The lanes of prompts p [P']: those whose rollouts all ended are left behind."""
+        first, second = (lambda x: x[p]), (lambda x: x[:, p])
+        return Lanes(
+            jax.tree.map(second, lanes.prompt),
+            first(lanes.prompt_mask),
+            Visual(first(lanes.visual.tokens), second(lanes.visual.deepstack)),
+            jax.tree.map(second, lanes.past),
+            first(lanes.past_length),
+            first(lanes.logits),
+        )
+
+    def _keys(self, seed, step, prompt, rollout):
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        fold = jax.vmap(jax.vmap(lambda p, n: jax.random.fold_in(jax.random.fold_in(key, p), n)))
+        return fold(jnp.broadcast_to(prompt[:, None], rollout.shape), rollout)
+
+    def _decode(self, params, lanes: Lanes, position, budget, keys, temperature):
+        """One turn: samples until every row stopped or spent its budget.
+
+        position [P,N]: M-RoPE position of the next token; budget [P,N]: tokens a row may still say, 0 for rows that
+        are out; keys [P,N]; temperature [P,N], 0 takes the likeliest. Returns tokens and logp [P,N,R], length [P,N],
+        finished [P,N] (a stop string or the end of the turn was said) and the fresh Keys.
+        """
+        p, n = budget.shape
+        most = self.c.protocol.action_tokens
+        context, masks = self._context(lanes)
+        recent = jax.tree.map(lambda x: jnp.zeros((*x.shape[:3], most, *x.shape[4:]), x.dtype), lanes.past)
+        one = jnp.ones((p, n, 1, 1), bool)
+
+        def go_on(carry):
+            at, _, live, *_ = carry
+            return live.any() & (at < most)
+
+        def body(carry):
+            at, logits, live, state, tokens, logp, length, finished, recent = carry
+            scores = jnp.where(self.allowed, logits, MASKED)
+            drawn = jax.vmap(jax.vmap(lambda k, i: jax.random.gumbel(jax.random.fold_in(k, i), logits.shape[-1:])))(
+                keys, lanes.past_length + at
+            )
+            heat = temperature[..., None]
+            token = jnp.argmax(jnp.where(heat > 0, scores / jnp.maximum(heat, 1e-6) + drawn, scores), -1).astype(jnp.int32)
+            chance = jnp.take_along_axis(logits, token[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
+            token = jnp.where(live, token, self.speaker.tokenizer.end_of_text)
+            tokens = tokens.at[:, :, at].set(token)
+            logp = logp.at[:, :, at].set(jnp.where(live, chance, 0.0))
+            length = length + live
+            state = self.table[state, token]
+            stopped = (state == self.stop_state) | (token[..., None] == self.ends).any(-1)
+            finished = finished | (live & stopped)
+            live = live & ~stopped & (length < budget)
+            place = jnp.broadcast_to((position + at)[..., None, None], (p, n, 1, 3))
+            hidden, fresh = self._run(
+                params, token[..., None], place, one,
+                context=(*context, recent), context_masks=(*masks, (jnp.arange(most) < at)[None, None, None, :]),
+            )  # fmt: skip
+            recent = jax.tree.map(lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, at, 3), recent, fresh)
+            logits = self.policy.apply({"params": params}, hidden[:, :, 0], method=Policy.head)
+            return at + 1, logits, live, state, tokens, logp, length, finished, recent
+
+        blank = jnp.zeros((p, n), jnp.int32)
+        start = (
+            jnp.int32(0), lanes.logits, budget > 0, blank, jnp.zeros((p, n, most), jnp.int32),
+            jnp.zeros((p, n, most), jnp.float32), blank, jnp.zeros((p, n), bool), recent,
+        )  # fmt: skip
+        _, _, _, _, tokens, logp, length, finished, recent = jax.lax.while_loop(go_on, body, start)
+        return tokens, logp, length, finished, recent
+
+    # Host side
+
+    def begin(self, params, prompts: Sequence[Prompt], rollouts: int) -> Lanes:
+        """Encodes the frames and prefills the prompts, once each."""
+        c, speaker = self.c, self.speaker
+        images = speaker.images(np.concatenate([p.patches(speaker) for p in prompts]), speaker.frame_grid)
+        tokens, deepstack = self.encode(params, shard_batch(self.mesh, images))
+        count, width = len(prompts), tokens.shape[-1]
+        room = c.protocol.frames * speaker.keyframe_tokens  # every shown frame may be asked for
+        tokens = jnp.pad(tokens.reshape(count, -1, width), ((0, 0), (0, room), (0, 0)))
+        deepstack = jnp.pad(deepstack.reshape(deepstack.shape[0], count, -1, width), ((0, 0), (0, 0), (0, room), (0, 0)))
+        visual = Visual(tokens, deepstack)
+        rows = prompt_rows(prompts, c, speaker)
+        keys, mask, logits = self.prefill(params, shard_batch(self.mesh, rows), visual)
+        capacity = min(c.rollout.cache_buckets)
+        past = jax.tree.map(lambda x: jnp.zeros((x.shape[0], count, rollouts, capacity, *x.shape[3:]), x.dtype), keys)
+        logits = jnp.broadcast_to(logits[:, None], (count, rollouts, logits.shape[-1]))
+        return Lanes(keys, mask, visual, past, jnp.zeros((count, rollouts), jnp.int32), logits)
+
+    def show(self, params, visual: Visual, lanes: Sequence[Prompt], fresh: Sequence[tuple[int, int]]) -> Visual:
+        """Encodes key frames asked for the first time, (lane of the prompt, fid), and lays them into the banks."""
+        speaker = self.speaker
+        for start in range(0, len(fresh), 16):
+            part = fresh[start : start + 16]
+            size = 16
+            patches = np.zeros((size, speaker.keyframe_tokens * speaker.policy.vision.spatial_merge_size**2,
+                                speaker.policy.vision.patch_dim), np.float32)
+            prompt = np.full(size, visual.tokens.shape[0], np.int32)  # out of range: dropped
+            first = np.zeros(size, np.int32)
+            for i, (lane, fid) in enumerate(part):
+                patches[i] = speaker.keyframe_patches(lanes[lane].image_of(fid))
+                prompt[i] = lane
+                first[i] = self.c.protocol.frames * speaker.frame_tokens + lanes[lane].keyframes[fid] * speaker.keyframe_tokens
+            tokens, deepstack = self.encode(params, speaker.images(patches, speaker.keyframe_grid))
+            visual = self.insert(visual, tokens, deepstack, prompt, first)
+        return visual
+
+    def play(
+        self, params: Any, prompts: Sequence[Prompt], temperatures: Sequence[float], user: Any, *, seed: int, step: int,
+        clock: Clock,
+    ) -> list[list[Dialogue]]:  # fmt: skip
+        """Dialogues [P][N], rollout n at temperatures[n]. A dialogue depends on (seed, step, sample, rollout) only."""
+        c, speaker = self.c, self.speaker
+        n = len(temperatures)
+        out = [[Dialogue(prompt) for _ in range(n)] for prompt in prompts]
+        grid: list[list[Dialogue | None]] = [list(row) for row in out]
+        number = {id(d): j for row in out for j, d in enumerate(row)}
+        lane_prompts = list(prompts)
+        with clock("prefill"):
+            lanes = jax.block_until_ready(self.begin(params, prompts, n))
+        for turn in range(c.protocol.max_turns + 1):
+            live = lambda d: d is not None and d.end is None  # noqa: E731
+            per_row = lambda f, default, kind: np.array([[f(d) if live(d) else default for d in row] for row in grid], kind)  # noqa: E731, B023
+            with clock("decode"):
+                budget = per_row(lambda d: min(c.protocol.action_tokens, c.protocol.response_tokens - len(d.row)), 0, np.int32)
+                rollout = per_row(lambda d: number[id(d)], 0, np.int32)
+                keys = self.keys(seed, step, np.array([p.key for p in lane_prompts], np.int32), rollout)
+                heat = per_row(lambda d: temperatures[number[id(d)]], 0.0, np.float32)
+                tokens, logp, length, finished, fresh = self.decode(
+                    params, lanes, per_row(lambda d: d.row.position, 0, np.int32), budget, keys, heat
+                )
+                tokens, logp, said, finished = jax.device_get((tokens, logp, length, finished))
+            with clock("act"):
+                for i, row in enumerate(grid):
+                    for j, d in enumerate(row):
+                        if live(d):
+                            k = int(said[i, j])
+                            d.say(tokens[i, j, :k].tolist(), logp[i, j, :k].tolist(), speaker,
+                                  finished=bool(finished[i, j]), last=turn == c.protocol.max_turns)
+                talking = [(i, d) for i, row in enumerate(grid) for d in row if live(d)]
+            with clock("simulator"):
+                asking = [d for _, d in talking if d.wants_user()]
+                replies = simulator.answer_all(user, [(d.prompt.graph, d.prompt.fids, d.actions[-1].question) for d in asking])
+                replies = {id(d): simulator.sanitise(r) for d, r in zip(asking, replies, strict=True)}
+            with clock("act"):
+                starts, shown = {}, [(i, set(p.keyframes)) for i, p in enumerate(lane_prompts)]
+                for _, d in talking:
+                    starts[id(d)] = len(d.row)
+                    d.observe(speaker, replies.get(id(d)))
+                new = [(i, fid) for i, before in shown for fid in lane_prompts[i].keyframes if fid not in before]
+            if not any(live(d) for row in grid for d in row):
+                break
+            with clock("extend"):
+                most = max(len(d.row) for row in grid for d in row if live(d))
+                size = bucket(most, c.rollout.cache_buckets)
+                lanes = self.commit(lanes, fresh, length, length=size)
+                if new:
+                    lanes = lanes.replace(visual=self.show(params, lanes.visual, lane_prompts, new))
+                grid, lane_prompts, lanes = self.compact(grid, lane_prompts, lanes, live)
+                chunks = [[self._tail(d, starts[id(d)]) if live(d) else Transcript() for d in row] for row in grid]
+                width = bucket(max(len(x) for row in chunks for x in row), c.rollout.observation_buckets)
+                rows = stack_rows([[[x] for x in row] for row in chunks], width, speaker.tokenizer.end_of_text)
+                fresh, count, logits = self.extend(params, lanes, shard_batch(self.mesh, rows))
+                lanes = jax.block_until_ready(self.commit(lanes, fresh, count, length=size).replace(logits=logits))
+        return out
+
+    @staticmethod
+    def _tail(dialogue: Dialogue, start: int) -> Transcript:
+        """The part of a transcript that the cache does not hold yet."""
+        row, out = dialogue.row, Transcript()
+        for name in ("tokens", "trained", "turn", "slots", "positions", "logp"):
+            setattr(out, name, getattr(row, name)[start:])
+        return out
+
+    def compact(self, grid, lane_prompts, lanes, live):
+        """Leaves ended rows behind once half of the prompts have none that goes on; the group axis stays whole."""
+        p = len(grid)
+        going = [i for i in range(p) if any(live(d) for d in grid[i])]
+        size = p // 2
+        while size >= self.c.rollout.least_prompts and len(going) <= size // 2:
+            size //= 2
+        if len(going) > size or size < self.c.rollout.least_prompts:
+            return grid, lane_prompts, lanes
+        chosen = (going + [i for i in range(p) if i not in going])[:size]
+        lanes = self.pick(lanes, np.array(chosen, np.int32))
+        return [grid[i] for i in chosen], [lane_prompts[i] for i in chosen], lanes
+
+
+def prompt_rows(prompts: Sequence[Prompt], config: Config, speaker: Speaker) -> Rows:
+    return stack_rows([[[p.row]] for p in prompts], config.protocol.prompt_tokens, speaker.tokenizer.end_of_text)
+
+
+# ======================================================================================================
+# 6  Rewards
+# ======================================================================================================
+
+
+def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """IoU of two boxes with inclusive pixels; 0 unless they strictly overlap (METHOD.md 3.1)."""
+    x1, y1, x2, y2 = max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
+    if not (x1 < x2 and y1 < y2):
+        return 0.0
+    inter = (x2 - x1 + 1) * (y2 - y1 + 1)
+    area = lambda r: (r[2] - r[0] + 1) * (r[3] - r[1] + 1)  # noqa: E731
+    union = area(a) + area(b) - inter
+    return inter / union if math.isfinite(union) and union > 0 else 0.0
+
+
+def localisation_rewards(
+    frame: int | None, box: Sequence[float] | None, point: Sequence[float] | None, truth: Mapping, *,
+    iou: float = 0.5, box_l1: float = 10, point_l2: float = 100,
+) -> dict[str, float]:  # fmt: skip
+    """The four terms of the trajectory level, each in [0,1] (METHOD.md 3.1).
+
+    frame: chosen frame id; box (x1,y1,x2,y2), point (x,y) in thousandths of the frame, None when the answer did not
+    parse; truth: {fid: {bbox_2d, point_2d, area, max_conn_area}}. All terms are 0 when the frame does not hold the
+    target or something is missing. Thresholds: IoU above `iou`, mean coordinate error below `box_l1`, point inside
+    the predicted box and nearer than `point_l2`.
+    """
+    nothing = {"iou": 0.0, "box": 0.0, "point": 0.0, "frame": 0.0}
+    found = truth.get(str(frame), truth.get(frame)) if frame is not None else None
+    if found is None or box is None or point is None:
+        return nothing
+    box, point = [float(x) for x in box], [float(x) for x in point]
+    if not all(map(math.isfinite, (*box, *point))):
+        return nothing
+    best, centre = found["bbox_2d"], found["point_2d"]
+    error = sum(abs(p - t) for p, t in zip(box, best, strict=True)) / 4
+    inside = box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
+    near = math.hypot(point[0] - centre[0], point[1] - centre[1]) < point_l2
+    return {
+        "iou": float(box_iou(box, best) > iou),
+        "box": float(error < box_l1),
+        "point": float(inside and near),
+        "frame": float(found["max_conn_area"]),
+    }
+
+
+def turn_gains(counts: Array, asked: Array, *, kind: str = "reduction") -> jax.Array:
+    """How much each question shrank the candidates, in [0,1] (METHOD.md 3.3).
+
+    counts [...,Q+1]: candidates before the first question and after each; asked [...,Q]: slots that hold a call,
+    well-formed or not. Returns [...,Q], 0 where nothing was asked. reduction: (a-b)/(a-1); ratio: 1-b/a; log:
+    log(a/b)/log(a); the other kinds of `process_reward` use reduction.
+    """
+    counts = jnp.asarray(counts, jnp.float32)
+    before, after = counts[..., :-1], counts[..., 1:]
+    several = before > 1
+    safe, left = jnp.maximum(before, 2.0), jnp.maximum(after, 1.0)
+    if kind == "ratio":
+        gain = 1 - left / safe
+    elif kind == "log":
+        gain = jnp.log(safe / left) / jnp.log(safe)
+    else:
+        gain = (safe - left) / (safe - 1)
+    return jnp.where(several & jnp.asarray(asked, bool), gain, 0.0)
+
+
+def process_reward(counts: Array, asked: Array, well_formed: Array, ambiguous: Array, *, kind: str = "reduction") -> jax.Array:
+    """The turn level's term R_proc in [0,1] (METHOD.md 3.3).
+
+    counts [...,Q+1], asked [...,Q], well_formed [...] (the format term), ambiguous [...]: the sample needs a question.
+    Without a question: 0 when ambiguous (guessing), else the format term. `linear` costs 0.1 per redundant question;
+    `format` ignores the turns; `parent_tpr` is the parent project's 1-0.3^k, which rewards more calls.
+    """
+    counts, asked = jnp.asarray(counts, jnp.float32), jnp.asarray(asked, bool)
+    fmt, ambiguous = jnp.asarray(well_formed, jnp.float32), jnp.asarray(ambiguous, bool)
+    if kind == "format":
+        return fmt
+    questions = asked.sum(-1)
+    if kind == "parent_tpr":
+        return jnp.where(questions > 0, 1 - 0.3 ** (questions + fmt), jnp.where(ambiguous, 0.0, fmt))
+    gains = turn_gains(counts, asked, kind=kind)
+    each = jnp.maximum(questions, 1)
+    first, last = jnp.maximum(counts[..., 0], 1.0), jnp.maximum(counts[..., -1], 1.0)
+    resolution = jnp.where(first > 1, (first - last) / jnp.maximum(first - 1, 1.0), 0.0)
+    if kind == "resolution_x_efficiency":
+        earned = resolution * (gains > 0).sum(-1) / each
+    elif kind == "linear":
+        earned = jnp.maximum(resolution - 0.1 * (asked & (gains <= 0)).sum(-1), 0.0)
+    else:
+        earned = gains.sum(-1) / each
+    return jnp.where(questions > 0, fmt * earned, jnp.where(ambiguous, 0.0, fmt))
+
+
+def check_counts(counts: Any, initial: int, questions: int) -> tuple[list[int], bool]:
+    """The expert's counts made fit for use: `questions + 1` of them, non-increasing, never below 1 (METHOD.md 2.2).
+
+    `initial`: the sample's own count, which wins when known (>= 0; 0 marks a sample without a target, all counts 0).
+    Returns (counts, whether the expert's were usable as they came).
+    """
+    ok = isinstance(counts, (list, tuple)) and all(isinstance(x, int) and not isinstance(x, bool) for x in counts)
+    values = list(counts) if ok else []
+    if initial == 0:
+        return [0] * (questions + 1), ok
+    ok = ok and len(values) == questions + 1
+    first = initial if initial > 0 else max(values[0], 1) if values else 1
+    out = [first]
+    for k in range(1, questions + 1):
+        value = values[k] if k < len(values) else out[-1]
+        out.append(min(max(value, 1), out[-1]))
+    return out, ok and out == values
+
+
+class Scores(struct.PyTreeNode):
+    """What the rollouts of one step earned, [P, N, ...]; Q question slots."""
+
+    terms: dict[str, Array]  # each [P,N], in [0,1]
+    counts: Array  # [P,N,Q+1] int32, the last repeated
+    asked: Array  # [P,N,Q] bool
+    well_formed: Array  # [P,N] bool
+    ambiguous: Array  # [P,N] bool
+    valid: Array  # [P,N] bool: False where the segmenter failed
+
+
+class MaskReward:
+    """IoU of SAM2's mask with the truth, reached from a jitted function by a host callback.
+
+    Across the callback travel ids, boxes and points, and a float per row comes back. It runs under shard_map, so each
+    host's sidecar sees its own rows only; its body touches no JAX. A row whose sidecar failed twice comes back invalid.
+    """
+
+    def __init__(self, client: SegmenterClient, mesh: Mesh):
+        self.client = client
+        self.videos: list[str] = []
+        rows = Spec(("data", "fsdp"))
+
+        def ask(index, frame, box, point, amodal, wanted):
+            index, frame, box, point, amodal, wanted = map(np.asarray, (index, frame, box, point, amodal, wanted))
+            iou, valid = np.zeros(len(index), np.float32), np.ones(len(index), bool)
+            where = np.flatnonzero(wanted)
+            if len(where):
+                iou[where], valid[where] = self.client.mask_iou([
+                    {"video": self.videos[index[i]], "frame": int(frame[i]), "box": box[i].tolist(), "point": point[i].tolist(),
+                     "mask_type": "amodal" if amodal[i] else "modal"}
+                    for i in where
+                ])  # fmt: skip
+            return iou, valid
+
+        def local(*args):
+            n = args[0].shape[0]
+            shapes = (jax.ShapeDtypeStruct((n,), jnp.float32), jax.ShapeDtypeStruct((n,), jnp.bool_))
+            return jax.experimental.io_callback(ask, shapes, *args)
+
+        self._score = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False))
+        self._shards = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def __call__(self, dialogues: Sequence[Sequence[Dialogue]]) -> tuple[np.ndarray, np.ndarray]:
+        """dialogues [P][N] -> IoU [P,N] in [0,1] and valid [P,N]."""
+        self.videos = [row[0].prompt.sample.id for row in dialogues]
+        flat = [(p, d) for p, row in enumerate(dialogues) for d in row]
+        size = -(-len(flat) // self._shards) * self._shards
+        index, frame = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        box, point = np.zeros((size, 4), np.float32), np.zeros((size, 2), np.float32)
+        amodal, wanted = np.zeros(size, bool), np.zeros(size, bool)
+        shown = set()
+        for i, (p, d) in enumerate(flat):
+            if d.answer is None or d.frame is None or d.frame < 0 or str(d.frame) not in d.prompt.truth:
+                continue
+            index[i], frame[i], wanted[i] = p, d.frame, True
+            box[i], point[i] = np.clip(d.answer.box, 0, 1000), np.clip(d.answer.point, 0, 1000)
+            amodal[i] = d.answer.mask_type == "amodal"
+            if (p, d.frame) not in shown:
+                shown.add((p, d.frame))
+                position = d.prompt.positions[d.prompt.fids.index(d.frame)]
+                self.client.register(self.videos[p], d.frame, d.prompt.image_of(d.frame), d.prompt.sample.masks(position))
+        iou, valid = jax.device_get(self._score(index, frame, box, point, amodal, wanted))
+        form = (len(dialogues), len(dialogues[0]))
+        return np.array(iou[: len(flat)]).reshape(form), np.array(valid[: len(flat)]).reshape(form)
+
+
+def score(
+    dialogues: Sequence[Sequence[Dialogue]], config: Config, expert: Any, mask_reward: MaskReward | None
+) -> tuple[Scores, list[list[str]], dict[str, float]]:
+    """Rewards of every rollout, the expert's guidance for each ("" for none), and what went wrong on the way.
+
+    The expert looks at every dialogue that asked something (METHOD.md 2.2).
+    """
+    c = config.reward
+    p, n = len(dialogues), len(dialogues[0])
+    slots = max(1, config.protocol.max_turns)
+    terms = {name: np.zeros((p, n), np.float32) for name in TERMS}
+    counts = np.zeros((p, n, slots + 1), np.int32)
+    asked = np.zeros((p, n, slots), bool)
+    formed, ambiguous, valid = np.zeros((p, n), bool), np.zeros((p, n), bool), np.ones((p, n), bool)
+    guidance = [["" for _ in row] for row in dialogues]
+    faults = {"counts_repaired": 0, "guidance_refused": 0, "segmenter_failed": 0}
+    for i, row in enumerate(dialogues):
+        for j, d in enumerate(row):
+            prompt = d.prompt
+            parts = localise(d, config)
+            for name, value in parts.items():
+                terms[name][i, j] = value
+            raw: list[int] = []
+            if d.questions:
+                diagnosis = expert.diagnose(prompt.graph, prompt.fids, d.questions)
+                raw = diagnosis.counts
+                if diagnosis.guidance and simulator.leaks(diagnosis.guidance, prompt.graph):
+                    faults["guidance_refused"] += 1
+                else:
+                    guidance[i][j] = diagnosis.guidance or ""
+            k = min(len(d.questions), slots)
+            used, as_came = check_counts(raw if d.questions else [max(prompt.initial_count, 1)], prompt.initial_count, k)
+            faults["counts_repaired"] += bool(d.questions) and not as_came
+            counts[i, j] = used + [used[-1]] * (slots - k)
+            asked[i, j, :k] = True
+            formed[i, j] = d.well_formed
+            ambiguous[i, j] = prompt.initial_count > 1
+    if mask_reward is not None and c.weights.get("mask", 0) > 0:
+        terms["mask"], valid = mask_reward(dialogues)
+        for i, row in enumerate(dialogues):
+            for j, d in enumerate(row):
+                if c.no_target and d.prompt.no_target:
+                    terms["mask"][i, j] = terms["iou"][i, j]
+        faults["segmenter_failed"] = int((~valid).sum())
+    terms["process"] = np.asarray(process_reward(counts, asked, formed, ambiguous, kind=c.process))
+    return Scores(terms, counts, asked, formed, ambiguous, valid), guidance, faults
+
+
+def localise(d: Dialogue, config: Config) -> dict[str, float]:
+    """The trajectory terms of one dialogue, no-target samples included (METHOD.md 3.1, 11.4)."""
+    c, answer = config.reward, d.answer
+    if d.prompt.no_target and c.no_target:
+        right = d.frame == -1 and answer is not None and not any((*answer.box, *answer.point))
+        return dict.fromkeys(("iou", "box", "point", "frame"), float(right))
+    if answer is None:
+        return dict.fromkeys(("iou", "box", "point", "frame"), 0.0)
+    return localisation_rewards(d.frame, answer.box, answer.point, d.prompt.truth, iou=c.iou, box_l1=c.box_l1, point_l2=c.point_l2)
+
+
+def total_return(scores: Scores, config: Config) -> Array:
+    """R [P,N]: the weighted sum of the terms (METHOD.md 3.4, 11.1)."""
+    return sum(config.reward.weights.get(name, 0.0) * scores.terms[name] for name in TERMS)
+
+
+# ======================================================================================================
+# 7  Hi-GRPO: three levels of credit
+# ======================================================================================================
+
+
+def group_advantages(returns: Array, *, valid: Array | None = None, normalise_std: bool = True, eps: float = 1e-6) -> jax.Array:
+    """Trajectory and turn level: returns [P,N] relative to their group (METHOD.md 4.2).
+
+    A = (R - mean) / (std + eps), std with ddof 1; a group of one has mean 0 and std 1. Invalid rows get 0 and stay
+    outside mean and std. A group of equal returns is exactly 0: each row is measured from the group's first valid one
+    before anything is averaged.
+    """
+    returns = jnp.asarray(returns)
+    returns = returns.astype(jnp.promote_types(returns.dtype, jnp.float32))
+    valid = jnp.ones(returns.shape, bool) if valid is None else jnp.asarray(valid, bool)
+    count = valid.sum(-1, keepdims=True)
+    first = jnp.take_along_axis(returns, jnp.argmax(valid, -1)[..., None], -1)
+    alone = count <= 1
+    shifted = jnp.where(valid, returns - jnp.where(alone, 0.0, first), 0.0)
+    mean = jnp.where(alone, 0.0, shifted.sum(-1, keepdims=True) / jnp.maximum(count, 1))
+    centred = jnp.where(valid, shifted - mean, 0.0)
+    if not normalise_std:
+        return centred
+    variance = (centred**2).sum(-1, keepdims=True) / jnp.maximum(count - 1, 1)
+    std = jnp.where(alone, 1.0, jnp.sqrt(variance))
+    return centred / (std + eps)
+
+
+def step_weights(advantages: Array, logp_teacher: Array, logp_student: Array, has_context: Array, *, clip: float = 0.2) -> jax.Array:
+    """Step level: how much of its credit each token gets (METHOD.md 4.4, RLSD).
+
+    w = clip(exp(sign(A) * (logp_teacher - logp_student)), 1 - clip, 1 + clip), detached; 1 in rows without context.
+    advantages, logp [...,T]; has_context [...]. With A > 0 tokens that the guided teacher likes get more credit, with
+    A < 0 they are blamed less.
+    """
+    delta = jnp.clip(jnp.asarray(logp_teacher, jnp.float32) - jnp.asarray(logp_student, jnp.float32), -20, 20)
+    weight = jnp.clip(jnp.exp(jnp.sign(advantages) * delta), 1 - clip, 1 + clip)
+    return jax.lax.stop_gradient(jnp.where(jnp.asarray(has_context, bool)[..., None], weight, 1.0))
+
+
+def modulate(advantages: Array, weights: Array, lam: Array | float) -> jax.Array:
+    """A_hat = A * ((1 - lam) + lam * w): weights are positive, so signs never change (METHOD.md 4.4)."""
+    return advantages * ((1 - lam) + lam * weights)
+
+
+def step_strength(c: CreditSection, step: Array | int) -> Array:
+    """lam at a global step: lam until lam_start, then linearly to 0 over lam_decay steps (METHOD.md 4.4)."""
+    return c.lam * jnp.clip(1 - (step - c.lam_start) / c.lam_decay, 0.0, 1.0)
+
+
+def policy_loss(
+    logp: Array, old_logp: Array, advantages: Array, mask: Array, *, clip_low: float, clip_high: float, dual_clip: float = 3.0
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Clipped surrogate with dual clip, mean over the tokens of `mask` (METHOD.md 4.6). All arguments [...,T].
+
+    Returns the scalar and stats: ratio, clip_fraction, kl (to the old policy, k3 estimator). Masked tokens touch
+    neither value nor gradient, whatever they hold; an empty mask gives 0.
+    """
+    mask = jnp.asarray(mask).astype(bool)
+    old_logp = jax.lax.stop_gradient(jnp.where(mask, old_logp, 0.0))
+    advantages = jax.lax.stop_gradient(jnp.where(mask, advantages, 0.0))
+    change = jnp.clip(jnp.where(mask, logp, 0.0) - old_logp, -20, 20)
+    ratio = jnp.exp(change)
+    plain, clipped = -advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    loss = jnp.maximum(plain, clipped)
+    loss = jnp.where(advantages < 0, jnp.minimum(loss, -advantages * dual_clip), loss)
+    total = jnp.maximum(mask.sum(), 1)
+    mean = lambda x: jnp.where(mask, x, 0.0).sum() / total  # noqa: E731
+    return mean(loss), {
+        "ratio": mean(ratio),
+        "clip_fraction": mean((clipped > plain).astype(jnp.float32)),
+        "kl": mean(jnp.exp(-change) - 1 + change),
+    }
+
+
+def sdpo_loss(
+    student_topk_logp: Array, teacher_topk_logp: Array, logp: Array, old_logp: Array, mask: Array, *, alpha: float = 0.5,
+    is_clip: float = 2.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+    """Self-distillation: generalised Jensen-Shannon divergence over the student's top k and one tail bucket.
+
+    student and teacher [...,T,k] at the same ids; logp, old_logp, mask [...,T]. m = (1-alpha) p_S + alpha p_T,
+    D = (1-alpha) KL(p_S|m) + alpha KL(p_T|m); alpha 0 is KL(p_T|p_S), 1 is KL(p_S|p_T). Weighted by the detached
+    importance ratio, capped at is_clip, then mean over `mask` (METHOD.md 4.10).
+    """
+    mask = jnp.asarray(mask).astype(bool)
+
+    def with_tail(x):
+        x = jnp.where(mask[..., None], x, -1.0)
+        inside = jnp.minimum(jax.nn.logsumexp(x, -1, keepdims=True), -1e-7)
+        return jnp.concatenate([x, jnp.log(-jnp.expm1(inside))], -1)
+
+    s, t = with_tail(student_topk_logp), jax.lax.stop_gradient(with_tail(teacher_topk_logp))
+    kl = lambda a, b: (jnp.exp(a) * (a - b)).sum(-1)  # noqa: E731
+    if alpha == 0:
+        divergence = kl(t, s)
+    elif alpha == 1:
+        divergence = kl(s, t)
+    else:
+        m = jnp.logaddexp(s + math.log(1 - alpha), t + math.log(alpha))
+        divergence = (1 - alpha) * kl(s, m) + alpha * kl(t, m)
+    change = jnp.where(mask, jnp.asarray(logp) - jnp.asarray(old_logp), 0.0)
+    ratio = jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.clip(change, -20, 20)), is_clip))
+    total = jnp.maximum(mask.sum(), 1)
+    mean = lambda x: jnp.where(mask, x, 0.0).sum() / total  # noqa: E731
+    return mean(divergence * ratio), {"divergence": mean(divergence), "ratio": mean(ratio)}
+
+
+# ======================================================================================================
+# 8  Update
+# ======================================================================================================
+
+
+class Batch(struct.PyTreeNode):
+    """What a forward pass over whole transcripts needs. Images lie flat, P * F and P * keyframes of them."""
+
+    prompts: Rows  # [P, 1, S]
+    rows: Rows  # [P, N, T]
+    frames: Images
+    keyframes: Images
+
+
+def encode_bank(policy: Policy, params: Any, images: Sequence[Images], prompts: int) -> Visual:
+    """Images of several sizes, each flat over the prompts -> one bank per prompt, sizes one after the other."""
+    tokens, deepstack = [], []
+    for batch in images:
+        merged, deep = policy.apply({"params": params}, batch, method=Policy.encode)
+        tokens.append(merged.reshape(prompts, -1, merged.shape[-1]))
+        deepstack.append(deep.reshape(deep.shape[0], prompts, -1, merged.shape[-1]))
+    return Visual(jnp.concatenate(tokens, 1), jnp.concatenate(deepstack, 2))
+
+
+def own_mask(rows: Rows) -> Array:
+    """[P,N,T,T]: a token sees itself and what came before in its own segment."""
+    same = (rows.segment[..., :, None] == rows.segment[..., None, :]) & (rows.segment[..., None, :] > 0)
+    length = rows.segment.shape[-1]
+    return same & jnp.tril(jnp.ones((length, length), bool))
+
+
+def predict(policy: Policy, params: Any, batch: Batch, *, share_prefix: bool = True, freeze_vision: bool = False) -> Array:
+    """Hidden states [P,N,T,D], each the one that predicts the token in its place.
+
+    With share_prefix each prompt is run once and the rollouts attend to its keys and values; without, each rollout
+    runs its prompt again. Same numbers, fewer tokens (DESIGN: about 2.8 times at the released lengths).
+    """
+    run = functools.partial(policy.apply, {"params": params}, method=Policy.run)
+    visual = encode_bank(policy, params, [batch.frames, batch.keyframes], batch.prompts.tokens.shape[0])
+    if freeze_vision:
+        visual = jax.lax.stop_gradient(visual)
+    prompts, rows = batch.prompts, batch.rows
+    p, n, length = rows.tokens.shape
+    there = prompts.segment > 0
+    last = jnp.maximum(there.sum(-1) - 1, 0)[..., None, None]  # [P,1,1,1]
+    if share_prefix:
+        before, keys = run(prompts.tokens, prompts.positions, own_mask(prompts), visual=visual, slots=prompts.slots)
+        keys = jax.tree.map(lambda x: x[:, :, 0], keys)
+        hidden, _ = run(
+            rows.tokens, rows.positions, own_mask(rows), visual=visual, slots=rows.slots,
+            context=(keys,), context_masks=(there[:, :, None, :],),
+        )  # fmt: skip
+        before = jnp.take_along_axis(before, last, 2)
+        before = jnp.broadcast_to(before, (p, n, 1, before.shape[-1]))
+    else:
+        tile = lambda x, axis: jnp.repeat(x, n, axis=axis)  # noqa: E731
+        size = prompts.tokens.shape[-1]
+        whole = own_mask(rows)
+        head = tile(own_mask(prompts), 1)
+        mask = jnp.concatenate([
+            jnp.concatenate([head, jnp.zeros((p, n, size, length), bool)], -1),
+            jnp.concatenate([jnp.broadcast_to(there[:, :, None, :], (p, n, length, size)), whole], -1),
+        ], -2)  # fmt: skip
+        join = lambda a, b: jnp.concatenate([tile(a, 1), b], 2)  # noqa: E731
+        hidden, _ = run(
+            join(prompts.tokens, rows.tokens), join(prompts.positions, rows.positions), mask,
+            visual=visual, slots=join(prompts.slots, rows.slots),
+        )  # fmt: skip
+        before = jnp.take_along_axis(hidden, last, 2)
+        hidden = hidden[:, :, size:]
+    return jnp.concatenate([before, hidden[:, :, :-1]], 2)
+
+
+def token_logp(
+    policy: Policy, params: Any, hidden: Array, tokens: Array, chunk: int, spread: tuple[Array, Array] | None = None
+) -> tuple[Array, Array]:
+    """Log-probability and entropy [P,N,T] in fp32 of `tokens` under the predicting hidden states.
+
+    In chunks of `chunk` tokens per rollout under remat, so that logits [P,N,T,V] never exist. `spread`: neighbours
+    [V,M] and weights [V,M]; the log-probability is then the weighted mean over a token's neighbours (soft targets).
+    """
+    p, n, length = tokens.shape
+    chunk = min(chunk, length)
+    pieces = -(-length // chunk)
+    pad = pieces * chunk - length
+    split = lambda x: jnp.moveaxis(  # noqa: E731
+        jnp.pad(x, ((0, 0), (0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 3)).reshape(p, n, pieces, chunk, *x.shape[3:]), 2, 0
+    )
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def piece(args):
+        hidden, tokens = args
+        logits = policy.apply({"params": params}, hidden, method=Policy.head)
+        total = jax.nn.logsumexp(logits, -1)
+        entropy = total - (jax.nn.softmax(logits, -1) * logits).sum(-1)
+        if spread is None:
+            chosen = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+        else:
+            chosen = (jnp.take_along_axis(logits, spread[0][tokens], -1) * spread[1][tokens]).sum(-1)
+        return chosen - total, entropy
+
+    logp, entropy = jax.lax.map(piece, (split(hidden), split(tokens)))
+    join = lambda x: jnp.moveaxis(x, 0, 2).reshape(p, n, pieces * chunk)[..., :length]  # noqa: E731
+    return join(logp), join(entropy)
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that training changes. `step` counts finished training steps, `updates` optimiser updates."""
+
+    params: Any
+    optimiser: Any
+    teacher: Any
+    step: Array
+    updates: Array
+
+
+def make_optimiser(section: UpdateSection) -> optax.GradientTransformation:
+    """AdamW without its learning rate, which the loop passes: it advances once per step, not per update."""
+    return optax.chain(
+        optax.clip_by_global_norm(section.clip_norm),
+        optax.scale_by_adam(b1=section.beta1, b2=section.beta2),
+        optax.add_decayed_weights(section.weight_decay),
+    )
+
+
+def apply_gradients(optimiser: optax.GradientTransformation, state: TrainState, grads: Any, rate: Array) -> TrainState:
+    updates, optimiser_state = optimiser.update(grads, state.optimiser, state.params)
+    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+    return state.replace(params=params, optimiser=optimiser_state, updates=state.updates + 1)
+
+
+def compute_copy(params: Any, dtype: str) -> Any:
+    """The parameters in the type of the computation."""
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+# ------------------------------------------------------------------------------------------------------
+# 8a  Policy update
+# ------------------------------------------------------------------------------------------------------
+
+
+class Credit(struct.PyTreeNode):
+    """What the loss needs of each token, [P, N, T]."""
+
+    advantages: Array  # after all three levels
+    old_logp: Array
+    mask: Array  # bool
+
+
+def pack(dialogues: Sequence[Sequence[Dialogue]], config: Config, speaker: Speaker, *, guidance: list[list[str]] | None = None
+         ) -> tuple[Batch, np.ndarray]:  # fmt: skip
+    """Dialogues [P][N] as one batch, and where each rollout's own tokens begin in its row [P,N].
+
+    With `guidance` it is the teacher's view: the prompt ends with the query, and the guidance and the rest of the
+    prompt stand at the head of each rollout's part. The tokens that follow are exactly the student's.
+    """
+    frames = config.protocol.frames
+    prompts = [row[0].prompt for row in dialogues]
+    starts = np.zeros((len(dialogues), len(dialogues[0])), np.int32)
+    heads, rows = [], []
+    for i, row in enumerate(dialogues):
+        prompt = row[0].prompt
+        heads.append(prompt.row if guidance is None else _cut(prompt.row, prompt.query_end))
+        line = []
+        for j, d in enumerate(row):
+            if guidance is None:
+                line.append([d.row])
+                continue
+            whole = Transcript(prompt.query_position)
+            text = guidance[i][j]
+            whole.add(speaker.tokenizer.encode(GUIDANCE.format(guidance=text)) if text else [])
+            whole.add(speaker.closing())
+            starts[i, j] = len(whole)
+            shift = whole.position - prompt.row.position
+            for name in ("tokens", "trained", "turn", "slots", "logp"):
+                getattr(whole, name).extend(getattr(d.row, name))
+            whole.positions += [(t + shift, h + shift, w + shift) for t, h, w in d.row.positions]
+            line.append([whole])
+        rows.append(line)
+    pad = speaker.tokenizer.end_of_text
+    buckets = [b + (0 if guidance is None else config.credit.guidance_tokens) for b in config.update.token_buckets]
+    length = bucket(max(len(x[0]) for line in rows for x in line), buckets)
+    keyframes = np.zeros((len(prompts), frames, speaker.keyframe_tokens * speaker.policy.vision.spatial_merge_size**2,
+                          speaker.policy.vision.patch_dim), np.float32)
+    for i, prompt in enumerate(prompts):
+        for fid, slot in prompt.keyframes.items():
+            keyframes[i, slot] = speaker.keyframe_patches(prompt.image_of(fid))
+    batch = Batch(
+        stack_rows([[[head]] for head in heads], config.protocol.prompt_tokens, pad),
+        stack_rows(rows, length, pad),
+        speaker.images(np.concatenate([p.patches(speaker) for p in prompts]), speaker.frame_grid),
+        speaker.images(keyframes.reshape(-1, *keyframes.shape[2:]), speaker.keyframe_grid),
+    )
+    return batch, starts
+
+
+def _cut(row: Transcript, length: int) -> Transcript:
+    out = Transcript()
+    for name in ("tokens", "trained", "turn", "slots", "positions", "logp"):
+        setattr(out, name, getattr(row, name)[:length])
+    return out
+
+
+def take_prompts(tree: Any, prompts: int, start: int, stop: int) -> Any:
+    """The part of a batch that belongs to prompts start..stop-1; images lie flat, several of them to a prompt."""
+    return jax.tree.map(lambda x: x[start * (len(x) // prompts) : stop * (len(x) // prompts)], tree)
+
+
+def make_programs(policy: Policy, config: Config) -> tuple[Callable, Callable]:
+    """The two jitted programs of the update: log-probabilities of a batch, and one optimiser step on it."""
+    c = config
+    optimiser = make_optimiser(c.update)
+
+    def forward(params, batch: Batch):
+        hidden = predict(policy, params, batch, share_prefix=c.update.share_prefix, freeze_vision=c.policy.freeze_vision)
+        return token_logp(policy, params, hidden, batch.rows.tokens, c.policy.logits_tokens)
+
+    def in_micros(tree, prompts):
+        """[P, ...] -> [micro-batches, P / micro-batches, ...]: whole groups, activations of one live at a time."""
+        size = c.update.micro_prompts or prompts
+        size = math.gcd(size, prompts)
+        return jax.tree.map(lambda x: x.reshape(prompts // size, len(x) // (prompts // size), *x.shape[1:]), tree)
+
+    @jax.jit
+    def logprob(params, batch: Batch):
+        """Log-probability and entropy [P,N,T] of every token."""
+        prompts = batch.rows.tokens.shape[0]
+        params = compute_copy(params, c.policy.dtype)
+        micros = in_micros(batch, prompts)
+        if len(micros.rows.tokens) == 1:
+            return forward(params, batch)
+        out = jax.lax.map(lambda b: forward(params, b), micros)
+        return jax.tree.map(lambda x: x.reshape(prompts, *x.shape[2:]), out)
+
+    def micro_loss(params, batch: Batch, credit: Credit, total):
+        logp, entropy = forward(compute_copy(params, c.policy.dtype), batch)
+        loss, stats = policy_loss(logp, credit.old_logp, credit.advantages, credit.mask, clip_low=c.update.clip_low,
+                                  clip_high=c.update.clip_high, dual_clip=c.update.dual_clip)
+        stats["entropy"] = jnp.where(credit.mask, entropy, 0).sum() / jnp.maximum(credit.mask.sum(), 1)
+        # The mean is over the tokens of the whole minibatch, not of this micro-batch.
+        share = credit.mask.sum() / jnp.maximum(total, 1)
+        return loss * share, jax.tree.map(lambda x: x * share, {"loss": loss, **stats})
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: TrainState, batch: Batch, credit: Credit, rate):
+        """One optimiser step on the clipped surrogate (METHOD.md 4.6)."""
+        prompts = batch.rows.tokens.shape[0]
+        total = credit.mask.sum()
+
+        slope = jax.value_and_grad(micro_loss, has_aux=True)
+        micros = in_micros((batch, credit), prompts)
+        first = jax.tree.map(lambda x: x[0], micros)
+        (_, stats), grads = slope(state.params, *first, total)
+
+        def add(carry, micro):
+            (_, stats), grads = slope(state.params, *micro, total)
+            return jax.tree.map(jnp.add, carry, (grads, stats)), None
+
+        rest = jax.tree.map(lambda x: x[1:], micros)
+        if len(rest[1].mask):
+            (grads, stats), _ = jax.lax.scan(add, (grads, stats), rest)
+        stats["gradient_norm"] = optax.global_norm(grads)
+        return apply_gradients(optimiser, state, grads, rate), stats
+
+    return logprob, update
+
+
+def token_credit(
+    dialogues: Sequence[Sequence[Dialogue]], batch: Batch, scores: Scores, guidance: list[list[str]], config: Config, *,
+    old_logp: np.ndarray, teacher_logp: Callable[[], np.ndarray] | None, lam: float,
+) -> tuple[Credit, dict[str, float]]:  # fmt: skip
+    """All three levels, from what the rollouts earned to an advantage for each token (METHOD.md 4.2-4.4)."""
+    c = config
+    returns = total_return(scores, c)
+    # A group with fewer than two valid rows has nothing to be compared with.
+    valid = scores.valid & (scores.valid.sum(-1, keepdims=True) >= 2)
+    advantages = np.asarray(group_advantages(returns, valid=valid, normalise_std=c.credit.normalise_std))
+    overlong = np.array([[d.end == "overlong" for d in row] for row in dialogues])
+    mask = batch.rows.trained & valid[..., None]
+    if c.update.mask_overlong:
+        mask = mask & ~overlong[..., None]
+    tokens = advantages[..., None] * mask
+    has_context = np.array([[bool(text) for text in row] for row in guidance]) & (c.credit.teacher_context != "none")
+    weight = np.ones(mask.shape, np.float32)
+    if lam > 0 and has_context.any() and teacher_logp is not None:
+        weight = np.asarray(step_weights(tokens, teacher_logp(), old_logp, has_context, clip=c.credit.weight_clip))
+        tokens = np.asarray(modulate(tokens, weight, lam))
+    spread = lambda x: float(np.where(valid, x, 0).std(axis=-1, ddof=1).mean())  # noqa: E731
+    local = sum(c.reward.weights.get(k, 0.0) * scores.terms[k] for k in TERMS if k != "process")
+    counted = weight[mask & has_context[..., None]]
+    stats = {
+        "advantage/trajectory_spread": spread(local),
+        "advantage/turn_spread": spread(c.reward.weights.get("process", 0.0) * scores.terms["process"]),
+        "advantage/step_spread": float(counted.std()) if counted.size else 0.0,
+        "advantage/weight_mean": float(counted.mean()) if counted.size else 1.0,
+        "advantage/weight_clipped": float((np.abs(counted - 1) >= c.credit.weight_clip - 1e-6).mean()) if counted.size else 0.0,
+        "advantage/context_share": float(has_context.mean()),
+        "advantage/zero_spread_groups": float((returns.std(-1) <= 1e-6).mean()),
+        "overlong": float(overlong.mean()),
+    }
+    return Credit(tokens.astype(np.float32), old_logp, mask), stats
+
+
+def dialogue_row(d: Dialogue, scores: Scores, i: int, j: int, config: Config) -> dict:
+    """One dialogue in the words of METHOD.md 11.7, for `metrics.dialogue_summary`."""
+    k = int(scores.asked[i, j].sum())
+    questions = [simulator.parse_question(q, d.prompt.sample.query) for q, _ in d.questions[:k]]
+    return {
+        "id": d.prompt.sample.id,
+        "level": d.prompt.sample.ability,
+        "success": bool(scores.terms["iou"][i, j] > 0),
+        "frame_ok": bool(scores.terms["frame"][i, j] > 0),
+        "counts": scores.counts[i, j, : k + 1].tolist(),
+        "asked": [q.attribute if q else None for q in questions],
+        "gains": np.asarray(turn_gains(scores.counts[i, j], scores.asked[i, j]))[:k].tolist(),
+        "questions": k,
+        "optimal": float(d.prompt.graph.get("optimal_expected", 0.0)),
+        "budget": config.protocol.max_turns - 1,
+        "format": bool(scores.well_formed[i, j]),
+        "reward": float(sum(config.reward.weights.get(t, 0.0) * scores.terms[t][i, j] for t in TERMS)),
+        "terms": {t: float(scores.terms[t][i, j]) for t in TERMS},
+        "J": None,
+        "F": None,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------
+# 8b  Supervised warm start (stage: sft): the embedded base learns to see and to speak the protocol
+# ------------------------------------------------------------------------------------------------------
+
+
+def warmstart_words() -> list[str]:
+    """Every word that the embedded tokenizer must know: the world's and the protocol's own."""
+    texts = [*PROMPTS["brief"].values(), KEYFRAME_REPLY, NO_TARGET_REPLY, GUIDANCE.format(guidance=""), NO_SUCH_FRAME.format(frames=""),
+             "system user assistant frame amodal modal boxes objects ...(truncated)"]  # fmt: skip
+    return [*synthetic.VOCABULARY, *re.findall(r"[A-Za-z_']+|[^\sA-Za-z0-9]", " ".join(texts))]
+
+
+def build_warmstart_tokenizer() -> Any:
+    literals = [' {"name": "vlm_tool", "query": "', '"}', ' {"bbox_2d": [', '], "point_2d": [', '], "mask_type": "', "]}"]
+    tags = ("thinking", "call", "keyframe", "answer", "information")
+    literals += [f"<{tag}>" for tag in tags] + [f"</{tag}>" for tag in tags] + [f" </{tag}>" for tag in tags]
+    return weights.build_word_tokenizer(warmstart_words(), literals, frames=64, coordinate_step=10)
+
+
+class SceneTeacher:
+    """Turns synthetic scenes into packed demonstrations on one visual prefix per scene.
+
+    A scene gives several dialogues (its own query and others on the same objects) and short grounding segments
+    (object -> box and point), which hold most of the signal that perception needs.
+    """
+
+    def __init__(self, config: Config, speaker: Speaker):
+        self.c, self.w, self.speaker = config, config.warmstart, speaker
+
+    def grid(self, values: Iterable[int]) -> list[int]:
+        step = self.w.coordinate_step
+        return [min(1000, max(0, round(v / step) * step)) for v in values]
+
+    def scene(self, index: int) -> tuple[Transcript, list[list[Transcript]], np.ndarray, np.ndarray]:
+        """Prompt, rows of segments, patches of the shown frames and of the key frames."""
+        w, speaker = self.w, self.speaker
+        rng = np.random.default_rng([self.c.seed, 7, index])
+        kind = rng.choice(["talk", "mask", "plain"], p=[w.conversations, w.mask_types, 1 - w.conversations - w.mask_types])
+        amodal = kind == "mask" and rng.random() < 0.5
+        scene = synthetic.make_scene(index, seed=self.c.seed, mask_type="amodal" if amodal else "modal")
+        count = 1 if kind == "talk" and rng.random() < 0.5 else self.c.protocol.frames
+        shown = data.sample_frames(scene.n_frames, count, anchor=int(rng.integers(scene.n_frames)))
+        pictures = synthetic.render(scene, shown)
+        keyed = sorted(rng.choice(count, min(w.keyframes, count), replace=False).tolist())  # positions that get a high-res copy
+        slots = {shown[position]: slot for slot, position in enumerate(keyed)}
+        truths = {}
+
+        def truth(oid: int) -> dict:
+            if oid not in truths:
+                truths[oid] = synthetic.scene_ground_truth(scene, oid, shown)
+            return truths[oid]
+
+        system = speaker.system("clear", mask_type=kind == "mask", conversation=kind == "talk")
+        prefix = speaker.opening(shown, system)
+
+        def target(oid: int, fid: int) -> str:
+            found = truth(oid)[str(fid)]
+            return json.dumps(self.grid(found["bbox_2d"]))[1:-1] + "], \"point_2d\": [" + json.dumps(self.grid(found["point_2d"]))[1:-1]
+
+        def finish(row: Transcript, thinking: str, named: str, oid: int, fid: int) -> None:
+            row.add(speaker.tokenizer.encode(speaker.keyframe(thinking, fid)), trained=True)
+            speaker.observe(row, KEYFRAME_REPLY, slots[fid])
+            found = truth(oid)[str(fid)]
+            text = speaker.answer(named, self.grid(found["bbox_2d"]), self.grid(found["point_2d"]),
+                                  scene.mask_type if kind == "mask" else None)
+            row.add([*speaker.tokenizer.encode(text), speaker.tokenizer.end_of_turn], trained=True)
+
+        def usable(oid: int, fid: int) -> int | None:
+            """The wanted frame if it has a high-res copy here, else another that shows the object."""
+            options = [f for f in ([fid] if fid in slots else list(slots)) if str(f) in truth(oid)]
+            return int(rng.choice(options)) if options else None
+
+        def dialogue(about: synthetic.Scene) -> Transcript | None:
+            demo = synthetic.demonstrate(about, shown, rng, skill=w.skill, guided=bool(rng.random() < w.guided))
+            row = Transcript(prefix.position)
+            speaker.query(row, demo.query, demo.guidance)
+            for turn in demo.turns:
+                if turn.kind == "call":
+                    row.add(speaker.tokenizer.encode(speaker.call(turn.thinking, turn.question)), trained=True)
+                    speaker.observe(row, information(turn.reply))
+                elif turn.kind == "keyframe" and turn.oid is None:
+                    row.add(speaker.tokenizer.encode(speaker.keyframe(turn.thinking, -1)), trained=True)
+                    speaker.observe(row, NO_TARGET_REPLY)
+                    text = speaker.answer(turn.thinking, [0] * 4, [0] * 2, scene.mask_type if kind == "mask" else None)
+                    row.add([*speaker.tokenizer.encode(text), speaker.tokenizer.end_of_turn], trained=True)
+                elif turn.kind == "keyframe":
+                    fid = usable(turn.oid, turn.frame)
+                    if fid is None:
+                        return None
+                    named = next(t.thinking for t in demo.turns if t.kind == "answer")
+                    finish(row, turn.thinking, named, turn.oid, fid)
+            return row
+
+        def talk() -> Transcript | None:
+            rounds, oid = synthetic.conversation(scene, rng)
+            row = Transcript(prefix.position)
+            fid = usable(oid, shown[0])
+            if fid is None:
+                return None
+            for number, (human, reply) in enumerate(rounds):
+                if number == 0:
+                    row.add(speaker.tokenizer.encode(human))
+                    row.add(speaker.closing())
+                if number < len(rounds) - 1:
+                    row.add([*speaker.tokenizer.encode(reply), speaker.tokenizer.end_of_turn], trained=True)
+                    speaker.observe(row, rounds[number + 1][0], ended=True)
+            named = " ".join(scene.object(oid).value(a, shown[0], scene.width) for a in ("color", "shape", "size"))
+            finish(row, synthetic.describe(scene.object(oid), shown[0], scene.width) + " ; one left", named, oid, fid)
+            return row
+
+        def grounding(slot: int | None) -> Transcript:
+            """Boxes of every object in one frame: from the frames shown (slot None), or from a high-res copy."""
+            fid = shown[int(rng.integers(count))] if slot is None else shown[keyed[slot]]
+            row = Transcript(prefix.position)
+            if slot is None:
+                row.add(speaker.tokenizer.encode(f"boxes frame {fid}"))
+            else:
+                row.add(speaker.tokenizer.encode(f"boxes frame {fid}"))
+                row.add(speaker.ids("<|vision_start|>"))
+                first = self.c.protocol.frames * speaker.frame_tokens + slot * speaker.keyframe_tokens
+                row.add_image(speaker.image_token, first, speaker.keyframe_grid)
+                row.add(speaker.ids("<|vision_end|>"))
+            row.add(speaker.closing())
+            for number in rng.permutation(len(scene.objects)):
+                obj = scene.objects[number]
+                if str(fid) not in truth(obj.oid):
+                    continue
+                named = " ".join(obj.value(a, shown[0], scene.width) for a in ("color", "shape", "size"))
+                row.add(speaker.tokenizer.encode(f" {named}"))
+                row.add(speaker.tokenizer.encode(f' {{"bbox_2d": [{target(obj.oid, fid)}]}}'), trained=True)
+            return row
+
+        def listing() -> Transcript:
+            """All objects from left to right, with every attribute."""
+            row = Transcript(prefix.position)
+            row.add(speaker.tokenizer.encode("objects"))
+            row.add(speaker.closing())
+            text = " ; ".join(synthetic.describe(o, shown[0], scene.width)
+                              for o in sorted(scene.objects, key=lambda o: o.centers[shown[0], 0]))
+            row.add([*speaker.tokenizer.encode(f" {text}"), speaker.tokenizer.end_of_turn], trained=True)
+            return row
+
+        makers: list[Callable[[], Transcript | None]] = []
+        if kind == "talk":
+            makers += [talk, talk]
+        else:
+            makers.append(lambda: dialogue(scene))
+            makers += [lambda: dialogue(synthetic.requery(scene, rng))] * 6
+        # Its own dialogue and the short segments first, then further dialogues until the rows are full.
+        shorts = [lambda: grounding(0), lambda: grounding(None), listing]
+        queue_ = [makers[0], *shorts, *makers[1:], lambda: grounding(len(keyed) - 1)]
+        rows: list[list[Transcript]] = [[] for _ in range(w.rows)]
+        room = [w.row_tokens] * w.rows
+        for make in queue_:
+            if max(room) < 40:
+                continue
+            segment = make()
+            if segment is None:
+                continue
+            fitting = [j for j in range(w.rows) if room[j] >= len(segment)]
+            if fitting:
+                best = min(fitting, key=lambda j: room[j])
+                rows[best].append(segment)
+                room[best] -= len(segment)
+        frames = np.zeros((self.c.protocol.frames, *self._shape(speaker.frame_grid)), np.float32)
+        for i, picture in enumerate(pictures):
+            frames[i] = speaker.frame_patches(picture)
+        keyframes = np.zeros((w.keyframes, *self._shape(speaker.keyframe_grid)), np.float32)
+        for slot, position in enumerate(keyed):
+            keyframes[slot] = speaker.keyframe_patches(pictures[position])
+        return prefix, rows, frames, keyframes
+
+    def _shape(self, grid: tuple[int, int]) -> tuple[int, int]:
+        vision = self.speaker.policy.vision
+        return grid[0] * grid[1] * vision.spatial_merge_size**2, vision.patch_dim
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step: a function of (seed, step) alone."""
+        scenes = [self.scene(step * self.w.scenes + i) for i in range(self.w.scenes)]
+        pad = self.speaker.tokenizer.end_of_text
+        prompts = stack_rows([[[s[0]]] for s in scenes], self.c.protocol.prompt_tokens, pad)
+        rows = stack_rows([s[1] for s in scenes], self.w.row_tokens, pad)
+        return Batch(
+            prompts,
+            rows,
+            self.speaker.images(np.concatenate([s[2] for s in scenes]), self.speaker.frame_grid),
+            self.speaker.images(np.concatenate([s[3] for s in scenes]), self.speaker.keyframe_grid),
+        )
+
+
+def coordinate_spread(tokenizer: weights.Tokenizer, vocabulary: int, sigma: float, width: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Soft targets: a coordinate token's neighbours on the grid [V, 2*width+1] and their Gaussian weights.
+
+    sigma in grid steps; other tokens, and all of them at sigma 0, keep their weight on themselves. Ordinal targets
+    are what let boxes be learned from few scenes: a near miss is nearly right.
+    """
+    near = np.tile(np.arange(vocabulary)[:, None], (1, 2 * width + 1)).astype(np.int32)
+    weight = np.zeros(near.shape, np.float32)
+    weight[:, width] = 1.0
+    if sigma > 0:
+        kernel = np.exp(-0.5 * (np.arange(-width, width + 1) / sigma) ** 2)
+        for form in ("{}", ", {}"):
+            ids = [tokenizer.encode(form.format(c)) for c in range(0, 1001)]
+            line = [i[0] for i in ids if len(i) == 1 and tokenizer.decode(i) != "<unk>"]
+            for place, token in enumerate(line):
+                reach = np.arange(place - width, place + width + 1)
+                inside = (reach >= 0) & (reach < len(line))
+                weight[token] = np.where(inside, kernel, 0) / kernel[inside].sum()
+                near[token] = np.array(line)[np.clip(reach, 0, len(line) - 1)]
+    return near, weight
+
+
+def make_warmstart_step(policy: Policy, config: Config) -> Callable:
+    """(state, batch, spread, rate) -> (state, stats): one supervised update, token mean over everything taught."""
+    optimiser = make_optimiser(config.update)
+
+    def loss_fn(params, batch, spread):
+        params = compute_copy(params, config.policy.dtype)
+        hidden = predict(policy, params, batch)
+        logp, _ = token_logp(policy, params, hidden, batch.rows.tokens, config.policy.logits_tokens, spread)
+        taught = batch.rows.trained.astype(jnp.float32)
+        total = taught.sum()
+        return -(logp * taught).sum() / total, total
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: Batch, spread, rate):
+        (loss, tokens), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, spread)
+        state = apply_gradients(optimiser, state, grads, rate)
+        return state.replace(step=state.step + 1), {"loss": loss, "tokens": tokens, "gradient_norm": optax.global_norm(grads)}
+
+    return step
+
+
+# ======================================================================================================
+# 9  Checkpoints and logs
+# ======================================================================================================
+
+
+class Run:
+    """A run directory: one process at a time, one config for its whole life, complete after a kill at any moment.
+
+    Restart order: 1 our own latest checkpoint in `checkpoints/`, 2 else the policy of the config. Rows of
+    `metrics.jsonl` after the checkpoint are dropped on resume and written again, so that the file is that of an
+    uninterrupted run.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.path = Path(config.run_dir or f"runs/{config.name}")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends
+        except OSError as error:
+            raise ConfigError(f"run_dir={self.path}: can not be written ({error.strerror}); give another run_dir=") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"run_dir={self.path}: another run is writing here; wait for it or give another run_dir=") from None
+        self._same_config()
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.stop = False
+        self._writer = None
+
+    def _same_config(self) -> None:
+        from omegaconf import OmegaConf
+
+        new = OmegaConf.to_container(OmegaConf.structured(dataclasses.replace(self.config, run_dir=None)))
+        file = self.path / "config.yaml"
+        if file.exists():
+            try:
+                old = OmegaConf.to_container(OmegaConf.load(file))
+            except Exception as error:
+                raise ConfigError(f"{file}: damaged ({str(error).splitlines()[0]}); remove it or give another run_dir=") from None
+            differing = sorted(k for k in {*_flat(old), *_flat(new)} if _flat(old).get(k) != _flat(new).get(k))
+            if differing:
+                shown = ", ".join(f"{k} ({_flat(old).get(k)} -> {_flat(new).get(k)})" for k in differing[:5])
+                raise ConfigError(f"run_dir={self.path} belongs to another config: {shown}; give another run_dir=")
+        else:
+            write_atomically(file, OmegaConf.to_yaml(OmegaConf.create(new)))
+
+    @property
+    def finished(self) -> bool:
+        summary = read_json(self.path / "summary.json")
+        return bool(summary and summary.get("finished"))
+
+    def catch_signals(self) -> None:
+        """Ctrl-C and SIGTERM end the run after the step in progress; a second Ctrl-C at once."""
+
+        def ask(number, frame):
+            if self.stop and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop = True
+
+        signal.signal(signal.SIGINT, ask)
+        signal.signal(signal.SIGTERM, ask)
+
+    # Checkpoints: Orbax, asynchronous. The directory's step numbers are finished training steps.
+
+    def checkpointer(self):
+        from orbax.checkpoint import v1 as ocp
+
+        if not hasattr(self, "_checkpointer"):
+            self._checkpointer = ocp.training.Checkpointer(
+                (self.path / "checkpoints").resolve(),
+                preservation_policy=ocp.training.preservation_policies.LatestN(self.config.checkpoint.keep),
+            )
+        return self._checkpointer
+
+    def restore(self, abstract: TrainState) -> TrainState | None:
+        """The latest checkpoint as `abstract` describes it (shapes and shardings), or None. Raises ConfigError."""
+        keeper = self.checkpointer()
+        if keeper.latest is None:
+            write_atomically(self.metrics_file, "")
+            return None
+        step = keeper.latest.step
+        try:
+            state = keeper.load(step, abstract)
+        except Exception as error:
+            raise ConfigError(
+                f"{self.path}/checkpoints/{step}: can not be restored ({_first_line(error)}); remove that directory to "
+                "go on from the one before"
+            ) from None
+        rows = [line for line in self._rows() if line["step"] <= step]
+        write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+        return state
+
+    def save(self, state: TrainState, step: int, *, wait: bool = False) -> None:
+        from orbax.checkpoint import v1 as ocp
+
+        keeper = self.checkpointer()
+        if keeper.latest is None or keeper.latest.step != step:
+            keeper.save_async(step, state) if not wait else keeper.save(step, state)
+        del ocp
+
+    def _rows(self) -> list[dict]:
+        rows = []
+        for line in self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []:
+            with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
+                rows.append(json.loads(line))
+        return rows
+
+    def log(self, row: dict) -> None:
+        """One JSON object per step, and the same numbers as TensorBoard events."""
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._writer is None:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.path / "tensorboard"))
+        for key, value in _flat(row).items():
+            if isinstance(value, (int, float)) and key != "step":
+                self._writer.add_scalar(key.replace(".", "/"), value, row["step"])
+
+    def summarise(self, **parts: Any) -> dict:
+        """Merges `parts` into summary.json."""
+        summary = (read_json(self.path / "summary.json") or {}) | parts
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=1))
+        return summary
+
+    def close(self) -> None:
+        if hasattr(self, "_checkpointer"):
+            self._checkpointer.close()
+        if self._writer is not None:
+            self._writer.close()
+        self._lock.close()
+
+
+def _flat(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    out = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+class Clock:
+    """Seconds per phase of a step; nested phases count for themselves only."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._stack: list[str] = []
+        self._last = time.perf_counter()
+
+    def _book(self) -> None:
+        now = time.perf_counter()
+        if self._stack:
+            self.seconds[self._stack[-1]] = self.seconds.get(self._stack[-1], 0.0) + now - self._last
+        self._last = now
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str):
+        self._book()
+        self._stack.append(phase)
+        try:
+            yield
+        finally:
+            self._book()
+            self._stack.pop()
+
+    def take(self) -> dict[str, float]:
+        self._book()
+        out, self.seconds = {k: round(v, 4) for k, v in self.seconds.items()}, {}
+        return out
+
+
+# Where a policy comes from and goes to: see weights.py for the files.
+
+
+def load_policy(path: str | Path, mesh: Mesh | None = None, *, dtype: str | None = None) -> tuple[PolicyConfig, Any]:
+    """A Hugging Face Qwen3-VL directory (config.json and safetensors suffice) or one of our checkpoints.
+
+    Returns (PolicyConfig, params); `dtype` None keeps the stored type. With a mesh each tensor goes straight to its
+    shards. Raises ConfigError, one line, for a missing or damaged file or a tensor of another shape.
+    """
+    path = resolve_path(str(path))
+    if not path.is_dir():
+        raise ConfigError(f"policy.path={path}: no such directory; a Hugging Face Qwen3-VL directory or a run's checkpoint works")
+    raw = read_json(path / "config.json")
+    if raw is None:
+        raise ConfigError(f"{path}/config.json: missing or not JSON; a Hugging Face Qwen3-VL directory has one")
+    config = PolicyConfig.from_json(raw, f"{path}/config.json")
+    specs = parameter_specs(Policy(config), mesh) if mesh is not None else None
+    try:
+        params = weights.read_params(path, parameter_shapes(config), dtype=dtype, shardings=specs)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return config, params
+
+
+def save_policy(path: str | Path, policy_config: PolicyConfig, params: Any, *, source: str | Path | None = None) -> None:
+    """A Hugging Face directory that transformers loads, in the parameters' dtype; appears whole or not at all.
+
+    `source`: a directory whose tokenizer, template and processor files are copied along.
+    """
+    config = read_json(Path(source) / "config.json") if source is not None else None
+    weights.write_params(Path(path), params, config or config_json(policy_config), source=source)
+
+
+def config_json(c: PolicyConfig) -> dict:
+    """`config.json` in the spelling that transformers 4.57 and 5 both read."""
+    v = c.vision
+    rope = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": list(c.mrope_section)}
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "image_token_id": c.image_token_id,
+        "video_token_id": c.video_token_id,
+        "vision_start_token_id": c.vision_start_token_id,
+        "vision_end_token_id": c.vision_end_token_id,
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            "vocab_size": c.vocab_size,
+            "hidden_size": c.hidden_size,
+            "intermediate_size": c.intermediate_size,
+            "num_hidden_layers": c.num_hidden_layers,
+            "num_attention_heads": c.num_attention_heads,
+            "num_key_value_heads": c.num_key_value_heads,
+            "head_dim": c.head_dim,
+            "rms_norm_eps": c.rms_norm_eps,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "tie_word_embeddings": c.tie_word_embeddings,
+            "rope_theta": c.rope_theta,
+            "rope_scaling": rope,
+            "max_position_embeddings": 262144,
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl",
+            "depth": v.depth,
+            "hidden_size": v.hidden_size,
+            "intermediate_size": v.intermediate_size,
+            "num_heads": v.num_heads,
+            "out_hidden_size": v.out_hidden_size,
+            "num_position_embeddings": v.num_position_embeddings,
+            "deepstack_visual_indexes": list(v.deepstack_visual_indexes),
+            "patch_size": v.patch_size,
+            "temporal_patch_size": v.temporal_patch_size,
+            "spatial_merge_size": v.spatial_merge_size,
+            "in_channels": v.in_channels,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+    }
+
+
+# ======================================================================================================
+# 10  Evaluation and main
+# ======================================================================================================
+
+
+def warmstart_rate(config: Config, step: int) -> float:
+    """Warm-up, a long plateau, then a linear fall to zero over the last quarter."""
+    w = config.warmstart
+    return w.learning_rate * min(1.0, (step + 1) / w.warmup, (config.steps - step) / max(1.0, config.steps / 4))
+
+
+def warmstart_sigma(config: Config, step: int) -> float:
+    """Coordinate targets sharpen over the run and are exact in its last fifth."""
+    return config.warmstart.coordinate_sigma * max(0.0, 1 - step / (0.8 * config.steps))
+
+
+def new_policy(config: Config, run: Run) -> tuple[PolicyConfig, weights.Tokenizer, Path]:
+    """A policy of random weights: its config.json and tokenizer are written to the run first. Returns their directory."""
+    source = run.path / "policy"
+    source.mkdir(exist_ok=True)
+    build_warmstart_tokenizer().save(str(source / "tokenizer.json"))
+    tokenizer = weights.Tokenizer(source)
+    shape = resolve_path(config.policy.shape)
+    raw = read_json(shape)
+    if raw is None:
+        raise ConfigError(f"policy.shape={shape}: missing or not JSON; experiments/embedded_shape.json is one")
+    raw.setdefault("text_config", {})["vocab_size"] = -(-len(tokenizer) // 64) * 64
+    for key in ("image", "video"):
+        raw[f"{key}_token_id"] = tokenizer.ids[f"<|{key}_pad|>"]
+    for key in ("vision_start", "vision_end"):
+        raw[f"{key}_token_id"] = tokenizer.ids[f"<|{key}|>"]
+    policy_config = PolicyConfig.from_json(raw, str(shape))
+    write_atomically(source / "config.json", json.dumps(config_json(policy_config), indent=1))
+    return policy_config, tokenizer, source
+
+
+def fresh_state(params: Any, config: Config, *, teacher: bool) -> TrainState:
+    optimiser = make_optimiser(config.update)
+    zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
+    return TrainState(params, optimiser.init(params), jax.tree.map(jnp.copy, params) if teacher else None, zero(), zero())
+
+
+def ahead(make: Callable[[int], Any], start: int, stop: int, depth: int = 2) -> Iterable[Any]:
+    """make(i) for i in start..stop-1, in order, computed by one thread that runs `depth` ahead."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(make, i) for i in range(start, min(start + depth, stop))]
+        for i in range(start, stop):
+            if i + depth < stop:
+                waiting.append(pool.submit(make, i + depth))
+            yield waiting.pop(0).result()
+
+
+def train_warmstart(config: Config, run: Run) -> None:
+    """stage: sft. Imitates noisy askers on endless synthetic scenes; writes the policy as a Hugging Face directory."""
+    from tqdm import tqdm
+
+    if config.policy.shape:
+        policy_config, tokenizer, source = new_policy(config, run)
+        init = lambda key: nn.unbox(Policy(policy_config).init(key, example_images(policy_config.vision)))["params"]  # noqa: E731
+        params = jax.jit(init)(jax.random.key(config.seed))
+    else:
+        source = resolve_path(config.policy.path)
+        policy_config, params = load_policy(source, dtype="float32")
+        tokenizer = weights.Tokenizer(source)
+    speaker = Speaker(config.protocol, policy_config, tokenizer)
+    teacher = SceneTeacher(config, speaker)
+    policy = Policy(policy_config, config.policy.remat)
+    state = fresh_state(params, config, teacher=False)
+    state = run.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)) or state
+    step = make_warmstart_step(policy, config)
+    clock, begun = Clock(), int(state.step)
+    bar = tqdm(total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True, disable=None)
+    with contextlib.closing(ahead(teacher.batch, begun, config.steps)) as batches:
+        for number, batch in enumerate(clocked(batches, clock, "data"), start=begun + 1):
+            with clock("update"):
+                spread = coordinate_spread(tokenizer, policy_config.vocab_size, warmstart_sigma(config, number - 1))
+                rate = warmstart_rate(config, number - 1)
+                state, stats = step(state, batch, jax.tree.map(jnp.asarray, spread), rate)
+                stats = {k: float(v) for k, v in stats.items()}
+            run.log({"step": number, **stats, "learning_rate": rate, "seconds": clock.take()})
+            bar.update()
+            bar.set_postfix(loss=f"{stats['loss']:.3f}")
+            if number % config.checkpoint.every == 0 or run.stop or number == config.steps:
+                run.save(state, number)
+            if run.stop:
+                break
+    bar.close()
+    if int(state.step) == config.steps:
+        save_policy(run.path / "trained", policy_config, jax.device_get(state.params), source=source)
+        run.summarise(finished=True, steps=config.steps, policy=str(run.path / "trained"))
+
+
+class Trainer:
+    """Everything a step of reinforcement learning needs, wired once."""
+
+    def __init__(self, config: Config, run: Run):
+        c = self.config = config
+        self.run = run
+        self.mesh = make_mesh(c.mesh)
+        self.source = resolve_path(c.policy.path)
+        policy_config, params = load_policy(self.source, self.mesh, dtype="float32")
+        self.tokenizer = weights.Tokenizer(self.source)
+        if len(self.tokenizer) > policy_config.vocab_size:
+            raise ConfigError(f"{self.source}: the tokenizer has {len(self.tokenizer)} tokens, the policy {policy_config.vocab_size}")
+        self.policy = Policy(policy_config, c.policy.remat)
+        self.speaker = Speaker(c.protocol, policy_config, self.tokenizer)
+        self.sampler = Sampler(c, self.policy, self.speaker, self.mesh)
+        self.logprob, self.update = make_programs(self.policy, c)
+        self.cast = jax.jit(functools.partial(compute_copy, dtype=c.policy.dtype))
+        self.user, self.expert = simulator.load_user(c.simulator.kind), simulator.OracleExpert()
+        self.clock = Clock()
+        self.train, self.test = open_data(c)
+        self.segmenter = SegmenterClient(
+            c.sidecar.address, segmenter=resolve_path(c.sidecar.segmenter), timeout_s=c.sidecar.timeout,
+            threads=c.sidecar.threads, log_file=run.path / "sidecar.log",
+        )  # fmt: skip
+        self.segmenter.start(wait=False)
+        self.mask_reward = MaskReward(self.segmenter, self.mesh)
+        self.state = fresh_state(params, c, teacher=c.credit.lam > 0)
+
+    def prompt(self, sample: data.Sample, anchor: int | None = None) -> Prompt:
+        shown = data.sample_frames(len(sample.frames), self.config.protocol.frames, anchor=anchor)
+        return Prompt(sample, shown, self.speaker)
+
+    def training_prompts(self, step: int, refill: int) -> list[Prompt]:
+        """The prompts of a step: a function of (seed, step, refill). One shown frame surely holds the target."""
+        c = self.config
+        prompts = []
+        for index in data.order(c.seed, step, refill, len(self.train), c.rollout.prompts):
+            sample = self.train[int(index)]
+            rng = np.random.default_rng([c.seed, step, refill, int(index)])
+            seen = [i for i in range(len(sample.frames)) if sample.masks is not None and sample.masks(i).any()]
+            prompts.append(self.prompt(sample, int(rng.choice(seen)) if seen else None))
+        return prompts
+
+    def collect(self, step: int) -> tuple[list[list[Dialogue]], Scores, list[list[str]], dict[str, float]]:
+        """Rollouts and scores of a step; groups without spread are replaced by new prompts, at most `refills` times."""
+        c = self.config
+        kept: list[tuple] = []
+        faults: dict[str, float] = {}
+        with self.clock("prefill"):
+            params = self.cast(self.state.params)
+        for refill in range(c.rollout.refills + 1):
+            with self.clock("data"):
+                prompts = self.training_prompts(step, refill)
+            dialogues = self.sampler.play(params, prompts, [c.rollout.temperature] * c.rollout.rollouts, self.user,
+                                          seed=c.seed, step=step, clock=self.clock)
+            with self.clock("reward"):
+                scores, guidance, seen = score(dialogues, c, self.expert, self.mask_reward)
+            for key, value in seen.items():
+                faults[key] = faults.get(key, 0) + value
+            spread = np.asarray(total_return(scores, c)).std(-1)
+            last = refill == c.rollout.refills
+            kept += [(dialogues[i], jax.tree.map(lambda x, i=i: np.asarray(x)[i], scores), guidance[i], spread[i] > 1e-6)
+                     for i in range(len(prompts))]
+            lively = [k for k in kept if k[3]]
+            if len(lively) >= c.rollout.prompts or last:
+                break
+        chosen = (lively + [k for k in kept if not k[3]])[: c.rollout.prompts]
+        faults["refills"] = refill
+        scores = jax.tree.map(lambda *x: np.stack(x), *[k[1] for k in chosen])
+        return [k[0] for k in chosen], scores, [k[2] for k in chosen], faults
+
+    def step(self) -> dict:
+        """One training step (METHOD.md 4.9). Returns its row of metrics.jsonl."""
+        c, clock = self.config, self.clock
+        number = int(self.state.step) + 1
+        dialogues, scores, guidance, faults = self.collect(number - 1)
+        with clock("pack"):
+            batch, _ = pack(dialogues, c, self.speaker)
+        lam = float(step_strength(c.credit, number))
+        with clock("logprob"):
+            old_logp, entropy = jax.device_get(self.logprob(self.state.params, shard_batch(self.mesh, batch)))
+
+        def teacher_logp() -> np.ndarray:
+            with clock("teacher"):
+                guided, starts = pack(dialogues, c, self.speaker, guidance=guidance)
+                logp = np.asarray(self.logprob(self.state.teacher, shard_batch(self.mesh, guided))[0])
+                at = np.minimum(starts[..., None] + np.arange(batch.rows.tokens.shape[-1]), logp.shape[-1] - 1)
+                return np.take_along_axis(logp, at, -1)
+
+        credit, levels = token_credit(dialogues, batch, scores, guidance, c, old_logp=old_logp,
+                                      teacher_logp=teacher_logp if self.state.teacher is not None else None, lam=lam)
+        rate = c.update.learning_rate * min(1.0, number / max(c.update.warmup, 1))
+        with clock("update"):
+            parts = []
+            size = c.rollout.prompts // c.update.minibatches
+            for k in range(c.update.minibatches):
+                mini = take_prompts((batch, credit), c.rollout.prompts, k * size, (k + 1) * size)
+                self.state, stats = self.update(self.state, *shard_batch(self.mesh, mini), rate)
+                parts.append(stats)
+            stats = {k: float(np.mean([p[k] for p in parts])) for k in parts[0]}
+            stats["final_ratio"] = float(parts[-1]["ratio"])
+            self.state = self.state.replace(step=self.state.step + 1)
+            if self.state.teacher is not None and number % c.credit.sync_interval == 0:
+                self.state = self.state.replace(teacher=jax.tree.map(jnp.copy, self.state.params))
+        gap = np.abs(old_logp - batch.rows.logp)[batch.rows.trained]
+        rows = [dialogue_row(d, scores, i, j, c) for i, row in enumerate(dialogues) for j, d in enumerate(row)]
+        told = metrics.dialogue_summary(rows)
+        words = ("success", "success_ambiguous", "success_clear", "questions_ambiguous", "questions_clear", "resolved_rate",
+                 "redundant_question_rate", "regret", "format_rate", "reward")
+        ends = [d.end for row in dialogues for d in row]
+        return {
+            "step": number,
+            **stats,
+            **{word: told[word] for word in words},
+            **{f"reward/{t}": float(scores.terms[t].mean()) for t in TERMS},
+            **levels,
+            "lam": lam,
+            "learning_rate": rate,
+            "sampler_difference/mean": float(gap.mean()),
+            "sampler_difference/p99": float(np.quantile(gap, 0.99)),
+            "sampler_difference/max": float(gap.max()),
+            "tokens_per_rollout": float(batch.rows.trained.sum(-1).mean()),
+            "ended": {kind: ends.count(kind) / len(ends) for kind in ("answered", "stopped", "overlong", "turns")},
+            **faults,
+            "seconds": clock.take(),
+        }
+
+    def evaluate(self, name: str | None = None) -> dict[str, dict]:
+        """Greedy and sampled scores on the test split (METHOD.md 11.7); with a name, the gallery is kept under it."""
+        c, clock = self.config, self.clock
+        params = self.cast(self.state.params)
+        count = min(c.evaluate.samples or len(self.test), len(self.test))
+        decodings = {"greedy": 0.0, "sampled": c.rollout.temperature}
+        rows: dict[str, list[dict]] = {k: [] for k in decodings}
+        stories: list[dict] = []
+        clips = set(np.linspace(0, count - 1, min(c.evaluate.clips, count)).astype(int).tolist())
+        gallery = set(np.linspace(0, count - 1, min(c.evaluate.gallery, count)).astype(int).tolist()) if name else set()
+        for start in range(0, count, c.evaluate.prompts):
+            # The last batch is filled up by wrapping round, so that one set of programs serves all.
+            indices = [(start + k) % count for k in range(c.evaluate.prompts)]
+            with clock("data"):
+                prompts = [self.prompt(self.test[i]) for i in indices]
+            dialogues = self.sampler.play(params, prompts, list(decodings.values()), self.user, seed=c.seed, step=EVALUATION, clock=clock)
+            with clock("reward"):
+                scores, _, _ = score(dialogues, c, self.expert, self.mask_reward)
+            for i, index in enumerate(indices):
+                if start + i >= count:
+                    break
+                for j, decoding in enumerate(decodings):
+                    d = dialogues[i][j]
+                    row = dialogue_row(d, scores, i, j, c)
+                    if index in clips:
+                        with clock("track"):
+                            row |= self.track(d)
+                    rows[decoding].append(row)
+                    if index in gallery and decoding == "greedy":
+                        stories.append(self.story(d, row, decoding))
+        if name:
+            write_atomically(self.run.path / "dialogues" / f"{name}.jsonl", "".join(json.dumps(s) + "\n" for s in stories))
+        return {decoding: metrics.dialogue_summary(rows[decoding]) for decoding in decodings}
+
+    def track(self, d: Dialogue) -> dict[str, float]:
+        """J and F over the whole video of the masks that SAM2 makes of the answer; no answer is an empty video."""
+        sample = d.prompt.sample
+        truth = np.stack([sample.masks(i) for i in range(len(sample.frames))])
+        masks = np.zeros_like(truth)
+        if d.answer is not None and d.frame in d.prompt.fids:
+            video = np.stack([sample.image(i) for i in range(len(sample.frames))])
+            position = d.prompt.positions[d.prompt.fids.index(d.frame)]
+            box, point = np.clip(d.answer.box, 0, 1000).tolist(), np.clip(d.answer.point, 0, 1000).tolist()
+            try:
+                masks = self.segmenter.track(video, position, box, point, d.answer.mask_type)
+            except SidecarError as error:  # the row is left out of J&F, the evaluation goes on
+                print(f"{sample.id}: no masks ({error})", file=sys.stderr)
+                return {}
+        return {k: v for k, v in metrics.video_jf(masks, truth).items() if k in ("J", "F")}
+
+    def story(self, d: Dialogue, row: dict, decoding: str) -> dict:
+        """One dialogue as the report shows it, its pictures beside it."""
+        from PIL import Image
+
+        folder = self.run.path / "dialogues" / "images"
+        folder.mkdir(parents=True, exist_ok=True)
+        safe = re.sub(r"[^A-Za-z0-9_.-]", "_", d.prompt.sample.id)
+
+        def keep(name: str, picture: np.ndarray) -> str:
+            file = folder / f"{safe}_{name}.png"
+            Image.fromarray(picture).save(file)
+            return str(file.relative_to(self.run.path))
+
+        images = {str(fid): keep(str(fid), image) for fid, image in zip(d.prompt.fids, d.prompt.images, strict=True)}
+        mask = truth_mask = truth_box = None
+        if d.frame in d.prompt.fids:
+            position = d.prompt.positions[d.prompt.fids.index(d.frame)]
+            truth_mask = keep(f"{d.frame}_truth", d.prompt.sample.masks(position).astype(np.uint8) * 255)
+            truth_box = (d.prompt.truth.get(str(d.frame)) or {}).get("bbox_2d")
+            if d.answer is not None:
+                ask = {"video": d.prompt.sample.id, "frame": d.frame, "mask_type": d.answer.mask_type,
+                       "box": np.clip(d.answer.box, 0, 1000).tolist(), "point": np.clip(d.answer.point, 0, 1000).tolist()}
+                self.segmenter.register(d.prompt.sample.id, d.frame, d.prompt.image_of(d.frame), d.prompt.sample.masks(position))
+                drawn = self.segmenter.segment([ask])[0]
+                tag = hashlib.blake2s(repr(d.answer).encode(), digest_size=4).hexdigest()
+                mask = keep(f"{d.frame}_{tag}", np.asarray(drawn).astype(np.uint8) * 255)
+        turns, asked = [], 0
+        for text, action, reply in zip(d.texts, d.actions, d.replies, strict=True):
+            is_question = action.kind == "call" or (action.kind == "invalid" and "</call>" in text)
+            asked += is_question and bool(reply)
+            after = row["counts"][min(asked, len(row["counts"]) - 1)] if is_question else None
+            turns.append({"role": "assistant", "text": text, "kind": action.kind, "frame": action.frame, "count_after": after})
+            if reply:
+                turns.append({"role": "user", "text": reply, "kind": "reply", "frame": None, "count_after": after})
+        answer = d.answer
+        return {
+            "id": d.prompt.sample.id, "level": d.prompt.sample.ability, "query": d.prompt.sample.query, "split": "test",
+            "decoding": decoding, "turns": turns, "frames": d.prompt.fids, "images": images, "keyframe": d.frame,
+            "box": list(answer.box) if answer else None, "point": list(answer.point) if answer else None,
+            "truth_box": truth_box, "mask": mask, "truth_mask": truth_mask, "counts": row["counts"],
+            "success": row["success"], "reward": row["reward"], "optimal": row["optimal"],
+        }  # fmt: skip
+
+
+EVALUATION = 2**30  # the step under which evaluations fold their random keys, so that before and after compare
+
+
+def open_data(config: Config) -> tuple[data.PreparedDataset, data.PreparedDataset]:
+    """The prepared splits; with `data.generate_*` the synthetic world is written and prepared when it is not there yet."""
+    c = config.data
+    path = Path(c.path)
+    if not path.exists() and c.generate_train and c.generate_test:
+        raw = path.with_name(f".{path.name}.raw")
+        shutil.rmtree(raw, ignore_errors=True)
+        synthetic.write_dataset(raw, train=c.generate_train, test=c.generate_test, seed=c.generate_seed)
+        data.prepare("ambi_rvos", raw, path)
+        shutil.rmtree(raw)
+    return data.load_prepared(path, "train"), data.load_prepared(path, "test")
+
+
+def train_policy(config: Config, run: Run) -> None:
+    """stage: rl. Hi-GRPO from the base policy, evaluated before, during and after."""
+    from tqdm import tqdm
+
+    begun_at = time.perf_counter()
+    trainer = Trainer(config, run)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainer.state)
+    trainer.state = run.restore(abstract) or trainer.state
+    begun = int(trainer.state.step)
+    (run.path / "dialogues").mkdir(exist_ok=True)
+    summary = read_json(run.path / "summary.json") or {}
+    seconds: dict[str, float] = dict(summary.get("seconds") or {})
+
+    def book(spent: Mapping[str, float], prefix: str = "") -> None:
+        for key, value in spent.items():
+            seconds[prefix + key] = round(seconds.get(prefix + key, 0.0) + value, 3)
+
+    book({"setup": time.perf_counter() - begun_at})
+    if config.evaluate.every and "before" not in summary and begun == 0:
+        scores = [s for s in map(scene_of, trainer.test) if s is not None]
+        before = trainer.evaluate("before")
+        book(trainer.clock.take(), "evaluate/")
+        summary = run.summarise(before=before, baselines=synthetic.baselines(scores, config.seed) if scores else {}, seed=config.seed)
+        say_scores("before", before)
+    bar = tqdm(total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True, disable=None)
+    step = begun
+    while step < config.steps and not run.stop:
+        row = trainer.step()
+        step = row["step"]
+        book(row["seconds"])
+        if config.evaluate.every and step % config.evaluate.every == 0 and step < config.steps:
+            during = trainer.evaluate()
+            row["evaluation"] = during
+            book(trainer.clock.take(), "evaluate/")
+        run.log(row)
+        bar.update()
+        slow = sorted(row["seconds"].items(), key=lambda x: -x[1])[:3]
+        bar.set_postfix_str(
+            f"reward {row['reward']:.2f} success {row['success']:.2f} questions {row['questions_ambiguous'] or 0:.2f} "
+            + " ".join(f"{k} {v:.1f}s" for k, v in slow)
+        )
+        if (config.checkpoint.every and step % config.checkpoint.every == 0) or step == config.steps or run.stop:
+            run.save(trainer.state, step)
+    bar.close()
+    if step == config.steps:
+        after = trainer.evaluate("after") if config.evaluate.every else {}
+        book(trainer.clock.take(), "evaluate/")
+        save_policy(run.path / "trained", trainer.policy.config, jax.device_get(trainer.state.params), source=trainer.source)
+        if after:
+            say_scores("after", after)
+        book({"total": time.perf_counter() - begun_at})
+        run.summarise(after=after, seconds=seconds, steps=config.steps, seed=config.seed, finished=True,
+                      sidecar_failures=trainer.segmenter.failures)
+        from icseg_jax import report
+
+        if after:
+            print(f"{report.write_report(run.path)}: open it in a browser")
+    else:
+        book({"total": time.perf_counter() - begun_at})
+        run.summarise(seconds=seconds)
+        print(f"stopped after step {step} of {config.steps}; the same command goes on from there")
+    trainer.segmenter.close()
+
+
+def scene_of(sample: data.Sample) -> dict | None:
+    graph = (sample.privileged or {}).get("scene_graph")
+    return graph if isinstance(graph, dict) else None
+
+
+def say_scores(name: str, scores: Mapping[str, Mapping]) -> None:
+    for decoding, told in scores.items():
+        words = ("success_ambiguous", "success_clear", "jf", "questions_ambiguous", "questions_clear", "resolved_rate",
+                 "redundant_question_rate", "regret", "format_rate")
+        print(f"{name:>7} {decoding:>8}  " + "  ".join(f"{w} {told[w]:.2f}" for w in words if told.get(w) is not None), flush=True)
+
+
+def clocked(items: Iterable[Any], clock: Clock, phase: str) -> Iterable[Any]:
+    iterator = iter(items)
+    while True:
+        with clock(phase):
+            item = next(iterator, clock)
+        if item is clock:
+            return
+        yield item
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m icseg_jax.train CONFIG [key=value ...]`. Returns the exit code: 0 done, saved or finished before; 2 bad input."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    run = None
+    try:
+        config = load_config(arguments[0], arguments[1:])
+        run = Run(config)
+        if run.finished:
+            print(f"{run.path}: this run is finished; see {run.path}/report.html")
+            return 0
+        run.catch_signals()
+        cache_programs()
+        {"sft": train_warmstart, "rl": train_policy}[config.stage](config, run)
+        return 0
+    except (ConfigError, data.DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if run is not None:
+            run.close()
+
+
+def cache_programs() -> None:
+    """Compiled programs are kept between runs; JAX_COMPILATION_CACHE_DIR says where, an empty value turns it off."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "icseg_jax" / "programs"))
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+USAGE = """usage: python -m icseg_jax.train CONFIG.yaml [key=value ...]
+
+Trains IC-Seg as the config says. The same command on an unfinished run resumes it.
+  python -m icseg_jax.train experiments/embedded.yaml
+  python -m icseg_jax.train experiments/embedded.yaml steps=4 run_dir=/tmp/try update.learning_rate=1e-4
+Keys and their meaning: section 1 of icseg_jax/train.py."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,530 @@
+"""The sidecar: a real process with the shipped segmenter, its protocol, its death, and the training that makes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+import zmq
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from icseg_jax import sam2_sidecar, synthetic
+from icseg_jax.sam2_sidecar import (
+    ASSET,
+    Prompt,
+    SegmenterClient,
+    Server,
+    SidecarError,
+    decode_message,
+    encode_message,
+    load_segmenter,
+    load_train_config,
+    pack_mask,
+    parse_address,
+    prompt_of_mask,
+    unpack_mask,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+def scene_objects(count, seed=11):
+    """Test-split frames with one visible object each: (name, frame, image, mask, prompt)."""
+    found, index = [], 0
+    while len(found) < count:
+        scene = synthetic.make_scene(index, seed=seed, split="test")
+        frame = index % scene.n_frames
+        masks = synthetic.visible_masks(scene, frame)
+        mask = masks[index % len(masks)]
+        index += 1
+        if mask.sum() > 60:
+            image = synthetic.render(scene, [frame])[0]
+            found.append((scene.id, frame, image, mask, prompt_of_mask(mask)))
+    return found
+
+
+def rows_of(objects):
+    return [{"video": name, "frame": frame, "box": p.box, "point": p.point} for name, frame, _, _, p in objects]
+
+
+def register(client, objects):
+    for name, frame, image, mask, _ in objects:
+        client.register(name, frame, image, mask)
+
+
+@pytest.fixture(scope="module")
+def objects():
+    return scene_objects(40)
+
+
+@pytest.fixture(scope="module")
+def client(objects, tmp_path_factory):
+    log_file = tmp_path_factory.mktemp("sidecar") / "sidecar.log"
+    with SegmenterClient(log_file=log_file, timeout_s=60) as client:
+        register(client, objects)
+        yield client
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    return load_segmenter(ASSET)
+
+
+def ask(client, parts):
+    """One raw message to the client's server, and its raw reply."""
+    with zmq.Context.instance().socket(zmq.REQ) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(f"ipc://{client._directory}/socket" if client.address is None else client.address)
+        socket.send_multipart(parts)
+        assert socket.poll(60_000), "the server does not answer"
+        return msgpack.unpackb(socket.recv_multipart()[1])
+
+
+def gone(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+# -- what it draws ---------------------------------------------------------------------------------------------
+
+
+def test_visible_masks_from_box_and_point(client, objects):
+    iou, valid = client.mask_iou(rows_of(objects))
+    assert valid.all() and iou.dtype == np.float32
+    assert iou.mean() >= 0.90
+
+
+def test_scores_are_those_of_the_masks(client, objects):
+    rows = rows_of(objects[:6])
+    masks = client.segment(rows)
+    expected = [(mask & o[3]).sum() / (mask | o[3]).sum() for mask, o in zip(masks, objects[:6], strict=True)]
+    np.testing.assert_allclose(client.mask_iou(rows)[0], expected, rtol=1e-6)
+
+
+def test_tracks_a_clip_both_ways(client):
+    scores = []
+    for index in (2, 5):
+        scene = synthetic.make_scene(index, seed=12, split="test")
+        truth = np.stack([synthetic.visible_masks(scene, t)[0] for t in range(scene.n_frames)])
+        best = max(synthetic.shown_frames(), key=lambda t, truth=truth: truth[t].sum())
+        prompt = prompt_of_mask(truth[best])
+        frames = synthetic.render(scene, range(scene.n_frames))
+        masks = client.track(frames, best, prompt.box, prompt.point)
+        scores.append(((masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2)).clip(1)).mean())
+        whole = client.track(frames, best, prompt.box, prompt.point, "amodal")
+        assert whole.shape == masks.shape and (whole != masks).any()
+    assert np.mean(scores) >= 0.85
+
+
+def test_a_mask_depends_neither_on_company_nor_on_the_cache(client, objects):
+    """Bit for bit: alone, in another order, after a restart with empty caches, and beside amodal rows."""
+    rows = rows_of(objects[:20])
+    together = client.mask_iou(rows)[0]
+    alone = np.concatenate([client.mask_iou([row])[0] for row in rows])
+    order = np.random.default_rng(0).permutation(len(rows))
+    shuffled = client.mask_iou([rows[i] for i in order])[0]
+    mixed = client.mask_iou([{**rows[i // 2], "mask_type": ("modal", "amodal")[i % 2]} for i in range(40)])[0]
+    client.close()
+    fresh = client.mask_iou(rows[:7])[0]
+    assert np.array_equal(together, alone) and np.array_equal(together[order], shuffled)
+    assert np.array_equal(together, mixed[::2]) and np.array_equal(together[:7], fresh)
+    masks = client.segment(rows[:9])
+    for row, mask in zip(rows[:9], masks, strict=True):
+        assert np.array_equal(client.segment([row])[0], mask)
+
+
+def test_zero_box_or_point_is_left_out(client, objects):
+    row = rows_of(objects[:1])[0]
+    nothing, point, both = client.segment([{**row, "box": [0] * 4, "point": [0] * 2},
+                                           {**row, "box": [0] * 4}, row])
+    assert not nothing.any() and point.any() and both.any()
+    assert client.mask_iou([{**row, "box": [0] * 4, "point": [0] * 2}])[0][0] == 0
+    assert not client.track(np.stack([objects[0][2]] * 2), 0, [0] * 4, [0] * 2).any()
+
+
+def test_an_empty_truth_earns_nothing(client, objects):
+    name, frame, image, mask, _ = objects[0]
+    client.register(name + "-absent", frame, image, np.zeros_like(mask))
+    row = {"video": name + "-absent", "frame": frame, "box": [0] * 4, "point": [0] * 2}
+    iou, valid = client.mask_iou([row])
+    assert valid.all() and iou[0] == 0
+
+
+def test_sequential_prompting_is_another_mask(segmenter, objects):
+    _, _, image, mask, prompt = objects[3]
+    features = segmenter.embed(image)
+    joint, sequential = (segmenter.segment([features], [prompt], how)[0] for how in ("joint", "sequential"))
+    assert not np.array_equal(joint.numpy(), sequential.numpy())
+    drawn = sam2_sidecar.to_mask(sequential, mask.shape)
+    assert (drawn & mask).sum() / (drawn | mask).sum() > 0.7
+
+
+def test_images_may_come_as_files(client, objects):
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(objects[0][2]).save(buffer, "PNG")
+    entry = {"video": "file", "frame": 0, "image": buffer.getvalue(), "truth": pack_mask(objects[0][3])}
+    assert ask(client, encode_message({"op": "frames", "frames": [entry]})) == {}
+    row = {**rows_of(objects[:1])[0], "video": "file", "frame": 0}
+    reply = ask(client, encode_message({"op": "segment", "rows": [row], "want": "iou"}))
+    assert reply["rows"][0]["iou"] == pytest.approx(client.mask_iou(rows_of(objects[:1]))[0][0])
+
+
+# -- the package's own predictors are the oracle -----------------------------------------------------------------
+
+
+def test_tracks_like_the_packages_predictor(segmenter, monkeypatch):
+    import sam2.sam2_video_predictor as package
+    from hydra.utils import instantiate
+
+    scene = synthetic.make_scene(4, seed=12, split="test")
+    frames, position = synthetic.render(scene, range(scene.n_frames)), 5
+    prompt = prompt_of_mask(synthetic.visible_masks(scene, position)[0])
+    config = json.loads((ASSET / "config.json").read_text())
+    predictor = instantiate({**config, "_target_": "sam2.sam2_video_predictor.SAM2VideoPredictor"}).eval()
+    predictor.load_state_dict(segmenter.model.state_dict(), strict=False)
+    monkeypatch.setattr(package, "load_video_frames", lambda **_: (segmenter.pixels(frames), 128, 128))
+    state = predictor.init_state("unused")
+    box, point = np.array(prompt.box) * 0.128, np.array(prompt.point) * 0.128
+    predictor.add_new_points_or_box(state, position, 1, points=point[None], labels=np.array([1]), box=box)
+    expected = np.zeros(frames.shape[:3], bool)
+    for reverse in (False, True):
+        for t, _, logits in predictor.propagate_in_video(state, position, reverse=reverse):
+            expected[t] = logits[0, 0].numpy() > 0
+    features = [segmenter.embed(frame) for frame in frames]
+    assert (segmenter.track(features, position, prompt, (128, 128)) != expected).mean() < 1e-4
+
+
+def test_segments_like_the_packages_predictor(segmenter, objects):
+    sam2_sidecar.import_torchvision()
+    from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+    _, _, image, _, prompt = objects[0]
+    predictor = SAM2ImagePredictor(segmenter.model)
+    size = segmenter.model.image_size  # the predictor's own list fits only 1024
+    predictor._bb_feat_sizes = [(size // s, size // s) for s in (4, 8, 16)]
+    predictor.set_image(image)
+    box, point = np.array(prompt.box) * 0.128, np.array(prompt.point) * 0.128
+    expected, _, _ = predictor.predict(point[None], np.array([1]), box, multimask_output=False)
+    mask = sam2_sidecar.to_mask(segmenter.segment([segmenter.embed(image)], [prompt])[0], (128, 128))
+    assert (mask != (expected[0] > 0)).mean() < 2e-3  # it pads its prompts differently
+
+
+# -- what can go wrong -------------------------------------------------------------------------------------------
+
+
+def test_killed_in_the_middle_of_a_request(client):
+    many = scene_objects(50, seed=13)
+    register(client, many)
+    result = {}
+    thread = threading.Thread(target=lambda: result.update(zip(("iou", "valid"), client.mask_iou(rows_of(many)),
+                                                               strict=True)))
+    client.start()
+    before, restarts = client.pid, client.restarts
+    thread.start()
+    time.sleep(0.15)
+    os.kill(before, signal.SIGKILL)
+    thread.join(60)
+    assert result["valid"].all() and client.pid != before and client.restarts == restarts + 1
+    assert np.array_equal(result["iou"], client.mask_iou(rows_of(many))[0])
+
+
+def test_stuck_process_is_replaced(objects, tmp_path):
+    with SegmenterClient(log_file=tmp_path / "log", timeout_s=20) as client:
+        register(client, objects[:2])
+        expected = client.mask_iou(rows_of(objects[:2]))[0]
+        stuck = client.pid
+        os.kill(stuck, signal.SIGSTOP)
+        client.timeout_s = 0.5
+        replaced = threading.Thread(target=lambda: setattr(client, "timeout_s", 60))
+        threading.Timer(0.6, replaced.run).start()  # the new process gets the time a cold start needs
+        iou, valid = client.mask_iou(rows_of(objects[:2]))
+        assert valid.all() and np.array_equal(iou, expected) and client.pid != stuck and gone(stuck)
+
+
+def test_dead_twice_gives_invalid_rows_and_no_exception(objects, tmp_path):
+    shutil.copytree(ASSET, tmp_path / "asset")
+    with SegmenterClient(segmenter=tmp_path / "asset", log_file=tmp_path / "log") as client:
+        register(client, objects[:2])
+        assert client.mask_iou(rows_of(objects[:2]))[1].all()
+        (tmp_path / "asset/config.json").rename(tmp_path / "asset/hidden")
+        os.kill(client.pid, signal.SIGKILL)
+        iou, valid = client.mask_iou(rows_of(objects[:2]))
+        assert not valid.any() and not iou.any() and client.failures == 2
+        with pytest.raises(SidecarError, match="no such file"):
+            client.segment(rows_of(objects[:1]))
+        (tmp_path / "asset/hidden").rename(tmp_path / "asset/config.json")
+        assert client.mask_iou(rows_of(objects[:2]))[1].all()  # and training goes on when it is back
+
+
+def test_one_bad_row_leaves_the_others_alone(client, objects):
+    good = rows_of(objects[:1])[0]
+    client.register("untruthful", 0, objects[0][2])
+    bad = [{**good, "box": [float("nan")] * 4}, {**good, "point": "ab"}, {**good, "box": [1, 2, 3]},
+           {**good, "mask_type": "other"}, {**good, "video": "nobody registered"}, {**good, "video": "untruthful",
+           "frame": 0}, {"video": "x"}, {**good, "box": None}, {**good, "box": [float("inf")] * 4}]
+    failures = client.failures
+    iou, valid = client.mask_iou([good, *bad, good])
+    assert valid.tolist() == [True] + [False] * len(bad) + [True]
+    assert iou[0] == iou[-1] > 0 and not iou[1:-1].any()
+    assert client.failures == failures + len(bad)
+    assert np.isfinite(client.mask_iou([{**good, "box": [-1e30, 5, 1e30, 900]}])[0]).all()
+    with pytest.raises(SidecarError, match="not registered"):
+        client.segment([{**good, "video": "nobody registered"}])
+
+
+def test_bad_messages_are_answered_and_survived(client, objects):
+    good = rows_of(objects[:1])[0]
+    client.mask_iou([good])
+    bodies = [b"\xff\x00garbage", b"", msgpack.packb([1, 2]), b"\x91" * 5000, msgpack.packb({}),
+              msgpack.packb({"op": ["frames"]})]
+    bodies += [msgpack.packb(message) for message in (
+        {"op": "frames"}, {"op": "frames", "frames": [3]}, {"op": "frames", "frames": [{"video": "v", "frame": 0}]},
+        {"op": "frames", "frames": [{"video": "v", "frame": 0, "image": b"no picture"}]},
+        {"op": "frames", "frames": [{"video": "v", "frame": 0, "image": b"123", "shape": [1 << 40, 1 << 40, 3]}]},
+        {"op": "frames", "frames": [{"video": "v", "frame": 0, "image": b"123", "shape": [1, 1, 3], "truth": b""}]},
+        {"op": "segment", "rows": "all"}, {"op": "segment", "rows": [good], "want": "money"},
+        {"op": "segment", "rows": [good], "prompting": "nicely"},
+        {"op": "track", "images": [], "position": 0, "box": [1, 1, 2, 2], "point": [1, 1]},
+        {"op": "track", "images": [{"image": b"abc", "shape": [1, 1, 3]}], "position": 7, "box": [1, 1, 2, 2],
+         "point": [1, 1]})]
+    for parts in [[b"", body] for body in bodies] + [[b"alone"], [b"", b"", b""]]:
+        error = ask(client, parts)["error"]
+        assert error and "\n" not in error
+    assert ask(client, encode_message({"op": "ping"}))["pid"] == client.pid
+    assert client.mask_iou([good])[1].all()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(message=st.dictionaries(
+    st.sampled_from(["op", "rows", "frames", "images", "want", "position", "box", "point", "image", "shape"]),
+    st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.binary(max_size=12)
+                 | st.sampled_from(["ping", "stats", "frames", "segment", "track", "iou"]),
+                 lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
+                     st.sampled_from(["video", "frame", "image", "shape", "truth", "box", "point"]), inner,
+                     max_size=4), max_leaves=12)))
+def test_any_message_is_a_reply_or_a_valueerror(segmenter, message):
+    try:
+        assert isinstance(Server(segmenter).answer(message), dict)
+    except ValueError as error:
+        assert str(error)
+
+
+@settings(max_examples=100, deadline=None)
+@given(parts=st.lists(st.binary(max_size=40), max_size=3), secret=st.sampled_from([b"", b"secret"]))
+def test_any_bytes_are_a_message_or_a_valueerror(parts, secret):
+    try:
+        assert isinstance(decode_message(parts, secret), dict)
+    except ValueError:
+        pass
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 5), st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_mask_bits_round_trip(height, width, seed):
+    mask = np.random.default_rng(seed).random((height, width)) < 0.5
+    assert np.array_equal(unpack_mask(pack_mask(mask), mask.shape), mask)
+    with pytest.raises(ValueError, match="expected"):
+        unpack_mask(pack_mask(mask) + b"1", mask.shape)
+
+
+def test_frames_the_server_forgot_are_sent_again(objects, tmp_path):
+    with SegmenterClient(log_file=tmp_path / "log", max_frames=4) as client:
+        register(client, objects[:4])
+        expected = client.mask_iou(rows_of(objects[:4]))[0]
+        others = [{"video": "other", "frame": i, "image": bytes(3), "shape": [1, 1, 3]} for i in range(4)]
+        ask(client, encode_message({"op": "frames", "frames": others}))  # they push ours out
+        iou, valid = client.mask_iou(rows_of(objects[:4]))
+        assert valid.all() and np.array_equal(iou, expected) and client.stats()["held_frames"] == 4
+
+
+def test_calls_of_several_threads_share_a_request(client, objects):
+    rows = rows_of(objects[:8])
+    expected, before = client.mask_iou(rows)[0], client.stats()["messages"]
+    results = {}
+    threads = [threading.Thread(target=lambda i=i: results.update({i: client.mask_iou(rows[i : i + 3])}))
+               for i in range(6)]
+    client.join_s = 0.3
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    client.join_s = 0.004
+    assert all(np.array_equal(results[i][0], expected[i : i + 3]) for i in range(6))
+    assert client.stats()["messages"] - before <= 4  # stats itself, and one or two for the six callers
+
+
+def test_samples_on_one_video_share_its_embedding(client, objects):
+    name, frame, image, mask, _ = objects[0]
+    row = rows_of(objects[:1])[0]
+    client.mask_iou([row])
+    before = client.stats()["encoded"]
+    client.register("another query", frame, image, ~mask)
+    inverse = client.mask_iou([{**row, "video": "another query"}])[0][0]
+    assert client.stats()["encoded"] == before and inverse < 0.1 < client.mask_iou([row])[0][0]
+
+
+# -- processes and addresses --------------------------------------------------------------------------------------
+
+
+def test_the_trainer_gets_neither_torch_nor_jax_from_importing_the_client():
+    program = "import sys, icseg_jax.sam2_sidecar; print(sorted({'torch', 'jax', 'sam2'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_it_ends_with_its_parent(tmp_path):
+    program = ("import os, signal\nfrom icseg_jax.sam2_sidecar import SegmenterClient\n"
+               "client = SegmenterClient(); client.start(); print(client.pid, client._directory, flush=True)\n"
+               "os.kill(os.getpid(), signal.SIGKILL)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    pid, directory = done.stdout.split()
+    end = time.monotonic() + 20
+    while not (gone(pid) and not Path(directory).exists()) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert gone(pid) and not Path(directory).exists()
+
+
+def test_ctrl_c_is_left_to_the_trainer_and_the_socket_to_its_owner(client, objects):
+    client.start()
+    os.kill(client.pid, signal.SIGINT)
+    assert client.mask_iou(rows_of(objects[:1]))[1].all()
+    assert os.stat(client._directory).st_mode & 0o077 == 0
+    assert os.stat(f"{client._directory}/socket").st_mode & 0o077 == 0
+
+
+def test_a_secret_is_asked_for(objects, tmp_path, monkeypatch):
+    monkeypatch.setenv(sam2_sidecar.SECRET_VARIABLE, "open sesame")
+    with SegmenterClient(log_file=tmp_path / "log") as client:
+        register(client, objects[:1])
+        assert client.mask_iou(rows_of(objects[:1]))[1].all()
+        assert "wrong secret" in ask(client, encode_message({"op": "ping"}))["error"]
+        assert "wrong secret" in ask(client, encode_message({"op": "ping"}, b"guess"))["error"]
+        assert parse_address("tcp://10.0.0.1:5555") == "tcp://10.0.0.1:5555"
+    monkeypatch.delenv(sam2_sidecar.SECRET_VARIABLE)
+    with pytest.raises(ValueError, match=sam2_sidecar.SECRET_VARIABLE):
+        parse_address("tcp://10.0.0.1:5555")
+
+
+def test_a_sidecar_at_an_address(objects, tmp_path):
+    with zmq.Context.instance().socket(zmq.REP) as probe:
+        port = probe.bind_to_random_port("tcp://127.0.0.1")
+    command = [sys.executable, "-m", "icseg_jax.sam2_sidecar", "serve", "--socket", f"tcp://127.0.0.1:{port}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        with SegmenterClient(f"tcp://127.0.0.1:{port}") as client:
+            register(client, objects[:1])
+            assert client.mask_iou(rows_of(objects[:1]))[1].all() and client.pid is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("text", ["", "tcp://", "tcp://127.0.0.1", "tcp://127.0.0.1:notaport", "http://127.0.0.1:1",
+                                  "tcp://*:5555"])
+def test_bad_addresses(text):
+    with pytest.raises(ValueError, match="address|on this machine"):
+        parse_address(text)
+
+
+def test_damaged_segmenters(tmp_path, segmenter):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_segmenter(tmp_path)
+    shutil.copytree(ASSET, tmp_path / "a")
+    (tmp_path / "a/model.safetensors").write_bytes((ASSET / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="damaged"):
+        load_segmenter(tmp_path / "a")
+    shutil.copy(ASSET / "model.safetensors", tmp_path / "a")
+    config = json.loads((ASSET / "config.json").read_text())
+    for change, complaint in (({"_target_": "os.system"}, "not a class"), ({"num_maskmem": 9}, "don't fit"),
+                              ({"memory_encoder": {"_target_": "subprocess.run"}}, "not a class"),
+                              ({"unheard_of": 1}, "unheard_of")):
+        (tmp_path / "a/config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=complaint):
+            load_segmenter(tmp_path / "a")
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    (["serve", "--socket", "{tmp}/s", "--segmenter", "{tmp}"], "no such file"),
+    (["serve", "--socket", "tcp://0.0.0.0:1"], sam2_sidecar.SECRET_VARIABLE),
+    (["serve", "--socket", "{tmp}/no/such/folder/s"], "cannot listen"),
+    (["train", "{tmp}/missing.yaml"], "no such config"),
+    (["train", "experiments/embedded_sam2.yaml", "image_step=3"], "did you mean image_steps"),
+    (["train", "experiments/embedded_sam2.yaml", "image_steps=many"], "image_steps"),
+    (["train", "experiments/embedded_sam2.yaml", "image_size=100"], "multiple of 64"),
+    (["train", "experiments/embedded_sam2.yaml", "seed"], "key=value"),
+])
+def test_bad_command_lines(arguments, complaint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv(sam2_sidecar.SECRET_VARIABLE, raising=False)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    umask = os.umask(0o077)
+    try:
+        assert sam2_sidecar.main([argument.format(tmp=tmp_path) for argument in arguments]) == 2
+    finally:
+        os.umask(umask)
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and complaint in error and "\n" not in error
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+def test_training_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
+    small = ["image_size=64", "embed_dim=8", "stages=[1,1,1,1]", "width=32", "image_steps=4", "complete_steps=3",
+             "clip_steps=3", "scenes=1", "objects=2", "clip_frames=3", "checkpoint_every=2", "test_scenes=1",
+             "test_clips=1"]
+
+    def config(name):
+        paths = [f"run_dir={tmp_path / name}", f"asset={tmp_path / name / 'asset'}"]
+        return load_train_config(ROOT / "experiments/embedded_sam2.yaml", [*small, *paths])
+
+    numbers = sam2_sidecar.train(config("whole"))
+    assert set(numbers) >= {"iou", "track", "complete_occluded"}
+    save, left = sam2_sidecar._save_checkpoint, []
+
+    def save_and_die(*arguments):
+        save(*arguments)
+        left.append(arguments[2:4])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sam2_sidecar, "_save_checkpoint", save_and_die)
+    while len(left) < 6:  # die at every checkpoint there is
+        with pytest.raises(KeyboardInterrupt):
+            sam2_sidecar.train(config("parts"))
+    assert left == [(0, 2), (0, 4), (1, 2), (1, 3), (2, 2), (2, 3)]
+    assert sam2_sidecar.train(config("parts")) == numbers
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "whole/asset" / name).read_bytes() == (tmp_path / "parts/asset" / name).read_bytes()
+    assert "minutes of one CPU core" in (tmp_path / "parts/asset/README.md").read_text()
+    with pytest.raises(ValueError, match="another config .differs in seed"):
+        sam2_sidecar.train(load_train_config(ROOT / "experiments/embedded_sam2.yaml",
+                                             [*small, f"run_dir={tmp_path / 'parts'}", "seed=5"]))
+    (tmp_path / "parts/checkpoint.pt").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match="damaged checkpoint"):
+        sam2_sidecar.train(config("parts"))
+
+
+def test_prompt_of_mask_is_inside():
+    for _, _, _, mask, prompt in scene_objects(20, seed=14):
+        ys, xs = np.nonzero(mask)
+        np.testing.assert_allclose(np.array(prompt.box) * 0.128, [xs.min(), ys.min(), xs.max(), ys.max()])
+        x, y = (round(v * 0.128) for v in prompt.point)
+        assert mask[y, x]
+    assert Prompt(None, None).empty
