@@ -80,8 +80,7 @@ def _write_bytes(path: Path, data: bytes) -> None:
 # 1 Wire
 # --------------------------------------------------------------------------------------------------
 # A message is two ZeroMQ frames: the HMAC-SHA256 of the second under the shared secret (empty without one),
-# and a msgpack map. Requests hold "op" and its arguments; replies hold what was asked for, or "error": one
-# line.
+# and a msgpack map. A request holds "op" and its arguments; a reply what was asked for, or "error", one line.
 #   ping     -> pid, amodal
 #   stats    -> counters
 #   frames   frames: [{video, frame, image, shape?, truth?}]. `image`: raw RGB bytes of `shape` [h, w, 3], or
@@ -163,8 +162,7 @@ def unpack_mask(data: bytes, shape: Sequence[int]) -> Bool[np.ndarray, ...]:
 
 
 def import_torchvision() -> None:
-    """Imports torchvision also where its compiled operators don't fit the installed torch (any CPU-only
-    build).
+    """Imports torchvision, also where its compiled operators don't fit the installed torch (CPU builds).
 
     Nothing in this file needs it; `sam2`'s image predictor and transformers' image code do, for their
     pure-Python transforms. Declaring the two operators whose absence stops the import is enough (DESIGN.md
@@ -356,8 +354,10 @@ def _extent(mask: np.ndarray) -> tuple[int, ...]:
 
 
 class Segmenter:
-    """A SAM2 model behind four verbs. Features are the model's pyramid of one or more frames: tensors [B, C,
-    h, w]."""
+    """A SAM2 model behind four verbs: embed, segment, track, and the step that training uses too.
+
+    "Features" are the model's pyramid of B frames, a list of tensors [B, C, h, w].
+    """
 
     def __init__(self, model: Any):
         self.model = model.eval()
@@ -431,11 +431,9 @@ class Segmenter:
         return self.step(features, prompts, **memory)
 
     def segment(self, features: Sequence[list], prompts: Sequence[Prompt], prompting: str = "joint") -> list:
-        """Logits [h, w] of every prompt, each on its own frame's features (batch 1), None for an empty
-        prompt.
+        """Logits [h, w] of every prompt on its own frame's features (B = 1); None for an empty prompt.
 
-        Prompts of one kind share decoder calls of exactly `BATCH` rows, so a result does not depend on
-        company.
+        Prompts of one kind share decoder calls of exactly `BATCH` rows: no result depends on its company.
         """
         import torch
 
@@ -668,8 +666,7 @@ class Server:
 
 def serve(address: str, segmenter: str | Path, *, threads: int = 1, parent: int | None = None,
           max_frames: int = 2048, max_embeddings: int = 512) -> None:
-    """Answers until killed, or until `parent` dies. Raises what `load_segmenter` and `parse_address`
-    raise."""
+    """Answers until killed, or until `parent` dies. Raises as `load_segmenter` and `parse_address` do."""
     import torch
 
     address, secret = parse_address(address), _secret()
@@ -774,16 +771,18 @@ class SegmenterClient:
         return self._process and self._process.pid
 
     def start(self, wait: bool = True) -> None:
-        """Starts the process (or connects). With `wait` False it comes up while the caller does something
-        else.
+        """Starts the process, or connects. Without `wait` it comes up while the caller does other things.
 
-        Raises SidecarError, with the end of its log, when it dies or does not answer within
-        `start_timeout_s`.
+        Raises SidecarError, with the end of its log, when it dies or is silent for `start_timeout_s`.
         """
         with self._lock:
             self._launch()
-            if wait:
-                self._await_ready()
+            try:
+                if wait:
+                    self._await_ready()
+            except _Lost:
+                self._stop()
+                raise
 
     def register(self, video: str, frame: int, image: UInt8[np.ndarray, "h w 3"],
                  truth: Bool[np.ndarray, "h w"] | None = None) -> None:
@@ -803,11 +802,9 @@ class SegmenterClient:
                 self._sent.discard(self._frames.popitem(last=False)[0])
 
     def mask_iou(self, rows: Sequence[dict]) -> tuple[Float[np.ndarray, " rows"], Bool[np.ndarray, " rows"]]:
-        """IoU of each row's mask with the registered truth (0 where the truth is empty), and whether it is
-        valid.
+        """IoU of each row's mask with the registered truth (0 where that is empty), and if it is valid.
 
-        Calls that come at the same time from several threads (a host callback fires once per device) are one
-        request.
+        Calls that several threads make at once (a host callback fires once per device) are one request.
         """
         call = _Call(rows)
         with self._queue_lock:
@@ -920,16 +917,14 @@ class SegmenterClient:
     def _twice(self, attempt: Callable[[], Any]) -> Any:
         """Tries, and when the sidecar is dead or stuck, tries once more with a new one."""
         try:
-            self._launch()
-            self._await_ready()
+            self.start()
             return attempt()
         except _Lost as error:
             log.warning("sidecar lost (%s); starting it again", error)
             self._stop()
             self.restarts += 1
         try:
-            self._launch()
-            self._await_ready()
+            self.start()
             return attempt()
         except _Lost:
             self._stop()
@@ -1053,25 +1048,25 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
     """Reads a YAML file and `key=value` overrides. Raises ValueError with one line that names what is
     wrong."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    names = [field.name for field in dataclasses.fields(TrainConfig)]
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"{override!r}: an override reads key=value, such as seed=1")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such config file; try experiments/embedded_sam2.yaml")
     try:
         given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        for key in given:
-            if key not in names:
-                close = difflib.get_close_matches(str(key), names, 1)
-                hint = f"did you mean {close[0]}?" if close else f"keys are {', '.join(names)}"
-                raise ValueError(f"{path}: unknown key {key!r}; {hint}")
+    except Exception as error:  # yaml and omegaconf each have their own kinds
+        raise ValueError(f"{path}: {_one_line(error)}") from None
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    for key in given:
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, 1)
+            hint = f"did you mean {close[0]}?" if close else f"keys are {', '.join(names)}"
+            raise ValueError(f"{path}: unknown key {key!r}; {hint}")
+    try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), given))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such config file") from None
-    except ValueError:
-        raise
-    except (OmegaConfBaseException, Exception) as error:  # yaml has its own
+    except Exception as error:
         raise ValueError(f"{path}: {_one_line(error)}") from None
     if config.image_size % 64:
         raise ValueError(f"image_size={config.image_size}: must be a multiple of 64, such as 192")
@@ -1315,9 +1310,9 @@ def train(config: TrainConfig) -> dict[str, float]:
                 _save_checkpoint(file, identity, number, step + 1, seconds, model, optimizer)
         _save_checkpoint(file, identity, number, steps, seconds, model, None)
 
-    numbers = measure(segmenter, config.test_scenes, config.test_clips)
-    print(json.dumps(numbers), flush=True)
     save_segmenter(config.asset, model, model_config)
+    numbers = measure(load_segmenter(config.asset), config.test_scenes, config.test_clips)
+    print(json.dumps(numbers), flush=True)
     count = sum(p.numel() for p in model.parameters())
     _write_bytes(Path(config.asset) / "README.md", _asset_readme(config, count, seconds, numbers).encode())
     return numbers

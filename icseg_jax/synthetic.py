@@ -351,7 +351,7 @@ def _propose(rng: np.random.Generator, row: Row, radius: int) -> Float[np.ndarra
 
 def _place(rng: np.random.Generator, rows: list[Row]
            ) -> tuple[tuple[Object, ...], tuple[int, int, int, int] | None, np.ndarray] | None:
-    """Objects with trajectories, an occluding bar in some scenes, visible shares; None when they do not fit."""
+    """Objects with trajectories, an occluding bar in some scenes, visible shares; None if they do not fit."""
     n = len(rows)
     radii = [int(rng.integers(SIZES[row["size"]][0], SIZES[row["size"]][1] + 1)) for row in rows]
     depth = rng.permutation(n)
@@ -377,7 +377,7 @@ def _place(rng: np.random.Generator, rows: list[Row]
 
 def _place_once(rng: np.random.Generator, rows: list[Row], radii: list[int], wants_overlap: bool
                 ) -> list[np.ndarray] | None:
-    """One trajectory per row, placed one by one in random order; if asked to, the last one crosses another."""
+    """One trajectory per row, placed in random order; if asked to, the last one crosses another."""
     order = rng.permutation(len(rows))
     paths: dict[int, np.ndarray] = {}
     for i in order:
@@ -672,8 +672,8 @@ def optimal_yesno(values: Sequence[Row], attributes: Sequence[str] = ASKABLE) ->
     return _optimum(everything, bank)[0]
 
 
-def baselines(scenes: Sequence[Scene], seed: int = 0) -> dict[str, dict]:
-    """Askers that see perfectly and stop when one candidate is left, on the ambiguous scenes among `scenes`.
+def baselines(graphs: Sequence[dict], seed: int = 0) -> dict[str, dict]:
+    """Askers that see perfectly and stop when one candidate is left, on the ambiguous ones among scene graphs.
 
     guess (asks nothing), random (any attribute, also again), fixed_attribute (one question, the best choice
     for all scenes), fixed_order (the best of all orders), greedy (most even split now) and optimal. Each
@@ -682,7 +682,7 @@ def baselines(scenes: Sequence[Scene], seed: int = 0) -> dict[str, dict]:
     each asked attribute; all are exact means over a uniform target, except that the random asker draws its
     questions (from `seed`).
     """
-    tables = [_Table.of(scene) for scene in scenes if scene.initial_count > 1]
+    tables = [_Table.of(graph) for graph in graphs if graph["initial_count"] > 1]
     if not tables:
         raise ValueError("baselines: no scene is ambiguous; give some of level simple, medium or difficult")
     rng = np.random.default_rng(seed)
@@ -709,11 +709,16 @@ class _Table:
     expected: float
 
     @staticmethod
-    def of(scene: Scene) -> _Table:
-        values = [attributes_of(scene.object(oid), QUERY_FRAME, scene.width) for oid in scene.candidates]
+    def of(graph: dict) -> _Table:
+        known = {obj["oid"]: obj for obj in graph["objects"]}
+        values = [
+            {a: known[oid][a] for a in ("color", "shape", "size")}
+            | {"motion": known[oid]["motion"]["dir"], "column": known[oid]["per_frame"][QUERY_FRAME]["col"]}
+            for oid in graph["candidates"]
+        ]
         left_by = {a: [next(cell for cell in _cells(values, a) if cell >> i & 1) for i in range(len(values))]
                    for a in ASKABLE}
-        return _Table(values, left_by, scene.optimal_expected)
+        return _Table(values, left_by, graph["optimal_expected"])
 
 
 _Asker = Callable[[_Table, int, int], "str | None"]  # (table, candidates left, questions asked) -> attribute
@@ -959,8 +964,7 @@ def _write_split(root: Path, split: str, count: int, seed: int, progress: bool) 
         row = {"id": scene.id, "question": scene.query, "images": [f"{t:05d}" for t in range(scene.n_frames)],
                "ability": scene.level, "video": scene.id, "oid": scene.target or NO_TARGET,
                "object": _named(scene.object(scene.target)) if scene.target else "",
-               "initial_count": scene.initial_count, "max_count": scene.max_count,
-               "mask_type": scene.mask_type}
+               "initial_count": scene.initial_count, "max_count": scene.max_count}
         if split == "train":
             row["aid"] = aid
             found = [description(scene.object(oid), scene) for oid in scene.candidates]
@@ -970,7 +974,6 @@ def _write_split(root: Path, split: str, count: int, seed: int, progress: bool) 
     schema = pa.schema([("id", pa.string()), ("question", pa.string()), ("images", pa.list_(pa.string())),
                         ("ability", pa.string()), ("video", pa.string()), ("oid", pa.int64()),
                         ("object", pa.string()), ("initial_count", pa.int64()), ("max_count", pa.int64()),
-                        ("mask_type", pa.string()),
                         *([("aid", pa.int64())] if split == "train" else [])])
     pq.write_table(pa.Table.from_pylist(rows, schema), root / f"{split}.parquet")
 

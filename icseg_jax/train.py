@@ -108,7 +108,7 @@ class ProtocolSection:
     keyframe_size: int = 864  # pixels of the high-resolution key frame
     max_turns: int = 6  # tool calls: at most max_turns - 1 questions and the key frame
     prompts: str = "full"  # full | brief: how much the system prompt explains
-    clarify: tuple[str, ...] = ("simple", "medium", "difficult")  # abilities that get the clarification prompt
+    clarify: list[str] = field(default_factory=lambda: ["simple", "medium", "difficult"])  # abilities that may ask
     prompt_tokens: int = 2176  # longest prompt; longer ones are left out in training
     response_tokens: int = 8192  # T: everything after the prompt, observations included
     action_tokens: int = 4096  # one generation
@@ -121,8 +121,8 @@ class RolloutSection:
     rollouts: int = 8  # N per prompt
     temperature: float = 1.0
     refills: int = 3  # times that zero-spread groups are replaced by new prompts
-    cache_buckets: tuple[int, ...] = (1024, 2048, 4096, 8192)  # lengths to which a rollout's own cache is cut
-    observation_buckets: tuple[int, ...] = (64, 256, 1024, 4096)  # lengths to which a turn's observations are padded
+    cache_buckets: list[int] = field(default_factory=lambda: [1024, 2048, 4096, 8192])  # lengths of a rollout's cache
+    observation_buckets: list[int] = field(default_factory=lambda: [64, 256, 1024, 4096])  # of a turn's observations
     least_prompts: int = 4  # ended prompts are left behind down to this many: each size is a program
 
 
@@ -134,7 +134,9 @@ class RewardSection:
     iou: float = 0.5  # box IoU above this is a hit
     box_l1: float = 10.0  # mean coordinate error below this is a hit, thousandths of the frame
     point_l2: float = 100.0  # point error below this is a hit, thousandths of the frame
-    process: str = "reduction"  # METHOD.md 3.3: reduction | ratio | log | resolution_x_efficiency | linear | format | parent_tpr
+    process: str = (
+        "reduction"  # METHOD.md 3.3: reduction | ratio | log | resolution_x_efficiency | linear | format | parent_tpr
+    )
     success: float = 0.7  # share of the maximum return from which a rollout counts as a solution
     no_target: bool = True  # score frame -1 with the zero answer on no-target samples
 
@@ -167,7 +169,7 @@ class UpdateSection:
     clip_high: float = 0.2
     dual_clip: float = 3.0
     mask_overlong: bool = True
-    token_buckets: tuple[int, ...] = (2048, 4096, 8192)  # T to which a step's rollouts are padded
+    token_buckets: list[int] = field(default_factory=lambda: [2048, 4096, 8192])  # T of a step's rollouts
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,10 @@ class WarmstartSection:
     guided: float = 0.2  # share of dialogues that follow the expert's guidance
     conversations: float = 0.06  # share of scenes that are conversations
     mask_types: float = 0.12  # share of scenes whose wording asks for a mask type
-    coordinate_sigma: float = 1.5  # start of the spread of coordinate targets, in grid steps; falls to 0
+    dialogues: float = 1.0  # share of scenes with dialogues beside the short segments
+    decay: float = 0.25  # last share of the run in which the learning rate falls to 0
+    coordinate_sigma: float = 1.5  # start of the spread of coordinate targets, in grid steps
+    coordinate_sigma_end: float = 0.0  # reached after four fifths of the run
     coordinate_step: int = 10  # grid of coordinate tokens, thousandths of the frame
 
 
@@ -321,31 +326,71 @@ def check_config(c: Config) -> Config:
     need(c.policy.shape is None or c.stage == "sft", "policy.shape", c.policy.shape, "random weights need stage=sft")
     need(c.protocol.prompts in PROMPTS, "protocol.prompts", c.protocol.prompts, f"use one of {', '.join(PROMPTS)}")
     need(c.protocol.max_turns >= 1, "protocol.max_turns", c.protocol.max_turns, "use 1 or more (6 in the paper)")
-    need(c.rollout.rollouts >= 2 or c.stage == "sft", "rollout.rollouts", c.rollout.rollouts,
-         "group statistics need 2 or more (8 in the paper)")
-    need(c.rollout.temperature > 0, "rollout.temperature", c.rollout.temperature, "use a positive number (1.0 in the paper)")
-    need(c.rollout.prompts % c.update.minibatches == 0, "update.minibatches", c.update.minibatches,
-         f"must divide rollout.prompts={c.rollout.prompts}")
+    need(
+        c.rollout.rollouts >= 2 or c.stage == "sft",
+        "rollout.rollouts",
+        c.rollout.rollouts,
+        "group statistics need 2 or more (8 in the paper)",
+    )
+    need(
+        c.rollout.temperature > 0,
+        "rollout.temperature",
+        c.rollout.temperature,
+        "use a positive number (1.0 in the paper)",
+    )
+    need(
+        c.rollout.prompts % c.update.minibatches == 0,
+        "update.minibatches",
+        c.update.minibatches,
+        f"must divide rollout.prompts={c.rollout.prompts}",
+    )
     per = c.rollout.prompts // c.update.minibatches
-    need(c.update.micro_prompts == 0 or per % c.update.micro_prompts == 0, "update.micro_prompts", c.update.micro_prompts,
-         f"must divide the {per} prompts of a minibatch (0: all at once)")
+    need(
+        c.update.micro_prompts == 0 or per % c.update.micro_prompts == 0,
+        "update.micro_prompts",
+        c.update.micro_prompts,
+        f"must divide the {per} prompts of a minibatch (0: all at once)",
+    )
     need(0 <= c.credit.lam <= 1, "credit.lam", c.credit.lam, "use a number from 0 to 1 (0.5 in the paper)")
     need(c.credit.lam_decay > 0, "credit.lam_decay", c.credit.lam_decay, "use 1 or more steps")
     need(0 <= c.credit.weight_clip < 1, "credit.weight_clip", c.credit.weight_clip, "use a number from 0 to below 1")
-    need(c.credit.teacher_context in ("guidance", "none"), "credit.teacher_context", c.credit.teacher_context, "use guidance or none")
+    need(
+        c.credit.teacher_context in ("guidance", "none"),
+        "credit.teacher_context",
+        c.credit.teacher_context,
+        "use guidance or none",
+    )
     need(c.credit.teacher_update == "sync", "credit.teacher_update", c.credit.teacher_update, "use sync")
     need(c.credit.sync_interval >= 1, "credit.sync_interval", c.credit.sync_interval, "use 1 or more steps")
     need(c.reward.process in TURN_KINDS, "reward.process", c.reward.process, f"use one of {', '.join(TURN_KINDS)}")
     unknown = set(c.reward.weights) - set(TERMS)
     need(not unknown, "reward.weights", sorted(unknown), f"known terms: {', '.join(TERMS)}")
-    need(any(w > 0 for w in c.reward.weights.values()), "reward.weights", dict(c.reward.weights), "at least one weight must be above 0")
+    need(
+        any(w > 0 for w in c.reward.weights.values()),
+        "reward.weights",
+        dict(c.reward.weights),
+        "at least one weight must be above 0",
+    )
     need(c.update.dual_clip > 1, "update.dual_clip", c.update.dual_clip, "use a number above 1 (3.0 in the paper)")
-    need(0 < c.update.clip_low < 1 and c.update.clip_high > 0, "update.clip_low", c.update.clip_low, "use 0 < clip_low < 1, clip_high > 0")
+    need(
+        0 < c.update.clip_low < 1 and c.update.clip_high > 0,
+        "update.clip_low",
+        c.update.clip_low,
+        "use 0 < clip_low < 1, clip_high > 0",
+    )
     need(c.simulator.kind in ("oracle", "person"), "simulator.kind", c.simulator.kind, "use oracle or person")
-    need(max(c.update.token_buckets) >= c.protocol.response_tokens, "update.token_buckets", list(c.update.token_buckets),
-         f"the largest must hold protocol.response_tokens={c.protocol.response_tokens}")
-    need(max(c.rollout.cache_buckets) >= c.protocol.response_tokens, "rollout.cache_buckets", list(c.rollout.cache_buckets),
-         f"the largest must hold protocol.response_tokens={c.protocol.response_tokens}")
+    need(
+        max(c.update.token_buckets) >= c.protocol.response_tokens,
+        "update.token_buckets",
+        list(c.update.token_buckets),
+        f"the largest must hold protocol.response_tokens={c.protocol.response_tokens}",
+    )
+    need(
+        max(c.rollout.cache_buckets) >= c.protocol.response_tokens,
+        "rollout.cache_buckets",
+        list(c.rollout.cache_buckets),
+        f"the largest must hold protocol.response_tokens={c.protocol.response_tokens}",
+    )
     need(c.mesh.data == -1 or c.mesh.data >= 1, "mesh.data", c.mesh.data, "use -1 (what is left) or a count of devices")
     return c
 
@@ -405,7 +450,7 @@ class PolicyConfig:
     tie_word_embeddings: bool = True
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any], where: str = "config.json") -> "PolicyConfig":
+    def from_json(cls, raw: Mapping[str, Any], where: str = "config.json") -> PolicyConfig:
         """`raw`: the parsed `config.json` of a Qwen3-VL directory. Raises ConfigError naming the key."""
         if raw.get("model_type") != "qwen3_vl":
             raise ConfigError(
@@ -544,24 +589,63 @@ def attend(q: Array, parts: Sequence[tuple[Array, Array, Array]]) -> Array:
     (k, v [P,N,S,K,h]); mask is boolean and broadcasts to [P,N,t,S]. The parts are never concatenated or
     tiled: only their logits meet, in one softmax. A query that sees nothing gets the mean, not NaN.
     """
-    heads, size = q.shape[-2:]
+    p, n, t, heads, size = q.shape
     groups = parts[0][0].shape[-2]
-    q = q.reshape(*q.shape[:-2], groups, heads // groups, size) * size**-0.5
-    logits = []
-    for k, _, mask in parts:
-        shared = k.ndim == 4
-        scores = jnp.einsum("pntkgh,pskh->pnkgts" if shared else "pntkgh,pnskh->pnkgts", q, k.astype(q.dtype),
-                            preferred_element_type=jnp.float32)
-        logits.append(jnp.where(mask[:, :, None, None], scores, MASKED))
-    top = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in logits])
-    weights = [jnp.exp(x - jax.lax.stop_gradient(top)) for x in logits]
+    grouped = q.reshape(p, n, t, groups, heads // groups, size).transpose(0, 1, 3, 4, 2, 5) * size**-0.5
+    keys = tuple((k.astype(q.dtype), v.astype(q.dtype)) for k, v, _ in parts)
+    out = _attend(grouped, keys, tuple(mask for _, _, mask in parts))
+    return out.transpose(0, 1, 4, 2, 3, 5).reshape(q.shape)
+
+
+def _contract(spec: str, a: Array, b: Array, shared: bool) -> Array:
+    """einsum in which `*` stands for the axes of a part's keys or values: ps when shared, pns when a rollout's own."""
+    return jnp.einsum(spec.replace("*", "ps" if shared else "pns"), a, b, preferred_element_type=jnp.float32)
+
+
+def _scores(q: Array, k: Array, mask: Array) -> Array:
+    scores = _contract("pnkgth,*kh->pnkgts", q, k, k.ndim == 4)
+    return jnp.where(mask[:, :, None, None], scores, MASKED)
+
+
+@jax.custom_vjp
+def _attend(q: Array, keys: tuple[tuple[Array, Array], ...], masks: tuple[Array, ...]) -> Array:
+    """q [P,N,K,g,t,h], already scaled -> the same shape. Backward computes the weights again from their log-sum, so
+    that nothing of size t * S outlives the forward pass: on every backend that traffic costs more than the arithmetic.
+    """
+    return _attend_forward(q, keys, masks)[0]
+
+
+def _attend_forward(q, keys, masks):
+    scores = [_scores(q, k, mask) for (k, _), mask in zip(keys, masks, strict=True)]
+    top = functools.reduce(jnp.maximum, [x.max(-1) for x in scores])
+    weights = [jnp.exp(x - top[..., None]) for x in scores]
     total = functools.reduce(operator.add, [w.sum(-1) for w in weights])
-    out = 0.0
-    for weight, (_, v, _) in zip(weights, parts, strict=True):
-        form = "pnkgts,pskh->pntkgh" if v.ndim == 4 else "pnkgts,pnskh->pntkgh"
-        out += jnp.einsum(form, weight.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32)
-    out = out / jnp.moveaxis(total, -1, 2)[..., None]
-    return out.reshape(*out.shape[:3], heads, size).astype(q.dtype)
+    sums = [
+        _contract("pnkgts,*kh->pnkgth", w.astype(q.dtype), v, v.ndim == 4)
+        for w, (_, v) in zip(weights, keys, strict=True)
+    ]
+    out = (functools.reduce(operator.add, sums) / total[..., None]).astype(q.dtype)
+    return out, (q, keys, masks, out, top + jnp.log(total))
+
+
+def _attend_backward(kept, slope):
+    q, keys, masks, out, log_sum = kept
+    inner = (slope.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
+    q_slope, key_slopes = 0.0, []
+    for (k, v), mask in zip(keys, masks, strict=True):
+        shared = k.ndim == 4
+        weight = jnp.exp(_scores(q, k, mask) - log_sum[..., None])
+        change = (weight * (_contract("pnkgth,*kh->pnkgts", slope, v, shared) - inner)).astype(q.dtype)
+        q_slope += _contract("pnkgts,*kh->pnkgth", change, k, shared)
+        to_key = "pnkgts,pnkgth->pskh" if shared else "pnkgts,pnkgth->pnskh"
+        key_slopes.append((
+            _contract(to_key, change, q, shared).astype(k.dtype),
+            _contract(to_key, weight.astype(q.dtype), slope, shared).astype(v.dtype),
+        ))  # fmt: skip
+    return q_slope.astype(q.dtype), tuple(key_slopes), tuple(None for _ in masks)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 MASKED = -1e30  # a finite minus infinity: a fully masked row stays finite
@@ -580,14 +664,22 @@ class Layer(nn.Module):
         width, inner = c.hidden_size, c.intermediate_size
 
         y = rms_norm(x, _weight(self, "attention_norm", [width], ["norm"], 1.0), c.rms_norm_eps)
-        q = jnp.einsum("pntd,dhe->pnthe", y, _weight(self, "q", [width, heads, size], ["embed", "heads", None]).astype(x.dtype))
-        k = jnp.einsum("pntd,dke->pntke", y, _weight(self, "k", [width, groups, size], ["embed", "kv_heads", None]).astype(x.dtype))
-        v = jnp.einsum("pntd,dke->pntke", y, _weight(self, "v", [width, groups, size], ["embed", "kv_heads", None]).astype(x.dtype))
+        q = jnp.einsum(
+            "pntd,dhe->pnthe", y, _weight(self, "q", [width, heads, size], ["embed", "heads", None]).astype(x.dtype)
+        )
+        k = jnp.einsum(
+            "pntd,dke->pntke", y, _weight(self, "k", [width, groups, size], ["embed", "kv_heads", None]).astype(x.dtype)
+        )
+        v = jnp.einsum(
+            "pntd,dke->pntke", y, _weight(self, "v", [width, groups, size], ["embed", "kv_heads", None]).astype(x.dtype)
+        )
         q = rotate(rms_norm(q, _weight(self, "q_norm", [size], ["norm"], 1.0), c.rms_norm_eps), *rope)
         k = rotate(rms_norm(k, _weight(self, "k_norm", [size], ["norm"], 1.0), c.rms_norm_eps), *rope)
         parts = [(keys.k, keys.v, m) for keys, m in zip(context, context_masks, strict=True)] + [(k, v, mask)]
         out = attend(q, parts)
-        x = x + jnp.einsum("pnthe,hed->pntd", out, _weight(self, "o", [heads, size, width], ["heads", None, "embed"]).astype(x.dtype))
+        x = x + jnp.einsum(
+            "pnthe,hed->pntd", out, _weight(self, "o", [heads, size, width], ["heads", None, "embed"]).astype(x.dtype)
+        )
 
         y = rms_norm(x, _weight(self, "mlp_norm", [width], ["norm"], 1.0), c.rms_norm_eps)
         gate = y @ _weight(self, "gate", [width, inner], ["embed", "mlp"]).astype(x.dtype)
@@ -639,16 +731,30 @@ class VisionBlock(nn.Module):
     def __call__(self, x: Array, rope: tuple[Array, Array], valid: Array) -> tuple[Array, None]:
         c = self.config
         width, heads, size = c.hidden_size, c.num_heads, c.hidden_size // c.num_heads
-        y = layer_norm(x, _weight(self, "norm1", [width], ["norm"], 1.0), _weight(self, "norm1_bias", [width], ["norm"], 0.0))
-        qkv = jnp.einsum("imd,dche->imche", y, _weight(self, "qkv", [width, 3, heads, size], ["vision", None, "heads", None]).astype(x.dtype))
+        y = layer_norm(
+            x, _weight(self, "norm1", [width], ["norm"], 1.0), _weight(self, "norm1_bias", [width], ["norm"], 0.0)
+        )
+        qkv = jnp.einsum(
+            "imd,dche->imche",
+            y,
+            _weight(self, "qkv", [width, 3, heads, size], ["vision", None, "heads", None]).astype(x.dtype),
+        )
         qkv = qkv + _weight(self, "qkv_bias", [3, heads, size], [None, "heads", None], 0.0).astype(x.dtype)
         q, k, v = (qkv[:, None, :, j] for j in range(3))  # one "rollout" per image
         out = attend(rotate(q, *rope), [(rotate(k, *rope), v, valid[:, None, None, :])])[:, 0]
-        x = x + jnp.einsum("imhe,hed->imd", out, _weight(self, "o", [heads, size, width], ["heads", None, "vision"], (heads * size) ** -0.5).astype(x.dtype))
+        x = x + jnp.einsum(
+            "imhe,hed->imd",
+            out,
+            _weight(self, "o", [heads, size, width], ["heads", None, "vision"], (heads * size) ** -0.5).astype(x.dtype),
+        )
         x = x + _weight(self, "o_bias", [width], ["norm"], 0.0).astype(x.dtype)
-        y = layer_norm(x, _weight(self, "norm2", [width], ["norm"], 1.0), _weight(self, "norm2_bias", [width], ["norm"], 0.0))
+        y = layer_norm(
+            x, _weight(self, "norm2", [width], ["norm"], 1.0), _weight(self, "norm2_bias", [width], ["norm"], 0.0)
+        )
         y = y @ _weight(self, "fc1", [width, c.intermediate_size], ["vision", "mlp"]).astype(x.dtype)
-        y = jax.nn.gelu(y + _weight(self, "fc1_bias", [c.intermediate_size], ["mlp"], 0.0).astype(x.dtype), approximate=True)
+        y = jax.nn.gelu(
+            y + _weight(self, "fc1_bias", [c.intermediate_size], ["mlp"], 0.0).astype(x.dtype), approximate=True
+        )
         y = y @ _weight(self, "fc2", [c.intermediate_size, width], ["mlp", "vision"]).astype(x.dtype)
         return x + y + _weight(self, "fc2_bias", [width], ["norm"], 0.0).astype(x.dtype), None
 
@@ -662,9 +768,13 @@ class Vision(nn.Module):
     @nn.compact
     def __call__(self, images: Images) -> tuple[Array, Array]:
         c = self.config
-        x = images.patches @ _weight(self, "patch", [c.patch_dim, c.hidden_size], [None, "vision"]).astype(images.patches.dtype)
+        x = images.patches @ _weight(self, "patch", [c.patch_dim, c.hidden_size], [None, "vision"]).astype(
+            images.patches.dtype
+        )
         x = x + _weight(self, "patch_bias", [c.hidden_size], ["norm"], 0.0).astype(x.dtype)
-        grid = _weight(self, "position", [c.num_position_embeddings, c.hidden_size], [None, "vision"], 0.02).astype(x.dtype)
+        grid = _weight(self, "position", [c.num_position_embeddings, c.hidden_size], [None, "vision"], 0.02).astype(
+            x.dtype
+        )
         x = x + jnp.einsum("imcd,imc->imd", grid[images.corners], images.corner_weights.astype(x.dtype))
         quarter = c.hidden_size // c.num_heads // 4
         frequency = 10000.0 ** (-np.arange(quarter, dtype=np.float32) / quarter)
@@ -746,8 +856,12 @@ class Policy(nn.Module):
         """Touches every parameter once; used by init and to read shapes and logical axes."""
         tokens, deepstack = self.encode(images)
         one = jnp.zeros((1, 1, 1), jnp.int32)
-        visual = Visual(tokens.reshape(1, -1, tokens.shape[-1]), deepstack.reshape(deepstack.shape[0], 1, -1, tokens.shape[-1]))
-        hidden, _ = self.run(one, jnp.zeros((1, 1, 1, 3), jnp.int32), jnp.ones((1, 1, 1, 1), bool), visual=visual, slots=one)
+        visual = Visual(
+            tokens.reshape(1, -1, tokens.shape[-1]), deepstack.reshape(deepstack.shape[0], 1, -1, tokens.shape[-1])
+        )
+        hidden, _ = self.run(
+            one, jnp.zeros((1, 1, 1, 3), jnp.int32), jnp.ones((1, 1, 1, 1), bool), visual=visual, slots=one
+        )
         return self.head(hidden)
 
 
@@ -850,9 +964,17 @@ def policy_logits(policy_config, params, input_ids, *, pixel_values=None, image_
             rows = ids.shape[0]
             visual = Visual(jnp.broadcast_to(bank, (rows, *bank.shape)), jnp.repeat(deep[:, None], rows, 1))
             is_image = (ids == policy_config.image_token_id) & valid
-            slots = np.where(is_image, np.cumsum(is_image.reshape(-1)).reshape(ids.shape) - 1, -1)[:, None].astype(np.int32)
+            slots = np.where(is_image, np.cumsum(is_image.reshape(-1)).reshape(ids.shape) - 1, -1)[:, None].astype(
+                np.int32
+            )
         hidden, _ = policy.apply(
-            {"params": params}, ids[:, None], np.moveaxis(positions, 0, -1)[:, None], mask, visual=visual, slots=slots, method=Policy.run
+            {"params": params},
+            ids[:, None],
+            np.moveaxis(positions, 0, -1)[:, None],
+            mask,
+            visual=visual,
+            slots=slots,
+            method=Policy.run,
         )
         return policy.apply({"params": params}, hidden[:, 0], method=Policy.head)
 
@@ -865,7 +987,7 @@ def split_patches(pixel_values: np.ndarray, grids: np.ndarray) -> list[np.ndarra
 
 
 def pack_images(config: VisionConfig, patches: Sequence[np.ndarray], grids: Sequence[tuple[int, int]]) -> Images:
-    """Images of any grids as one padded batch. patches: one [h*w, C*t*p*p] array per image, grids: (h, w) in patches."""
+    """Images of any grids as one padded batch. patches: [h*w, C*t*p*p] for each image; grids: (h, w) in patches."""
     most = max(len(p) for p in patches)
     out = Images(
         patches=np.zeros((len(patches), most, config.patch_dim), np.float32),
@@ -913,7 +1035,9 @@ def make_mesh(section: MeshSection) -> Mesh:
             "their product must, with data=-1 for what is left"
         )
     # Auto on purpose: since JAX 0.9 the default makes every gather name its output sharding.
-    return jax.make_mesh((rest, section.fsdp, section.tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(
+        (rest, section.fsdp, section.tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
+    )
 
 
 def parameter_specs(policy: Policy, mesh: Mesh, *, log: Callable[[str], None] = lambda line: None) -> Any:
@@ -944,7 +1068,9 @@ def example_images(vision: VisionConfig) -> Images:
 
 def parameter_shapes(config: PolicyConfig) -> Any:
     """The parameter tree as ShapeDtypeStructs, without the logical boxes."""
-    return nn.unbox(jax.eval_shape(lambda: Policy(config).init(jax.random.key(0), example_images(config.vision))))["params"]
+    return nn.unbox(jax.eval_shape(lambda: Policy(config).init(jax.random.key(0), example_images(config.vision))))[
+        "params"
+    ]
 
 
 def shard_batch(mesh: Mesh, tree: Any) -> Any:
@@ -977,15 +1103,15 @@ When one object is left: <thinking> which frame shows it best </thinking><keyfra
 After you were shown that frame in high resolution: <thinking> its unique features and its exact place </thinking><answer> {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]} </answer>
 Never guess while several objects fit. Do not repeat the query in a question, say "the target". Ask about one visible attribute at a time: colour, direction, action, relative position or shape; for a place name the frame. Never ask which frame is clearest. Left and right are the viewer's. Coordinates run from 0 to 1000.
 If nothing in the video fits the query: <keyframe> -1 </keyframe>, then <answer> {"bbox_2d": [0, 0, 0, 0], "point_2d": [0, 0]} </answer>.
-Examples: <call> {"name": "vlm_tool", "query": "Counting from the left in frame 0, which one is the target?"} </call> <call> {"name": "vlm_tool", "query": "In frame 12, is the target in front of or behind the fence?"} </call> <call> {"name": "vlm_tool", "query": "What color is the target?"} </call> <call> {"name": "vlm_tool", "query": "In frame 30, is the target in a corner or in the middle?"} </call>""",
+Examples: <call> {"name": "vlm_tool", "query": "Counting from the left in frame 0, which one is the target?"} </call> <call> {"name": "vlm_tool", "query": "In frame 12, is the target in front of or behind the fence?"} </call> <call> {"name": "vlm_tool", "query": "What color is the target?"} </call> <call> {"name": "vlm_tool", "query": "In frame 30, is the target in a corner or in the middle?"} </call>""",  # noqa: E501
         "direct": """You find one target in a video. You get a query and numbered frames; you finish with a box and a point on one frame of your choice.
 First: <thinking> which frame shows the target best </thinking><keyframe> frame number </keyframe>
 After you were shown that frame in high resolution: <thinking> its unique features and its exact place </thinking><answer> {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]} </answer>
-Left and right are the viewer's. Coordinates run from 0 to 1000. If nothing in the video fits the query: <keyframe> -1 </keyframe>, then <answer> {"bbox_2d": [0, 0, 0, 0], "point_2d": [0, 0]} </answer>.""",
-        "mask_type": ' Add "mask_type" to the answer: "modal" when the visible part is meant, "amodal" when the whole object is, hidden parts included.',
+Left and right are the viewer's. Coordinates run from 0 to 1000. If nothing in the video fits the query: <keyframe> -1 </keyframe>, then <answer> {"bbox_2d": [0, 0, 0, 0], "point_2d": [0, 0]} </answer>.""",  # noqa: E501
+        "mask_type": ' Add "mask_type" to the answer: "modal" when the visible part is meant, "amodal" when the whole object is, hidden parts included.',  # noqa: E501
         "conversation": """You talk with a user about an image. Answer briefly. When the user asks for a segmentation: <thinking> which object the conversation means </thinking><keyframe> frame number </keyframe>
 After you were shown that frame in high resolution: <thinking> its unique features and its exact place </thinking><answer> {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]} </answer>
-Coordinates run from 0 to 1000.""",
+Coordinates run from 0 to 1000.""",  # noqa: E501
     },
     "brief": {
         "clarify": "Find the target. Ask while several match.",
@@ -1065,7 +1191,11 @@ def parse_action(text: str) -> Action:
         request = _read_json(call)
         if not isinstance(request, dict):
             return Action("invalid", error="The call is not valid JSON.")
-        if not isinstance(request.get("name"), str) or not isinstance(request.get("query"), str) or not request["query"].strip():
+        if (
+            not isinstance(request.get("name"), str)
+            or not isinstance(request.get("query"), str)
+            or not request["query"].strip()
+        ):
             return Action("invalid", error='The call needs "name" and "query".')
         if request["name"] != "vlm_tool":
             return Action("invalid", error="Unknown tool; the only one is vlm_tool.")
@@ -1327,8 +1457,9 @@ class Prompt:
         self.query_position = self.row.position
         self.row.add(speaker.closing())
         self.keyframes: dict[int, int] = {}  # fid -> slot of its high-resolution copy in the bank
-        masks = sample.masks
-        self.truth = {} if masks is None else data.ground_truth({f: masks(i) for f, i in zip(self.fids, positions, strict=True)})
+        known = sample.masks is not None  # hidden labels: nothing is scored
+        shown = zip(self.fids, positions, strict=True)
+        self.truth = data.ground_truth({fid: sample.truth(i) for fid, i in shown}) if known else {}
         self.graph = (sample.privileged or {}).get("scene_graph") or {}
         self.initial_count = sample.initial_count
         self.no_target = sample.ability == "none" or sample.initial_count == 0
@@ -1360,7 +1491,7 @@ class Dialogue:
         self.answer: Action | None = None
 
     def say(self, ids: list[int], logp: list[float], speaker: Speaker, *, finished: bool, last: bool) -> None:
-        """Takes one generation. finished: it ended on a stop string or the end of the turn; last: no tool call is left."""
+        """Takes one generation. finished: a stop string or the end of the turn was said; last: no tool call is left."""
         self.row.add(ids, trained=True, logp=logp)
         text = speaker.tokenizer.decode(ids)
         closed = text.endswith("<|im_end|>")
@@ -1475,7 +1606,11 @@ class Sampler:
         self.allowed = jnp.asarray(allowed)
         self.ends = jnp.asarray([tokenizer.end_of_turn, tokenizer.end_of_text])
         for name in ("encode", "insert", "prefill", "extend", "decode", "commit", "pick", "keys"):
-            setattr(self, name, jax.jit(getattr(self, f"_{name}"), static_argnames=("length",) if name == "commit" else None))
+            setattr(
+                self,
+                name,
+                jax.jit(getattr(self, f"_{name}"), static_argnames=("length",) if name == "commit" else None),
+            )
 
     # Device programs
 
@@ -1494,7 +1629,9 @@ class Sampler:
         )
 
     def _prefill(self, params, prompts: Rows, visual: Visual):
-        hidden, keys = self._run(params, prompts.tokens, prompts.positions, own_mask(prompts), visual=visual, slots=prompts.slots)
+        hidden, keys = self._run(
+            params, prompts.tokens, prompts.positions, own_mask(prompts), visual=visual, slots=prompts.slots
+        )
         there = prompts.segment[:, 0] > 0
         last = jnp.take_along_axis(hidden[:, 0], there.sum(-1)[:, None, None] - 1, 1)[:, 0]
         logits = self.policy.apply({"params": params}, last, method=Policy.head)
@@ -1507,8 +1644,16 @@ class Sampler:
     def _extend(self, params, lanes: Lanes, rows: Rows):
         """An observation as one chunk per row, each at its own offset; rows without one have length 0."""
         context, masks = self._context(lanes)
-        hidden, fresh = self._run(params, rows.tokens, rows.positions, own_mask(rows), context=context, context_masks=masks,
-                                  visual=lanes.visual, slots=rows.slots)
+        hidden, fresh = self._run(
+            params,
+            rows.tokens,
+            rows.positions,
+            own_mask(rows),
+            context=context,
+            context_masks=masks,
+            visual=lanes.visual,
+            slots=rows.slots,
+        )
         count = (rows.segment > 0).sum(-1)
         last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[..., None, None], 2)[:, :, 0]
         return fresh, count, self.policy.apply({"params": params}, last, method=Policy.head)
@@ -1568,7 +1713,9 @@ class Sampler:
                 keys, lanes.past_length + at
             )
             heat = temperature[..., None]
-            token = jnp.argmax(jnp.where(heat > 0, scores / jnp.maximum(heat, 1e-6) + drawn, scores), -1).astype(jnp.int32)
+            token = jnp.argmax(jnp.where(heat > 0, scores / jnp.maximum(heat, 1e-6) + drawn, scores), -1).astype(
+                jnp.int32
+            )
             chance = jnp.take_along_axis(logits, token[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
             token = jnp.where(live, token, self.speaker.tokenizer.end_of_text)
             tokens = tokens.at[:, :, at].set(token)
@@ -1583,7 +1730,9 @@ class Sampler:
                 params, token[..., None], place, one,
                 context=(*context, recent), context_masks=(*masks, (jnp.arange(most) < at)[None, None, None, :]),
             )  # fmt: skip
-            recent = jax.tree.map(lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, at, 3), recent, fresh)
+            recent = jax.tree.map(
+                lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, at, 3), recent, fresh
+            )
             logits = self.policy.apply({"params": params}, hidden[:, :, 0], method=Policy.head)
             return at + 1, logits, live, state, tokens, logp, length, finished, recent
 
@@ -1605,7 +1754,9 @@ class Sampler:
         count, width = len(prompts), tokens.shape[-1]
         room = c.protocol.frames * speaker.keyframe_tokens  # every shown frame may be asked for
         tokens = jnp.pad(tokens.reshape(count, -1, width), ((0, 0), (0, room), (0, 0)))
-        deepstack = jnp.pad(deepstack.reshape(deepstack.shape[0], count, -1, width), ((0, 0), (0, 0), (0, room), (0, 0)))
+        deepstack = jnp.pad(
+            deepstack.reshape(deepstack.shape[0], count, -1, width), ((0, 0), (0, 0), (0, room), (0, 0))
+        )
         visual = Visual(tokens, deepstack)
         rows = prompt_rows(prompts, c, speaker)
         keys, mask, logits = self.prefill(params, shard_batch(self.mesh, rows), visual)
@@ -1620,14 +1771,22 @@ class Sampler:
         for start in range(0, len(fresh), 16):
             part = fresh[start : start + 16]
             size = 16
-            patches = np.zeros((size, speaker.keyframe_tokens * speaker.policy.vision.spatial_merge_size**2,
-                                speaker.policy.vision.patch_dim), np.float32)
+            patches = np.zeros(
+                (
+                    size,
+                    speaker.keyframe_tokens * speaker.policy.vision.spatial_merge_size**2,
+                    speaker.policy.vision.patch_dim,
+                ),
+                np.float32,
+            )
             prompt = np.full(size, visual.tokens.shape[0], np.int32)  # out of range: dropped
             first = np.zeros(size, np.int32)
             for i, (lane, fid) in enumerate(part):
                 patches[i] = speaker.keyframe_patches(lanes[lane].image_of(fid))
                 prompt[i] = lane
-                first[i] = self.c.protocol.frames * speaker.frame_tokens + lanes[lane].keyframes[fid] * speaker.keyframe_tokens
+                first[i] = (
+                    self.c.protocol.frames * speaker.frame_tokens + lanes[lane].keyframes[fid] * speaker.keyframe_tokens
+                )
             tokens, deepstack = self.encode(params, speaker.images(patches, speaker.keyframe_grid))
             visual = self.insert(visual, tokens, deepstack, prompt, first)
         return visual
@@ -1643,13 +1802,20 @@ class Sampler:
         grid: list[list[Dialogue | None]] = [list(row) for row in out]
         number = {id(d): j for row in out for j, d in enumerate(row)}
         lane_prompts = list(prompts)
+
+        def live(d: Dialogue | None) -> bool:
+            return d is not None and d.end is None
+
+        def per_row(value: Callable[[Dialogue], Any], default: Any, kind: Any) -> np.ndarray:
+            return np.array([[value(d) if live(d) else default for d in row] for row in grid], kind)
+
         with clock("prefill"):
             lanes = jax.block_until_ready(self.begin(params, prompts, n))
         for turn in range(c.protocol.max_turns + 1):
-            live = lambda d: d is not None and d.end is None  # noqa: E731
-            per_row = lambda f, default, kind: np.array([[f(d) if live(d) else default for d in row] for row in grid], kind)  # noqa: E731, B023
             with clock("decode"):
-                budget = per_row(lambda d: min(c.protocol.action_tokens, c.protocol.response_tokens - len(d.row)), 0, np.int32)
+                budget = per_row(
+                    lambda d: min(c.protocol.action_tokens, c.protocol.response_tokens - len(d.row)), 0, np.int32
+                )
                 rollout = per_row(lambda d: number[id(d)], 0, np.int32)
                 keys = self.keys(seed, step, np.array([p.key for p in lane_prompts], np.int32), rollout)
                 heat = per_row(lambda d: temperatures[number[id(d)]], 0.0, np.float32)
@@ -1662,12 +1828,19 @@ class Sampler:
                     for j, d in enumerate(row):
                         if live(d):
                             k = int(said[i, j])
-                            d.say(tokens[i, j, :k].tolist(), logp[i, j, :k].tolist(), speaker,
-                                  finished=bool(finished[i, j]), last=turn == c.protocol.max_turns)
+                            d.say(
+                                tokens[i, j, :k].tolist(),
+                                logp[i, j, :k].tolist(),
+                                speaker,
+                                finished=bool(finished[i, j]),
+                                last=turn == c.protocol.max_turns,
+                            )
                 talking = [(i, d) for i, row in enumerate(grid) for d in row if live(d)]
             with clock("simulator"):
                 asking = [d for _, d in talking if d.wants_user()]
-                replies = simulator.answer_all(user, [(d.prompt.graph, d.prompt.fids, d.actions[-1].question) for d in asking])
+                replies = simulator.answer_all(
+                    user, [(d.prompt.graph, d.prompt.fids, d.actions[-1].question) for d in asking]
+                )
                 replies = {id(d): simulator.sanitise(r) for d, r in zip(asking, replies, strict=True)}
             with clock("act"):
                 starts, shown = {}, [(i, set(p.keyframes)) for i, p in enumerate(lane_prompts)]
@@ -1783,7 +1956,9 @@ def turn_gains(counts: Array, asked: Array, *, kind: str = "reduction") -> jax.A
     return jnp.where(several & jnp.asarray(asked, bool), gain, 0.0)
 
 
-def process_reward(counts: Array, asked: Array, well_formed: Array, ambiguous: Array, *, kind: str = "reduction") -> jax.Array:
+def process_reward(
+    counts: Array, asked: Array, well_formed: Array, ambiguous: Array, *, kind: str = "reduction"
+) -> jax.Array:
     """The turn level's term R_proc in [0,1] (METHOD.md 3.3).
 
     counts [...,Q+1], asked [...,Q], well_formed [...] (the format term), ambiguous [...]: the sample needs a question.
@@ -1857,11 +2032,13 @@ class MaskReward:
             iou, valid = np.zeros(len(index), np.float32), np.ones(len(index), bool)
             where = np.flatnonzero(wanted)
             if len(where):
-                iou[where], valid[where] = self.client.mask_iou([
-                    {"video": self.videos[index[i]], "frame": int(frame[i]), "box": box[i].tolist(), "point": point[i].tolist(),
-                     "mask_type": "amodal" if amodal[i] else "modal"}
+                kinds = np.where(amodal, "amodal", "modal").tolist()
+                rows = [
+                    {"video": self.videos[index[i]], "frame": int(frame[i]), "mask_type": kinds[i]}
+                    | {"box": box[i].tolist(), "point": point[i].tolist()}
                     for i in where
-                ])  # fmt: skip
+                ]
+                iou[where], valid[where] = self.client.mask_iou(rows)
             return iou, valid
 
         def local(*args):
@@ -1890,7 +2067,9 @@ class MaskReward:
             if (p, d.frame) not in shown:
                 shown.add((p, d.frame))
                 position = d.prompt.positions[d.prompt.fids.index(d.frame)]
-                self.client.register(self.videos[p], d.frame, d.prompt.image_of(d.frame), d.prompt.sample.masks(position))
+                self.client.register(
+                    self.videos[p], d.frame, d.prompt.image_of(d.frame), d.prompt.sample.truth(position)
+                )
         iou, valid = jax.device_get(self._score(index, frame, box, point, amodal, wanted))
         form = (len(dialogues), len(dialogues[0]))
         return np.array(iou[: len(flat)]).reshape(form), np.array(valid[: len(flat)]).reshape(form)
@@ -1927,7 +2106,9 @@ def score(
                 else:
                     guidance[i][j] = diagnosis.guidance or ""
             k = min(len(d.questions), slots)
-            used, as_came = check_counts(raw if d.questions else [max(prompt.initial_count, 1)], prompt.initial_count, k)
+            used, as_came = check_counts(
+                raw if d.questions else [max(prompt.initial_count, 1)], prompt.initial_count, k
+            )
             faults["counts_repaired"] += bool(d.questions) and not as_came
             counts[i, j] = used + [used[-1]] * (slots - k)
             asked[i, j, :k] = True
@@ -1952,7 +2133,9 @@ def localise(d: Dialogue, config: Config) -> dict[str, float]:
         return dict.fromkeys(("iou", "box", "point", "frame"), float(right))
     if answer is None:
         return dict.fromkeys(("iou", "box", "point", "frame"), 0.0)
-    return localisation_rewards(d.frame, answer.box, answer.point, d.prompt.truth, iou=c.iou, box_l1=c.box_l1, point_l2=c.point_l2)
+    return localisation_rewards(
+        d.frame, answer.box, answer.point, d.prompt.truth, iou=c.iou, box_l1=c.box_l1, point_l2=c.point_l2
+    )
 
 
 def total_return(scores: Scores, config: Config) -> Array:
@@ -1965,7 +2148,9 @@ def total_return(scores: Scores, config: Config) -> Array:
 # ======================================================================================================
 
 
-def group_advantages(returns: Array, *, valid: Array | None = None, normalise_std: bool = True, eps: float = 1e-6) -> jax.Array:
+def group_advantages(
+    returns: Array, *, valid: Array | None = None, normalise_std: bool = True, eps: float = 1e-6
+) -> jax.Array:
     """Trajectory and turn level: returns [P,N] relative to their group (METHOD.md 4.2).
 
     A = (R - mean) / (std + eps), std with ddof 1; a group of one has mean 0 and std 1. Invalid rows get 0 and stay
@@ -1988,7 +2173,9 @@ def group_advantages(returns: Array, *, valid: Array | None = None, normalise_st
     return centred / (std + eps)
 
 
-def step_weights(advantages: Array, logp_teacher: Array, logp_student: Array, has_context: Array, *, clip: float = 0.2) -> jax.Array:
+def step_weights(
+    advantages: Array, logp_teacher: Array, logp_student: Array, has_context: Array, *, clip: float = 0.2
+) -> jax.Array:
     """Step level: how much of its credit each token gets (METHOD.md 4.4, RLSD).
 
     w = clip(exp(sign(A) * (logp_teacher - logp_student)), 1 - clip, 1 + clip), detached; 1 in rows without context.
@@ -2011,7 +2198,14 @@ def step_strength(c: CreditSection, step: Array | int) -> Array:
 
 
 def policy_loss(
-    logp: Array, old_logp: Array, advantages: Array, mask: Array, *, clip_low: float, clip_high: float, dual_clip: float = 3.0
+    logp: Array,
+    old_logp: Array,
+    advantages: Array,
+    mask: Array,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float = 3.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Clipped surrogate with dual clip, mean over the tokens of `mask` (METHOD.md 4.6). All arguments [...,T].
 
@@ -2036,9 +2230,15 @@ def policy_loss(
 
 
 def sdpo_loss(
-    student_topk_logp: Array, teacher_topk_logp: Array, logp: Array, old_logp: Array, mask: Array, *, alpha: float = 0.5,
+    student_topk_logp: Array,
+    teacher_topk_logp: Array,
+    logp: Array,
+    old_logp: Array,
+    mask: Array,
+    *,
+    alpha: float = 0.5,
     is_clip: float = 2.0,
-) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Self-distillation: generalised Jensen-Shannon divergence over the student's top k and one tail bucket.
 
     student and teacher [...,T,k] at the same ids; logp, old_logp, mask [...,T]. m = (1-alpha) p_S + alpha p_T,
@@ -2099,7 +2299,9 @@ def own_mask(rows: Rows) -> Array:
     return same & jnp.tril(jnp.ones((length, length), bool))
 
 
-def predict(policy: Policy, params: Any, batch: Batch, *, share_prefix: bool = True, freeze_vision: bool = False) -> Array:
+def predict(
+    policy: Policy, params: Any, batch: Batch, *, share_prefix: bool = True, freeze_vision: bool = False
+) -> Array:
     """Hidden states [P,N,T,D], each the one that predicts the token in its place.
 
     With share_prefix each prompt is run once and the rollouts attend to its keys and values; without, each rollout
@@ -2153,9 +2355,10 @@ def token_logp(
     chunk = min(chunk, length)
     pieces = -(-length // chunk)
     pad = pieces * chunk - length
-    split = lambda x: jnp.moveaxis(  # noqa: E731
-        jnp.pad(x, ((0, 0), (0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 3)).reshape(p, n, pieces, chunk, *x.shape[3:]), 2, 0
-    )
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 3))
+        return jnp.moveaxis(x.reshape(p, n, pieces, chunk, *x.shape[3:]), 2, 0)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def piece(args):
@@ -2217,8 +2420,13 @@ class Credit(struct.PyTreeNode):
     mask: Array  # bool
 
 
-def pack(dialogues: Sequence[Sequence[Dialogue]], config: Config, speaker: Speaker, *, guidance: list[list[str]] | None = None
-         ) -> tuple[Batch, np.ndarray]:  # fmt: skip
+def pack(
+    dialogues: Sequence[Sequence[Dialogue]],
+    config: Config,
+    speaker: Speaker,
+    *,
+    guidance: list[list[str]] | None = None,
+) -> tuple[Batch, np.ndarray]:
     """Dialogues [P][N] as one batch, and where each rollout's own tokens begin in its row [P,N].
 
     With `guidance` it is the teacher's view: the prompt ends with the query, and the guidance and the rest of the
@@ -2250,8 +2458,15 @@ def pack(dialogues: Sequence[Sequence[Dialogue]], config: Config, speaker: Speak
     pad = speaker.tokenizer.end_of_text
     buckets = [b + (0 if guidance is None else config.credit.guidance_tokens) for b in config.update.token_buckets]
     length = bucket(max(len(x[0]) for line in rows for x in line), buckets)
-    keyframes = np.zeros((len(prompts), frames, speaker.keyframe_tokens * speaker.policy.vision.spatial_merge_size**2,
-                          speaker.policy.vision.patch_dim), np.float32)
+    keyframes = np.zeros(
+        (
+            len(prompts),
+            frames,
+            speaker.keyframe_tokens * speaker.policy.vision.spatial_merge_size**2,
+            speaker.policy.vision.patch_dim,
+        ),
+        np.float32,
+    )
     for i, prompt in enumerate(prompts):
         for fid, slot in prompt.keyframes.items():
             keyframes[i, slot] = speaker.keyframe_patches(prompt.image_of(fid))
@@ -2282,7 +2497,9 @@ def make_programs(policy: Policy, config: Config) -> tuple[Callable, Callable]:
     optimiser = make_optimiser(c.update)
 
     def forward(params, batch: Batch):
-        hidden = predict(policy, params, batch, share_prefix=c.update.share_prefix, freeze_vision=c.policy.freeze_vision)
+        hidden = predict(
+            policy, params, batch, share_prefix=c.update.share_prefix, freeze_vision=c.policy.freeze_vision
+        )
         return token_logp(policy, params, hidden, batch.rows.tokens, c.policy.logits_tokens)
 
     def in_micros(tree, prompts):
@@ -2304,8 +2521,15 @@ def make_programs(policy: Policy, config: Config) -> tuple[Callable, Callable]:
 
     def micro_loss(params, batch: Batch, credit: Credit, total):
         logp, entropy = forward(compute_copy(params, c.policy.dtype), batch)
-        loss, stats = policy_loss(logp, credit.old_logp, credit.advantages, credit.mask, clip_low=c.update.clip_low,
-                                  clip_high=c.update.clip_high, dual_clip=c.update.dual_clip)
+        loss, stats = policy_loss(
+            logp,
+            credit.old_logp,
+            credit.advantages,
+            credit.mask,
+            clip_low=c.update.clip_low,
+            clip_high=c.update.clip_high,
+            dual_clip=c.update.dual_clip,
+        )
         stats["entropy"] = jnp.where(credit.mask, entropy, 0).sum() / jnp.maximum(credit.mask.sum(), 1)
         # The mean is over the tokens of the whole minibatch, not of this micro-batch.
         share = credit.mask.sum() / jnp.maximum(total, 1)
@@ -2363,7 +2587,9 @@ def token_credit(
         "advantage/turn_spread": spread(c.reward.weights.get("process", 0.0) * scores.terms["process"]),
         "advantage/step_spread": float(counted.std()) if counted.size else 0.0,
         "advantage/weight_mean": float(counted.mean()) if counted.size else 1.0,
-        "advantage/weight_clipped": float((np.abs(counted - 1) >= c.credit.weight_clip - 1e-6).mean()) if counted.size else 0.0,
+        "advantage/weight_clipped": float((np.abs(counted - 1) >= c.credit.weight_clip - 1e-6).mean())
+        if counted.size
+        else 0.0,
         "advantage/context_share": float(has_context.mean()),
         "advantage/zero_spread_groups": float((returns.std(-1) <= 1e-6).mean()),
         "overlong": float(overlong.mean()),
@@ -2401,13 +2627,20 @@ def dialogue_row(d: Dialogue, scores: Scores, i: int, j: int, config: Config) ->
 
 def warmstart_words() -> list[str]:
     """Every word that the embedded tokenizer must know: the world's and the protocol's own."""
-    texts = [*PROMPTS["brief"].values(), KEYFRAME_REPLY, NO_TARGET_REPLY, GUIDANCE.format(guidance=""), NO_SUCH_FRAME.format(frames=""),
-             "system user assistant frame amodal modal boxes objects ...(truncated)"]  # fmt: skip
+    texts = [*PROMPTS["brief"].values(), KEYFRAME_REPLY, NO_TARGET_REPLY, NO_SUCH_FRAME, GUIDANCE]
+    texts.append("system user assistant frame amodal modal boxes objects ...(truncated)")
     return [*synthetic.VOCABULARY, *re.findall(r"[A-Za-z_']+|[^\sA-Za-z0-9]", " ".join(texts))]
 
 
 def build_warmstart_tokenizer() -> Any:
-    literals = [' {"name": "vlm_tool", "query": "', '"}', ' {"bbox_2d": [', '], "point_2d": [', '], "mask_type": "', "]}"]
+    literals = [
+        ' {"name": "vlm_tool", "query": "',
+        '"}',
+        ' {"bbox_2d": [',
+        '], "point_2d": [',
+        '], "mask_type": "',
+        "]}",
+    ]
     tags = ("thinking", "call", "keyframe", "answer", "information")
     literals += [f"<{tag}>" for tag in tags] + [f"</{tag}>" for tag in tags] + [f" </{tag}>" for tag in tags]
     return weights.build_word_tokenizer(warmstart_words(), literals, frames=64, coordinate_step=10)
@@ -2431,13 +2664,17 @@ class SceneTeacher:
         """Prompt, rows of segments, patches of the shown frames and of the key frames."""
         w, speaker = self.w, self.speaker
         rng = np.random.default_rng([self.c.seed, 7, index])
-        kind = rng.choice(["talk", "mask", "plain"], p=[w.conversations, w.mask_types, 1 - w.conversations - w.mask_types])
+        kind = rng.choice(
+            ["talk", "mask", "plain"], p=[w.conversations, w.mask_types, 1 - w.conversations - w.mask_types]
+        )
         amodal = kind == "mask" and rng.random() < 0.5
         scene = synthetic.make_scene(index, seed=self.c.seed, mask_type="amodal" if amodal else "modal")
         count = 1 if kind == "talk" and rng.random() < 0.5 else self.c.protocol.frames
         shown = data.sample_frames(scene.n_frames, count, anchor=int(rng.integers(scene.n_frames)))
         pictures = synthetic.render(scene, shown)
-        keyed = sorted(rng.choice(count, min(w.keyframes, count), replace=False).tolist())  # positions that get a high-res copy
+        keyed = sorted(
+            rng.choice(count, min(w.keyframes, count), replace=False).tolist()
+        )  # positions that get a high-res copy
         slots = {shown[position]: slot for slot, position in enumerate(keyed)}
         truths = {}
 
@@ -2451,14 +2688,22 @@ class SceneTeacher:
 
         def target(oid: int, fid: int) -> str:
             found = truth(oid)[str(fid)]
-            return json.dumps(self.grid(found["bbox_2d"]))[1:-1] + "], \"point_2d\": [" + json.dumps(self.grid(found["point_2d"]))[1:-1]
+            return (
+                json.dumps(self.grid(found["bbox_2d"]))[1:-1]
+                + '], "point_2d": ['
+                + json.dumps(self.grid(found["point_2d"]))[1:-1]
+            )
 
         def finish(row: Transcript, thinking: str, named: str, oid: int, fid: int) -> None:
             row.add(speaker.tokenizer.encode(speaker.keyframe(thinking, fid)), trained=True)
             speaker.observe(row, KEYFRAME_REPLY, slots[fid])
             found = truth(oid)[str(fid)]
-            text = speaker.answer(named, self.grid(found["bbox_2d"]), self.grid(found["point_2d"]),
-                                  scene.mask_type if kind == "mask" else None)
+            text = speaker.answer(
+                named,
+                self.grid(found["bbox_2d"]),
+                self.grid(found["point_2d"]),
+                scene.mask_type if kind == "mask" else None,
+            )
             row.add([*speaker.tokenizer.encode(text), speaker.tokenizer.end_of_turn], trained=True)
 
         def usable(oid: int, fid: int) -> int | None:
@@ -2531,8 +2776,10 @@ class SceneTeacher:
             row = Transcript(prefix.position)
             row.add(speaker.tokenizer.encode("objects"))
             row.add(speaker.closing())
-            text = " ; ".join(synthetic.describe(o, shown[0], scene.width)
-                              for o in sorted(scene.objects, key=lambda o: o.centers[shown[0], 0]))
+            text = " ; ".join(
+                synthetic.describe(o, shown[0], scene.width)
+                for o in sorted(scene.objects, key=lambda o: o.centers[shown[0], 0])
+            )
             row.add([*speaker.tokenizer.encode(f" {text}"), speaker.tokenizer.end_of_turn], trained=True)
             return row
 
@@ -2543,11 +2790,14 @@ class SceneTeacher:
             makers.append(lambda: dialogue(scene))
             makers += [lambda: dialogue(synthetic.requery(scene, rng))] * 6
         # Its own dialogue and the short segments first, then further dialogues until the rows are full.
-        shorts = [lambda: grounding(0), lambda: grounding(None), listing]
-        queue_ = [makers[0], *shorts, *makers[1:], lambda: grounding(len(keyed) - 1)]
+        shorts = [lambda: grounding(0), listing, lambda: grounding(None), lambda: grounding(len(keyed) - 1)]
+        if kind == "plain" and rng.random() >= w.dialogues:
+            queue = [*shorts, *makers]
+        else:
+            queue = [makers[0], *shorts[:3], *makers[1:], shorts[3]]
         rows: list[list[Transcript]] = [[] for _ in range(w.rows)]
         room = [w.row_tokens] * w.rows
-        for make in queue_:
+        for make in queue:
             if max(room) < 40:
                 continue
             segment = make()
@@ -2584,7 +2834,9 @@ class SceneTeacher:
         )
 
 
-def coordinate_spread(tokenizer: weights.Tokenizer, vocabulary: int, sigma: float, width: int = 4) -> tuple[np.ndarray, np.ndarray]:
+def coordinate_spread(
+    tokenizer: weights.Tokenizer, vocabulary: int, sigma: float, width: int = 4
+) -> tuple[np.ndarray, np.ndarray]:
     """Soft targets: a coordinate token's neighbours on the grid [V, 2*width+1] and their Gaussian weights.
 
     sigma in grid steps; other tokens, and all of them at sigma 0, keep their weight on themselves. Ordinal targets
@@ -2622,7 +2874,11 @@ def make_warmstart_step(policy: Policy, config: Config) -> Callable:
     def step(state: TrainState, batch: Batch, spread, rate):
         (loss, tokens), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, spread)
         state = apply_gradients(optimiser, state, grads, rate)
-        return state.replace(step=state.step + 1), {"loss": loss, "tokens": tokens, "gradient_norm": optax.global_norm(grads)}
+        return state.replace(step=state.step + 1), {
+            "loss": loss,
+            "tokens": tokens,
+            "gradient_norm": optax.global_norm(grads),
+        }
 
     return step
 
@@ -2647,11 +2903,15 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends
         except OSError as error:
-            raise ConfigError(f"run_dir={self.path}: can not be written ({error.strerror}); give another run_dir=") from None
+            raise ConfigError(
+                f"run_dir={self.path}: can not be written ({error.strerror}); give another run_dir="
+            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(f"run_dir={self.path}: another run is writing here; wait for it or give another run_dir=") from None
+            raise ConfigError(
+                f"run_dir={self.path}: another run is writing here; wait for it or give another run_dir="
+            ) from None
         self._same_config()
         self.metrics_file = self.path / "metrics.jsonl"
         self.stop = False
@@ -2666,7 +2926,9 @@ class Run:
             try:
                 old = OmegaConf.to_container(OmegaConf.load(file))
             except Exception as error:
-                raise ConfigError(f"{file}: damaged ({str(error).splitlines()[0]}); remove it or give another run_dir=") from None
+                raise ConfigError(
+                    f"{file}: damaged ({str(error).splitlines()[0]}); remove it or give another run_dir="
+                ) from None
             differing = sorted(k for k in {*_flat(old), *_flat(new)} if _flat(old).get(k) != _flat(new).get(k))
             if differing:
                 shown = ", ".join(f"{k} ({_flat(old).get(k)} -> {_flat(new).get(k)})" for k in differing[:5])
@@ -2702,15 +2964,16 @@ class Run:
             )
         return self._checkpointer
 
-    def restore(self, abstract: TrainState) -> TrainState | None:
-        """The latest checkpoint as `abstract` describes it (shapes and shardings), or None. Raises ConfigError."""
+    def restore(self, state: TrainState) -> TrainState | None:
+        """The latest checkpoint with the shapes and shardings of `state`, or None. Raises ConfigError."""
         keeper = self.checkpointer()
         if keeper.latest is None:
             write_atomically(self.metrics_file, "")
             return None
         step = keeper.latest.step
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         try:
-            state = keeper.load(step, abstract)
+            parts = keeper.load_checkpointables(step, _parts(abstract))
         except Exception as error:
             raise ConfigError(
                 f"{self.path}/checkpoints/{step}: can not be restored ({_first_line(error)}); remove that directory to "
@@ -2718,15 +2981,12 @@ class Run:
             ) from None
         rows = [line for line in self._rows() if line["step"] <= step]
         write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
-        return state
+        return state.replace(params=parts["params"], **parts["rest"])
 
-    def save(self, state: TrainState, step: int, *, wait: bool = False) -> None:
-        from orbax.checkpoint import v1 as ocp
-
+    def save(self, state: TrainState, step: int) -> None:
         keeper = self.checkpointer()
         if keeper.latest is None or keeper.latest.step != step:
-            keeper.save_async(step, state) if not wait else keeper.save(step, state)
-        del ocp
+            keeper.save_checkpointables_async(step, _parts(state))
 
     def _rows(self) -> list[dict]:
         rows = []
@@ -2759,6 +3019,11 @@ class Run:
         if self._writer is not None:
             self._writer.close()
         self._lock.close()
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """The parameters stand alone in a checkpoint, so that a policy can be read without its optimiser."""
+    return {"params": state.params, "rest": {f.name: getattr(state, f.name) for f in dataclasses.fields(state)[1:]}}
 
 
 def _flat(tree: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -2827,20 +3092,41 @@ def load_policy(path: str | Path, mesh: Mesh | None = None, *, dtype: str | None
     """
     path = resolve_path(str(path))
     if not path.is_dir():
-        raise ConfigError(f"policy.path={path}: no such directory; a Hugging Face Qwen3-VL directory or a run's checkpoint works")
-    raw = read_json(path / "config.json")
+        raise ConfigError(
+            f"policy.path={path}: no such directory; a Hugging Face Qwen3-VL directory or a run's checkpoint works"
+        )
+    checkpoint = (path / "_CHECKPOINT_METADATA").exists()
+    file = path.parent.parent / "policy.json" if checkpoint else path / "config.json"
+    raw = read_json(file)
     if raw is None:
-        raise ConfigError(f"{path}/config.json: missing or not JSON; a Hugging Face Qwen3-VL directory has one")
-    config = PolicyConfig.from_json(raw, f"{path}/config.json")
+        raise ConfigError(f"{file}: missing or not JSON; a Hugging Face Qwen3-VL directory has a config.json")
+    config = PolicyConfig.from_json(raw, str(file))
     specs = parameter_specs(Policy(config), mesh) if mesh is not None else None
+    shapes = parameter_shapes(config)
+    if checkpoint:
+        return config, _read_checkpoint(path, shapes, dtype, specs)
     try:
-        params = weights.read_params(path, parameter_shapes(config), dtype=dtype, shardings=specs)
+        params = weights.read_params(path, shapes, dtype=dtype, shardings=specs)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return config, params
 
 
-def save_policy(path: str | Path, policy_config: PolicyConfig, params: Any, *, source: str | Path | None = None) -> None:
+def _read_checkpoint(path: Path, shapes: Any, dtype: str | None, specs: Any) -> Any:
+    from orbax.checkpoint import v1 as ocp
+
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    specs = jax.tree.map(lambda _: one, shapes) if specs is None else specs
+    place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, dtype or "float32", sharding=spec)  # noqa: E731
+    try:
+        return ocp.load_checkpointables(path.resolve(), {"params": jax.tree.map(place, shapes, specs)})["params"]
+    except Exception as error:
+        raise ConfigError(f"{path}: can not be restored ({_first_line(error)}); give an undamaged checkpoint") from None
+
+
+def save_policy(
+    path: str | Path, policy_config: PolicyConfig, params: Any, *, source: str | Path | None = None
+) -> None:
     """A Hugging Face directory that transformers loads, in the parameters' dtype; appears whole or not at all.
 
     `source`: a directory whose tokenizer, template and processor files are copied along.
@@ -2902,18 +3188,22 @@ def config_json(c: PolicyConfig) -> dict:
 
 
 def warmstart_rate(config: Config, step: int) -> float:
-    """Warm-up, a long plateau, then a linear fall to zero over the last quarter."""
+    """Warm-up, a long plateau, then a linear fall to zero."""
     w = config.warmstart
-    return w.learning_rate * min(1.0, (step + 1) / w.warmup, (config.steps - step) / max(1.0, config.steps / 4))
+    fall = (config.steps - step) / (w.decay * config.steps) if w.decay else 1.0
+    return w.learning_rate * min(1.0, (step + 1) / max(w.warmup, 1), fall)
 
 
 def warmstart_sigma(config: Config, step: int) -> float:
-    """Coordinate targets sharpen over the run and are exact in its last fifth."""
-    return config.warmstart.coordinate_sigma * max(0.0, 1 - step / (0.8 * config.steps))
+    """Coordinate targets sharpen over the first four fifths of the run."""
+    w = config.warmstart
+    return w.coordinate_sigma_end + (w.coordinate_sigma - w.coordinate_sigma_end) * max(
+        0.0, 1 - step / (0.8 * config.steps)
+    )
 
 
 def new_policy(config: Config, run: Run) -> tuple[PolicyConfig, weights.Tokenizer, Path]:
-    """A policy of random weights: its config.json and tokenizer are written to the run first. Returns their directory."""
+    """A policy of random weights; its config.json and tokenizer are written into the run, whose folder comes last."""
     source = run.path / "policy"
     source.mkdir(exist_ok=True)
     build_warmstart_tokenizer().save(str(source / "tokenizer.json"))
@@ -2935,7 +3225,9 @@ def new_policy(config: Config, run: Run) -> tuple[PolicyConfig, weights.Tokenize
 def fresh_state(params: Any, config: Config, *, teacher: bool) -> TrainState:
     optimiser = make_optimiser(config.update)
     zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
-    return TrainState(params, optimiser.init(params), jax.tree.map(jnp.copy, params) if teacher else None, zero(), zero())
+    return TrainState(
+        params, optimiser.init(params), jax.tree.map(jnp.copy, params) if teacher else None, zero(), zero()
+    )
 
 
 def ahead(make: Callable[[int], Any], start: int, stop: int, depth: int = 2) -> Iterable[Any]:
@@ -2960,11 +3252,14 @@ def train_warmstart(config: Config, run: Run) -> None:
         source = resolve_path(config.policy.path)
         policy_config, params = load_policy(source, dtype="float32")
         tokenizer = weights.Tokenizer(source)
+    write_atomically(run.path / "policy.json", json.dumps(config_json(policy_config), indent=1))
     speaker = Speaker(config.protocol, policy_config, tokenizer)
     teacher = SceneTeacher(config, speaker)
     policy = Policy(policy_config, config.policy.remat)
     state = fresh_state(params, config, teacher=False)
-    state = run.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)) or state
+    state = (
+        run.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)) or state
+    )
     step = make_warmstart_step(policy, config)
     clock, begun = Clock(), int(state.step)
     bar = tqdm(total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True, disable=None)
@@ -2999,7 +3294,9 @@ class Trainer:
         policy_config, params = load_policy(self.source, self.mesh, dtype="float32")
         self.tokenizer = weights.Tokenizer(self.source)
         if len(self.tokenizer) > policy_config.vocab_size:
-            raise ConfigError(f"{self.source}: the tokenizer has {len(self.tokenizer)} tokens, the policy {policy_config.vocab_size}")
+            raise ConfigError(
+                f"{self.source}: the tokenizer has {len(self.tokenizer)} tokens, the policy {policy_config.vocab_size}"
+            )
         self.policy = Policy(policy_config, c.policy.remat)
         self.speaker = Speaker(c.protocol, policy_config, self.tokenizer)
         self.sampler = Sampler(c, self.policy, self.speaker, self.mesh)
@@ -3015,6 +3312,7 @@ class Trainer:
         self.segmenter.start(wait=False)
         self.mask_reward = MaskReward(self.segmenter, self.mesh)
         self.state = fresh_state(params, c, teacher=c.credit.lam > 0)
+        write_atomically(run.path / "policy.json", json.dumps(config_json(policy_config), indent=1))
 
     def prompt(self, sample: data.Sample, anchor: int | None = None) -> Prompt:
         shown = data.sample_frames(len(sample.frames), self.config.protocol.frames, anchor=anchor)
@@ -3027,7 +3325,7 @@ class Trainer:
         for index in data.order(c.seed, step, refill, len(self.train), c.rollout.prompts):
             sample = self.train[int(index)]
             rng = np.random.default_rng([c.seed, step, refill, int(index)])
-            seen = [i for i in range(len(sample.frames)) if sample.masks is not None and sample.masks(i).any()]
+            seen = [i for i in range(len(sample.frames)) if sample.masks is not None and sample.truth(i).any()]
             prompts.append(self.prompt(sample, int(rng.choice(seen)) if seen else None))
         return prompts
 
@@ -3041,16 +3339,25 @@ class Trainer:
         for refill in range(c.rollout.refills + 1):
             with self.clock("data"):
                 prompts = self.training_prompts(step, refill)
-            dialogues = self.sampler.play(params, prompts, [c.rollout.temperature] * c.rollout.rollouts, self.user,
-                                          seed=c.seed, step=step, clock=self.clock)
+            dialogues = self.sampler.play(
+                params,
+                prompts,
+                [c.rollout.temperature] * c.rollout.rollouts,
+                self.user,
+                seed=c.seed,
+                step=step,
+                clock=self.clock,
+            )
             with self.clock("reward"):
                 scores, guidance, seen = score(dialogues, c, self.expert, self.mask_reward)
             for key, value in seen.items():
                 faults[key] = faults.get(key, 0) + value
             spread = np.asarray(total_return(scores, c)).std(-1)
             last = refill == c.rollout.refills
-            kept += [(dialogues[i], jax.tree.map(lambda x, i=i: np.asarray(x)[i], scores), guidance[i], spread[i] > 1e-6)
-                     for i in range(len(prompts))]
+            kept += [
+                (dialogues[i], jax.tree.map(lambda x, i=i: np.asarray(x)[i], scores), guidance[i], spread[i] > 1e-6)
+                for i in range(len(prompts))
+            ]
             lively = [k for k in kept if k[3]]
             if len(lively) >= c.rollout.prompts or last:
                 break
@@ -3077,8 +3384,16 @@ class Trainer:
                 at = np.minimum(starts[..., None] + np.arange(batch.rows.tokens.shape[-1]), logp.shape[-1] - 1)
                 return np.take_along_axis(logp, at, -1)
 
-        credit, levels = token_credit(dialogues, batch, scores, guidance, c, old_logp=old_logp,
-                                      teacher_logp=teacher_logp if self.state.teacher is not None else None, lam=lam)
+        credit, levels = token_credit(
+            dialogues,
+            batch,
+            scores,
+            guidance,
+            c,
+            old_logp=old_logp,
+            teacher_logp=teacher_logp if self.state.teacher is not None else None,
+            lam=lam,
+        )
         rate = c.update.learning_rate * min(1.0, number / max(c.update.warmup, 1))
         with clock("update"):
             parts = []
@@ -3095,8 +3410,18 @@ class Trainer:
         gap = np.abs(old_logp - batch.rows.logp)[batch.rows.trained]
         rows = [dialogue_row(d, scores, i, j, c) for i, row in enumerate(dialogues) for j, d in enumerate(row)]
         told = metrics.dialogue_summary(rows)
-        words = ("success", "success_ambiguous", "success_clear", "questions_ambiguous", "questions_clear", "resolved_rate",
-                 "redundant_question_rate", "regret", "format_rate", "reward")
+        words = (
+            "success",
+            "success_ambiguous",
+            "success_clear",
+            "questions_ambiguous",
+            "questions_clear",
+            "resolved_rate",
+            "redundant_question_rate",
+            "regret",
+            "format_rate",
+            "reward",
+        )
         ends = [d.end for row in dialogues for d in row]
         return {
             "step": number,
@@ -3130,7 +3455,9 @@ class Trainer:
             indices = [(start + k) % count for k in range(c.evaluate.prompts)]
             with clock("data"):
                 prompts = [self.prompt(self.test[i]) for i in indices]
-            dialogues = self.sampler.play(params, prompts, list(decodings.values()), self.user, seed=c.seed, step=EVALUATION, clock=clock)
+            dialogues = self.sampler.play(
+                params, prompts, list(decodings.values()), self.user, seed=c.seed, step=EVALUATION, clock=clock
+            )
             with clock("reward"):
                 scores, _, _ = score(dialogues, c, self.expert, self.mask_reward)
             for i, index in enumerate(indices):
@@ -3146,13 +3473,15 @@ class Trainer:
                     if index in gallery and decoding == "greedy":
                         stories.append(self.story(d, row, decoding))
         if name:
-            write_atomically(self.run.path / "dialogues" / f"{name}.jsonl", "".join(json.dumps(s) + "\n" for s in stories))
+            write_atomically(
+                self.run.path / "dialogues" / f"{name}.jsonl", "".join(json.dumps(s) + "\n" for s in stories)
+            )
         return {decoding: metrics.dialogue_summary(rows[decoding]) for decoding in decodings}
 
     def track(self, d: Dialogue) -> dict[str, float]:
         """J and F over the whole video of the masks that SAM2 makes of the answer; no answer is an empty video."""
         sample = d.prompt.sample
-        truth = np.stack([sample.masks(i) for i in range(len(sample.frames))])
+        truth = np.stack([sample.truth(i) for i in range(len(sample.frames))])
         masks = np.zeros_like(truth)
         if d.answer is not None and d.frame in d.prompt.fids:
             video = np.stack([sample.image(i) for i in range(len(sample.frames))])
@@ -3182,12 +3511,19 @@ class Trainer:
         mask = truth_mask = truth_box = None
         if d.frame in d.prompt.fids:
             position = d.prompt.positions[d.prompt.fids.index(d.frame)]
-            truth_mask = keep(f"{d.frame}_truth", d.prompt.sample.masks(position).astype(np.uint8) * 255)
+            truth_mask = keep(f"{d.frame}_truth", d.prompt.sample.truth(position).astype(np.uint8) * 255)
             truth_box = (d.prompt.truth.get(str(d.frame)) or {}).get("bbox_2d")
             if d.answer is not None:
-                ask = {"video": d.prompt.sample.id, "frame": d.frame, "mask_type": d.answer.mask_type,
-                       "box": np.clip(d.answer.box, 0, 1000).tolist(), "point": np.clip(d.answer.point, 0, 1000).tolist()}
-                self.segmenter.register(d.prompt.sample.id, d.frame, d.prompt.image_of(d.frame), d.prompt.sample.masks(position))
+                ask = {
+                    "video": d.prompt.sample.id,
+                    "frame": d.frame,
+                    "mask_type": d.answer.mask_type,
+                    "box": np.clip(d.answer.box, 0, 1000).tolist(),
+                    "point": np.clip(d.answer.point, 0, 1000).tolist(),
+                }
+                self.segmenter.register(
+                    d.prompt.sample.id, d.frame, d.prompt.image_of(d.frame), d.prompt.sample.truth(position)
+                )
                 drawn = self.segmenter.segment([ask])[0]
                 tag = hashlib.blake2s(repr(d.answer).encode(), digest_size=4).hexdigest()
                 mask = keep(f"{d.frame}_{tag}", np.asarray(drawn).astype(np.uint8) * 255)
@@ -3196,7 +3532,9 @@ class Trainer:
             is_question = action.kind == "call" or (action.kind == "invalid" and "</call>" in text)
             asked += is_question and bool(reply)
             after = row["counts"][min(asked, len(row["counts"]) - 1)] if is_question else None
-            turns.append({"role": "assistant", "text": text, "kind": action.kind, "frame": action.frame, "count_after": after})
+            turns.append(
+                {"role": "assistant", "text": text, "kind": action.kind, "frame": action.frame, "count_after": after}
+            )
             if reply:
                 turns.append({"role": "user", "text": reply, "kind": "reply", "frame": None, "count_after": after})
         answer = d.answer
@@ -3213,7 +3551,7 @@ EVALUATION = 2**30  # the step under which evaluations fold their random keys, s
 
 
 def open_data(config: Config) -> tuple[data.PreparedDataset, data.PreparedDataset]:
-    """The prepared splits; with `data.generate_*` the synthetic world is written and prepared when it is not there yet."""
+    """The prepared splits; with `data.generate_*` the synthetic world is made first when it is not there yet."""
     c = config.data
     path = Path(c.path)
     if not path.exists() and c.generate_train and c.generate_test:
@@ -3231,8 +3569,7 @@ def train_policy(config: Config, run: Run) -> None:
 
     begun_at = time.perf_counter()
     trainer = Trainer(config, run)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainer.state)
-    trainer.state = run.restore(abstract) or trainer.state
+    trainer.state = run.restore(trainer.state) or trainer.state
     begun = int(trainer.state.step)
     (run.path / "dialogues").mkdir(exist_ok=True)
     summary = read_json(run.path / "summary.json") or {}
@@ -3244,10 +3581,12 @@ def train_policy(config: Config, run: Run) -> None:
 
     book({"setup": time.perf_counter() - begun_at})
     if config.evaluate.every and "before" not in summary and begun == 0:
-        scores = [s for s in map(scene_of, trainer.test) if s is not None]
+        graphs = [s.privileged["scene_graph"] for s in trainer.test if (s.privileged or {}).get("scene_graph")]
         before = trainer.evaluate("before")
         book(trainer.clock.take(), "evaluate/")
-        summary = run.summarise(before=before, baselines=synthetic.baselines(scores, config.seed) if scores else {}, seed=config.seed)
+        summary = run.summarise(
+            before=before, baselines=synthetic.baselines(graphs, config.seed) if graphs else {}, seed=config.seed
+        )
         say_scores("before", before)
     bar = tqdm(total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True, disable=None)
     step = begun
@@ -3272,12 +3611,20 @@ def train_policy(config: Config, run: Run) -> None:
     if step == config.steps:
         after = trainer.evaluate("after") if config.evaluate.every else {}
         book(trainer.clock.take(), "evaluate/")
-        save_policy(run.path / "trained", trainer.policy.config, jax.device_get(trainer.state.params), source=trainer.source)
+        save_policy(
+            run.path / "trained", trainer.policy.config, jax.device_get(trainer.state.params), source=trainer.source
+        )
         if after:
             say_scores("after", after)
         book({"total": time.perf_counter() - begun_at})
-        run.summarise(after=after, seconds=seconds, steps=config.steps, seed=config.seed, finished=True,
-                      sidecar_failures=trainer.segmenter.failures)
+        run.summarise(
+            after=after,
+            seconds=seconds,
+            steps=config.steps,
+            seed=config.seed,
+            finished=True,
+            sidecar_failures=trainer.segmenter.failures,
+        )
         from icseg_jax import report
 
         if after:
@@ -3289,16 +3636,23 @@ def train_policy(config: Config, run: Run) -> None:
     trainer.segmenter.close()
 
 
-def scene_of(sample: data.Sample) -> dict | None:
-    graph = (sample.privileged or {}).get("scene_graph")
-    return graph if isinstance(graph, dict) else None
-
-
 def say_scores(name: str, scores: Mapping[str, Mapping]) -> None:
     for decoding, told in scores.items():
-        words = ("success_ambiguous", "success_clear", "jf", "questions_ambiguous", "questions_clear", "resolved_rate",
-                 "redundant_question_rate", "regret", "format_rate")
-        print(f"{name:>7} {decoding:>8}  " + "  ".join(f"{w} {told[w]:.2f}" for w in words if told.get(w) is not None), flush=True)
+        words = (
+            "success_ambiguous",
+            "success_clear",
+            "jf",
+            "questions_ambiguous",
+            "questions_clear",
+            "resolved_rate",
+            "redundant_question_rate",
+            "regret",
+            "format_rate",
+        )
+        print(
+            f"{name:>7} {decoding:>8}  " + "  ".join(f"{w} {told[w]:.2f}" for w in words if told.get(w) is not None),
+            flush=True,
+        )
 
 
 def clocked(items: Iterable[Any], clock: Clock, phase: str) -> Iterable[Any]:
@@ -3312,7 +3666,7 @@ def clocked(items: Iterable[Any], clock: Clock, phase: str) -> Iterable[Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m icseg_jax.train CONFIG [key=value ...]`. Returns the exit code: 0 done, saved or finished before; 2 bad input."""
+    """`python -m icseg_jax.train CONFIG [key=value ...]`. Returns 0 when done or saved, 2 on bad input."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)

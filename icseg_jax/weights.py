@@ -402,13 +402,13 @@ def read_params(path: str | Path, shapes: Any, *, dtype: Any = None, shardings: 
         if place.shape != tensor.shape:
             raise ValueError(f"{what} is {list(place.shape)}, config.json asks for {list(tensor.shape)}")
         if place.dtype not in DTYPES:
-            raise ValueError(f"{what} has dtype {place.dtype}; {', '.join(DTYPES)} can be read")
+            raise ValueError(f"{what} has dtype {place.dtype!r}; {', '.join(DTYPES)} can be read")
         parts.setdefault(tensor.leaf, []).append((tensor, place))
     # A tied head that was stored all the same, and tables that follow from the config.
     unknown = [name for name in stored if name != "lm_head.weight" and not name.endswith("inv_freq")]
     if unknown:
         file = stored[unknown[0]].file
-        raise ValueError(f"{file}: tensor {unknown[0]} has no place in the policy that config.json describes")
+        raise ValueError(f"{file}: tensor {unknown[0]!r} has no place in the policy of config.json")
 
     # What to read: the distinct shards of each leaf that devices of this process hold.
     plan = []

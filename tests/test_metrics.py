@@ -1,4 +1,4 @@
-"""Masks against davis2017-evaluation's numbers and plain definitions; dialogue words against METHOD.md 11.7."""
+"""Masks against davis2017-evaluation and plain definitions, dialogue words against METHOD.md 11.7."""
 
 import json
 from math import ceil, sqrt
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
@@ -149,8 +149,8 @@ def row(level, counts, asked, success, optimal, **more):
     gains = [(a - b) / max(a - 1, 1) for a, b in zip(counts, counts[1:], strict=False)]
     return {
         "id": "x", "level": level, "success": success, "frame_ok": True, "counts": counts, "asked": asked,
-        "gains": gains, "questions": len(asked), "optimal": optimal, "budget": 5, "format": True, "reward": 2.0,
-        "terms": {"iou": float(success)}, "J": None, "F": None,
+        "gains": gains, "questions": len(asked), "optimal": optimal, "budget": 5, "format": True,
+        "reward": 2.0, "terms": {"iou": float(success)}, "J": None, "F": None,
     } | more  # fmt: skip
 
 
@@ -200,16 +200,16 @@ def test_pooled_share_has_the_error_of_a_ratio():
 
     def draw():
         rows = []
-        for _ in range(60):
+        for _ in range(40):
             n, bad = int(rng.integers(0, 5)), rng.random() < 0.4
             counts = [8] * (n + 1) if bad else list(range(8, 7 - n, -1))
             rows.append(row("difficult", counts, ["color"] * n, True, 2.0))
         return dialogue_summary(rows)
 
-    draws = [draw() for _ in range(200)]
+    draws = [draw() for _ in range(100)]
     spread = np.std([d["redundant_question_rate"] for d in draws])
     error = np.mean([d["standard_error"]["redundant_question_rate"] for d in draws])
-    assert error == pytest.approx(spread, rel=0.15)
+    assert error == pytest.approx(spread, rel=0.2)
 
 
 def test_what_is_not_there_is_none():
@@ -220,7 +220,8 @@ def test_what_is_not_there_is_none():
     assert dialogue_summary([])["success"] is None
 
 
-@given(st.lists(st.sampled_from(ROWS), min_size=1, max_size=20))
+@given(st.lists(st.sampled_from(ROWS), min_size=1, max_size=12))
+@settings(max_examples=25)
 def test_order_of_dialogues_does_not_matter(rows):
     forward, backward = dialogue_summary(rows), dialogue_summary(rows[::-1])
     assert forward["asked"] == backward["asked"] and sum(forward["asked"].values()) in (0, pytest.approx(1))

@@ -1,5 +1,4 @@
-"""The policy is Qwen3-VL: the same numbers as Hugging Face's PyTorch model, through the files both read and
-write."""
+"""The policy is Qwen3-VL: the numbers of Hugging Face's PyTorch model, through the files that both read."""
 
 import inspect
 import json
@@ -244,13 +243,12 @@ def test_transformers_loads_what_we_save(shards, tmp_path, monkeypatch, caplog):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            again, info = type(model).from_pretrained(
-                tmp_path / "ours", dtype="auto", output_loading_info=True
-            )
+            again, info = type(model).from_pretrained(tmp_path / "ours", dtype="auto", output_loading_info=True)
     finally:
         logger.removeHandler(caplog.handler)
     assert not [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     assert not any(info.values()), info
+    assert train.PolicyConfig.from_json(again.config.to_dict()) == config
     theirs, ours = model.state_dict(), again.state_dict()
     assert theirs.keys() == ours.keys()
     for name, value in theirs.items():
@@ -266,3 +264,70 @@ def test_both_spellings_of_config_json(tmp_path: Path):
     old = train.config_json(new)
     assert old["text_config"]["rope_theta"] == 1e4 and "rope_parameters" not in old["text_config"]
     assert train.PolicyConfig.from_json(old) == new
+
+
+def test_packed_segments_on_a_shared_prompt_are_whole_sequences(tmp_path):
+    """What the update computes (prompt once per group, segments packed in rows, images in a bank) against
+    each dialogue run whole: DESIGN.md 6 promises the same numbers."""
+    tiny_model().save_pretrained(tmp_path)
+    config, params = train.load_policy(tmp_path)
+    rng = np.random.default_rng(0)
+    text = lambda n: rng.integers(0, IMAGE, n).tolist()  # noqa: E731
+    small, large = (
+        (2, 4),
+        (3, 2),
+    )  # merged tokens of the frames shown and of the key frames; a bank holds two of each
+    sizes = [8, 8, 6, 6]
+
+    def show(row, slot):
+        row.add([START])
+        row.add_image(IMAGE, sum(sizes[:slot]), small if slot < 2 else large)
+        row.add([END])
+
+    prompts, rows = [], []
+    for p in range(2):
+        prompt = train.Transcript()
+        for slot in range(2):
+            prompt.add(text(2 + p))
+            show(prompt, slot)
+        prompt.add(text(3))
+        prompts.append([[prompt]])
+        rows.append([])
+        for n in range(2):
+            segments = [train.Transcript(prompt.position) for _ in range(2)]
+            for k, segment in enumerate(segments):
+                segment.add(text(4 - k))
+                show(segment, 2 + (p + n + k) % 2)
+                segment.add(text(2))
+            rows[-1].append(segments)
+    patches = [rng.standard_normal((2, 4 * size, config.vision.patch_dim), np.float32) for size in sizes]
+    banks = [
+        train.pack_images(config.vision, [x for p in range(2) for x in (one[p], two[p])], [(2 * h, 2 * w)] * 4)
+        for (one, two), (h, w) in ((patches[:2], small), (patches[2:], large))
+    ]
+    batch = train.Batch(train.stack_rows(prompts, 40, 0), train.stack_rows(rows, 40, 0), *banks)
+    policy = train.Policy(config)
+    with jax.default_matmul_precision("highest"):
+        logits = [
+            np.asarray(policy.apply({"params": params}, hidden, method=train.Policy.head))
+            for hidden in (train.predict(policy, params, batch, share_prefix=share) for share in (True, False))
+        ]
+    for p in range(2):
+        prompt = prompts[p][0][0]
+        for n in range(2):
+            at = 0
+            for segment in rows[p][n]:
+                slots = [0, 1, 2 if min(s for s in segment.slots if s >= 0) == 16 else 3]
+                whole = train.policy_logits(
+                    config,
+                    params,
+                    np.array([prompt.tokens + segment.tokens]),
+                    pixel_values=np.concatenate([patches[slot][p] for slot in slots]),
+                    image_grid_thw=np.array([[1, 4, 8], [1, 4, 8], [1, 6, 4]]),
+                )[0]
+                # A later segment's first token has another segment before it in its row: it is never trained.
+                first = 1 if at else 0
+                expected = whole[len(prompt) - 1 + first : -1]
+                for ours in logits:
+                    np.testing.assert_allclose(ours[p, n, at + first : at + len(segment)], expected, atol=1e-4)
+                at += len(segment)

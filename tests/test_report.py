@@ -97,7 +97,8 @@ def make_dialogue(run, index, rng, trained, decoding="greedy"):
         f"<thinking> one left </thinking> <keyframe> {keyframe} </keyframe>",
         frame=keyframe,
     )
-    say("user", "keyframe", "Here is the high-res version of your selected frame: <image>")
+    reply = "Here is the high-res version of your selected frame: <image>"
+    say("user", "keyframe", "No frame." if keyframe < 0 else reply)
     answer = json.dumps({"bbox_2d": box, "point_2d": point})
     say(
         "assistant",

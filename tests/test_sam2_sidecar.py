@@ -1,4 +1,4 @@
-"""The sidecar: a real process with the shipped segmenter, its protocol, its death, and the training that makes it."""
+"""The sidecar: a real process with the shipped segmenter, its protocol, its death, and its training."""
 
 from __future__ import annotations
 
@@ -55,7 +55,11 @@ def scene_objects(count, seed=11):
 
 
 def rows_of(objects):
-    return [{"video": name, "frame": frame, "box": p.box, "point": p.point} for name, frame, _, _, p in objects]
+    return [{"video": o[0], "frame": o[1], "box": o[4].box, "point": o[4].point} for o in objects]
+
+
+def overlap(mask, truth):
+    return (mask & truth).sum() / (mask | truth).sum()
 
 
 def register(client, objects):
@@ -98,7 +102,7 @@ def gone(pid):
         return True
 
 
-# -- what it draws ---------------------------------------------------------------------------------------------
+# -- what it draws ---------------------------------------------------------------------------------
 
 
 def test_visible_masks_from_box_and_point(client, objects):
@@ -110,7 +114,7 @@ def test_visible_masks_from_box_and_point(client, objects):
 def test_scores_are_those_of_the_masks(client, objects):
     rows = rows_of(objects[:6])
     masks = client.segment(rows)
-    expected = [(mask & o[3]).sum() / (mask | o[3]).sum() for mask, o in zip(masks, objects[:6], strict=True)]
+    expected = [overlap(mask, o[3]) for mask, o in zip(masks, objects[:6], strict=True)]
     np.testing.assert_allclose(client.mask_iou(rows)[0], expected, rtol=1e-6)
 
 
@@ -186,7 +190,7 @@ def test_images_may_come_as_files(client, objects):
     assert reply["rows"][0]["iou"] == pytest.approx(client.mask_iou(rows_of(objects[:1]))[0][0])
 
 
-# -- the package's own predictors are the oracle -----------------------------------------------------------------
+# -- the package's own predictors are the oracle ---------------------------------------------------
 
 
 def test_tracks_like_the_packages_predictor(segmenter, monkeypatch):
@@ -211,6 +215,7 @@ def test_tracks_like_the_packages_predictor(segmenter, monkeypatch):
     assert (segmenter.track(features, position, prompt, (128, 128)) != expected).mean() < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_segments_like_the_packages_predictor(segmenter, objects):
     sam2_sidecar.import_torchvision()
     from sam2.sam2_image_predictor import SAM2ImagePredictor
@@ -226,15 +231,16 @@ def test_segments_like_the_packages_predictor(segmenter, objects):
     assert (mask != (expected[0] > 0)).mean() < 2e-3  # it pads its prompts differently
 
 
-# -- what can go wrong -------------------------------------------------------------------------------------------
+# -- what can go wrong -----------------------------------------------------------------------------
 
 
 def test_killed_in_the_middle_of_a_request(client):
     many = scene_objects(50, seed=13)
     register(client, many)
     result = {}
-    thread = threading.Thread(target=lambda: result.update(zip(("iou", "valid"), client.mask_iou(rows_of(many)),
-                                                               strict=True)))
+    names = ("iou", "valid")
+    thread = threading.Thread(
+        target=lambda: result.update(zip(names, client.mask_iou(rows_of(many)), strict=True)))
     client.start()
     before, restarts = client.pid, client.restarts
     thread.start()
@@ -277,8 +283,9 @@ def test_one_bad_row_leaves_the_others_alone(client, objects):
     good = rows_of(objects[:1])[0]
     client.register("untruthful", 0, objects[0][2])
     bad = [{**good, "box": [float("nan")] * 4}, {**good, "point": "ab"}, {**good, "box": [1, 2, 3]},
-           {**good, "mask_type": "other"}, {**good, "video": "nobody registered"}, {**good, "video": "untruthful",
-           "frame": 0}, {"video": "x"}, {**good, "box": None}, {**good, "box": [float("inf")] * 4}]
+           {**good, "mask_type": "other"}, {**good, "video": "nobody registered"}, {"video": "x"},
+           {**good, "video": "untruthful", "frame": 0}, {**good, "box": None},
+           {**good, "box": [float("inf")] * 4}]
     failures = client.failures
     iou, valid = client.mask_iou([good, *bad, good])
     assert valid.tolist() == [True] + [False] * len(bad) + [True]
@@ -294,16 +301,15 @@ def test_bad_messages_are_answered_and_survived(client, objects):
     client.mask_iou([good])
     bodies = [b"\xff\x00garbage", b"", msgpack.packb([1, 2]), b"\x91" * 5000, msgpack.packb({}),
               msgpack.packb({"op": ["frames"]})]
+    frame, pixel = {"video": "v", "frame": 0}, {"image": b"123", "shape": [1, 1, 3]}
+    frames = [3, frame, {**frame, "image": b"no picture"}, {**frame, **pixel, "shape": [1 << 40, 1 << 40, 3]},
+              {**frame, **pixel, "truth": b""}, {**pixel, "video": 5, "frame": 0}]
+    prompt = {"position": 7, "box": [1, 1, 2, 2], "point": [1, 1]}
     bodies += [msgpack.packb(message) for message in (
-        {"op": "frames"}, {"op": "frames", "frames": [3]}, {"op": "frames", "frames": [{"video": "v", "frame": 0}]},
-        {"op": "frames", "frames": [{"video": "v", "frame": 0, "image": b"no picture"}]},
-        {"op": "frames", "frames": [{"video": "v", "frame": 0, "image": b"123", "shape": [1 << 40, 1 << 40, 3]}]},
-        {"op": "frames", "frames": [{"video": "v", "frame": 0, "image": b"123", "shape": [1, 1, 3], "truth": b""}]},
+        {"op": "frames"}, *({"op": "frames", "frames": [entry]} for entry in frames),
         {"op": "segment", "rows": "all"}, {"op": "segment", "rows": [good], "want": "money"},
         {"op": "segment", "rows": [good], "prompting": "nicely"},
-        {"op": "track", "images": [], "position": 0, "box": [1, 1, 2, 2], "point": [1, 1]},
-        {"op": "track", "images": [{"image": b"abc", "shape": [1, 1, 3]}], "position": 7, "box": [1, 1, 2, 2],
-         "point": [1, 1]})]
+        {"op": "track", "images": [], **prompt}, {"op": "track", "images": [pixel], **prompt})]
     for parts in [[b"", body] for body in bodies] + [[b"alone"], [b"", b"", b""]]:
         error = ask(client, parts)["error"]
         assert error and "\n" not in error
@@ -380,18 +386,19 @@ def test_samples_on_one_video_share_its_embedding(client, objects):
     assert client.stats()["encoded"] == before and inverse < 0.1 < client.mask_iou([row])[0][0]
 
 
-# -- processes and addresses --------------------------------------------------------------------------------------
+# -- processes and addresses -----------------------------------------------------------------------
 
 
 def test_the_trainer_gets_neither_torch_nor_jax_from_importing_the_client():
     program = "import sys, icseg_jax.sam2_sidecar; print(sorted({'torch', 'jax', 'sam2'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_it_ends_with_its_parent(tmp_path):
     program = ("import os, signal\nfrom icseg_jax.sam2_sidecar import SegmenterClient\n"
-               "client = SegmenterClient(); client.start(); print(client.pid, client._directory, flush=True)\n"
+               "client = SegmenterClient()\nclient.start()\n"
+               "print(client.pid, client._directory, flush=True)\n"
                "os.kill(os.getpid(), signal.SIGKILL)")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     pid, directory = done.stdout.split()
@@ -436,7 +443,7 @@ def test_a_sidecar_at_an_address(objects, tmp_path):
         process.wait()
 
 
-@pytest.mark.parametrize("text", ["", "tcp://", "tcp://127.0.0.1", "tcp://127.0.0.1:notaport", "http://127.0.0.1:1",
+@pytest.mark.parametrize("text", ["", "tcp://", "tcp://127.0.0.1", "tcp://127.0.0.1:port", "http://127.0.0.1:1",
                                   "tcp://*:5555"])
 def test_bad_addresses(text):
     with pytest.raises(ValueError, match="address|on this machine"):
@@ -483,13 +490,13 @@ def test_bad_command_lines(arguments, complaint, tmp_path, monkeypatch, capsys):
     assert error.startswith("error: ") and complaint in error and "\n" not in error
 
 
-# -- training ------------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 def test_training_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
-    small = ["image_size=64", "embed_dim=8", "stages=[1,1,1,1]", "width=32", "image_steps=4", "complete_steps=3",
-             "clip_steps=3", "scenes=1", "objects=2", "clip_frames=3", "checkpoint_every=2", "test_scenes=1",
-             "test_clips=1"]
+    small = ["image_size=64", "embed_dim=8", "stages=[1,1,1,1]", "width=32", "image_steps=4",
+             "complete_steps=3", "clip_steps=3", "scenes=1", "objects=2", "clip_frames=3",
+             "checkpoint_every=2", "test_scenes=1", "test_clips=1"]
 
     def config(name):
         paths = [f"run_dir={tmp_path / name}", f"asset={tmp_path / name / 'asset'}"]
@@ -510,9 +517,10 @@ def test_training_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
             sam2_sidecar.train(config("parts"))
     assert left == [(0, 2), (0, 4), (1, 2), (1, 3), (2, 2), (2, 3)]
     assert sam2_sidecar.train(config("parts")) == numbers
+    whole, parts = tmp_path / "whole/asset", tmp_path / "parts/asset"
     for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "whole/asset" / name).read_bytes() == (tmp_path / "parts/asset" / name).read_bytes()
-    assert "minutes of one CPU core" in (tmp_path / "parts/asset/README.md").read_text()
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    assert "minutes of one CPU core" in (parts / "README.md").read_text()
     with pytest.raises(ValueError, match="another config .differs in seed"):
         sam2_sidecar.train(load_train_config(ROOT / "experiments/embedded_sam2.yaml",
                                              [*small, f"run_dir={tmp_path / 'parts'}", "seed=5"]))

@@ -4,6 +4,7 @@ No torch here; `test_policy_parity.py` reads what transformers wrote and has tra
 """
 
 import ast
+import functools
 import json
 import os
 import re
@@ -41,11 +42,14 @@ def make_config(*, tied=False, taps=(0, 2), layers=3, width=12, inner=20, vocabu
     )  # fmt: skip
 
 
+@functools.cache
+def shapes_of(config):
+    return train.parameter_shapes(config)
+
+
 def make_params(config, dtype="float32"):
     rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda s: rng.standard_normal(s.shape).astype(DTYPES[dtype]), train.parameter_shapes(config)
-    )
+    return jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(DTYPES[dtype]), shapes_of(config))
 
 
 def assert_same(one, two):
@@ -61,7 +65,7 @@ def write(path, config, params):
 
 
 def read(path, config, **kwargs):
-    return weights.read_params(path, train.parameter_shapes(config), **kwargs)
+    return weights.read_params(path, shapes_of(config), **kwargs)
 
 
 @pytest.fixture
@@ -139,7 +143,7 @@ def test_names_shapes_and_transposes(policy):
     same(fc, params["vision"]["deepstack_1"]["fc2"].T)
 
 
-@pytest.mark.parametrize("taps", [(1,), (0, 1, 2), (0, 3), ()])
+@pytest.mark.parametrize("taps", [(1,), (0, 1, 2), (0, 3)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_written_and_read_is_the_identity(dtype, taps, tmp_path, monkeypatch):
     config = make_config(tied=len(taps) != 1, taps=taps)
@@ -163,9 +167,7 @@ def test_written_and_read_is_the_identity(dtype, taps, tmp_path, monkeypatch):
             names = list(part.keys())
         assert all(index["weight_map"][name] == file for name in names)
         held = [weights._read_header(tmp_path / "many" / file)[name] for name in names]
-        assert (
-            len(held) == 1 or sum(np.prod(t.shape) * np.dtype(DTYPES[dtype]).itemsize for t in held) <= 3000
-        )
+        assert len(held) == 1 or sum(np.prod(t.shape) * np.dtype(DTYPES[dtype]).itemsize for t in held) <= 3000
 
 
 def test_the_type_asked_for(policy):
@@ -213,7 +215,7 @@ def test_every_device_gets_its_own_shard(policy):
         from icseg_jax import train, weights
         from test_weights import make_config, make_params
         config, path = make_config(), {str(path)!r}
-        for sizes in ((1, 4, 2), (2, 2, 2), (8, 1, 1)):
+        for sizes in ((1, 4, 2), (2, 2, 2)):
             mesh = train.make_mesh(train.MeshSection(*sizes))
             _, params = train.load_policy(path, mesh)
             specs = train.parameter_specs(train.Policy(config), mesh)
@@ -227,9 +229,7 @@ def test_every_device_gets_its_own_shard(policy):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
-)
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("mesh", ["None", "train.make_mesh(train.MeshSection(1, 2, 2))"])
 def test_peak_memory_of_a_large_checkpoint(mesh, tmp_path):
     """1.5 GB in shards: beyond the parameters' own memory, at most the largest tensor and 256 MB."""
@@ -256,9 +256,7 @@ def test_peak_memory_of_a_large_checkpoint(mesh, tmp_path):
         print(own, memory("VmHWM") - before - own, largest)
     """
     write(tmp_path / "small", make_config(), make_params(make_config()))
-    own, beyond, largest = map(
-        int, run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=4").split()
-    )
+    own, beyond, largest = map(int, run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=4").split())
     assert own > 1.4e9
     print(f"beyond the parameters: {beyond / 1e6:.0f} MB; largest tensor: {largest / 1e6:.0f} MB")
     assert beyond < largest + 256e6
@@ -272,8 +270,9 @@ def test_a_missing_shard_is_named(policy, monkeypatch):
     monkeypatch.setattr(weights, "SHARD_BYTES", 5000)
     shutil.rmtree(path)
     write(path, config, params)
-    (path / "model-00002-of-00004.safetensors").unlink()
-    with pytest.raises(ValueError, match="model-00002-of-00004.safetensors: missing") as error:
+    gone = sorted(path.glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(ValueError, match=f"{gone.name}: missing; model.safetensors.index.json needs all") as error:
         read(path, config)
     one_line(error)
 
@@ -291,22 +290,18 @@ def test_a_truncated_file(policy, keep):
 Q = "model.language_model.layers.1.self_attn.q_proj.weight"
 
 
-def _dtype(header, name, dtype):
-    header[name]["dtype"] = dtype
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         (lambda h: h.pop(Q), rf"tensor {Q} \[32, 12\] is missing"),
         (lambda h: h.pop("lm_head.weight"), r"lm_head.weight \[11, 12\] is missing; is tie_word_embeddings"),
         (lambda h: h[Q].update(shape=[12, 32]), rf"{Q} is \[12, 32\], config.json asks for \[32, 12\]"),
-        (lambda h: h[Q].update(dtype="F8_E4M3"), rf"{Q} has dtype F8_E4M3; F32, F16, BF16"),
+        (lambda h: h[Q].update(dtype="F8_E4M3"), rf"{Q} has dtype 'F8_E4M3'; F32, F16, BF16"),
         (lambda h: h[Q].update(dtype="BF16"), "header is damaged"),
         (lambda h: h[Q].update(data_offsets=[-8, 1528]), "header is damaged"),
         (lambda h: h[Q].update(data_offsets=[10**9, 10**9 + 1536]), "cut short"),
         (lambda h: h[Q].pop("shape"), "header is damaged"),
-        (lambda h: h.update(extra=dict(h[Q])), "tensor extra has no place"),
+        (lambda h: h.update(extra=dict(h[Q])), "tensor 'extra' has no place"),
     ],
 )
 def test_a_tensor_that_does_not_fit(policy, change, says):
@@ -323,9 +318,7 @@ def test_layers_of_different_types(policy):
     stored = safetensors.numpy.load_file(path / "model.safetensors")
     stored[Q] = stored[Q].astype(np.float16)
     safetensors.numpy.save_file(stored, path / "model.safetensors")
-    with pytest.raises(
-        ValueError, match="layers/q is stored as F16 and F32 in different layers; ask for one dtype"
-    ):
+    with pytest.raises(ValueError, match="layers/q is stored as F16 and F32 in different layers; ask for one dtype"):
         read(path, config)
     params["layers"]["q"][1] = params["layers"]["q"][1].astype(np.float16)
     assert_same(read(path, config, dtype="float32"), params)
@@ -338,18 +331,14 @@ def test_a_damaged_index_or_one_that_leads_outside(policy, index):
     path, config, _ = policy
     (path / "model.safetensors").rename(path.parent / "outside.safetensors")
     (path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(
-        ValueError, match="index.json: damaged; its weight_map must name files of this directory"
-    ):
+    with pytest.raises(ValueError, match="index.json: damaged; its weight_map must name files of this directory"):
         read(path, config)
 
 
 def test_no_weights_and_no_config(policy):
     path, config, _ = policy
     (path / "model.safetensors").unlink()
-    with pytest.raises(
-        ValueError, match="no weights; model.safetensors or model.safetensors.index.json must be"
-    ):
+    with pytest.raises(ValueError, match="no weights; model.safetensors or model.safetensors.index.json must be"):
         read(path, config)
     (path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json: missing or not JSON"):
@@ -363,7 +352,7 @@ def test_no_weights_and_no_config(policy):
 def intact(tmp_path_factory):
     path, config = tmp_path_factory.mktemp("intact") / "policy", make_config(layers=1, taps=(1,))
     write(path, config, make_params(config))
-    return path, train.parameter_shapes(config), (path / "model.safetensors").read_bytes()
+    return path, shapes_of(config), (path / "model.safetensors").read_bytes()
 
 
 @hypothesis.settings(max_examples=60)
@@ -486,9 +475,7 @@ def test_this_room_knows_nothing_of_the_method():
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer")
     words = ["which", "colour", "circle", "left", "is", "?", ".", "[", "]"]
-    made = weights.build_word_tokenizer(
-        words, ["<call>", "</call>", ' {"box": ['], frames=12, coordinate_step=10
-    )
+    made = weights.build_word_tokenizer(words, ["<call>", "</call>", ' {"box": ['], frames=12, coordinate_step=10)
     (path / "tokenizer.json").write_text(made.to_str())
     return weights.Tokenizer(path)
 
@@ -511,9 +498,7 @@ def test_known_text_survives_and_tokens_spell_themselves(tokenizer, pieces):
 def test_protocol_and_numbers_are_single_tokens(tokenizer):
     for text in ["<|im_end|>", "<call>", ' {"box": [', " circle", "circle", ", 430", "1000", " -1", "\n"]:
         assert len(tokenizer.encode(text)) == 1, text
-    assert tokenizer.end_of_turn == tokenizer.ids["<|im_end|>"] and len(tokenizer) == len(
-        tokenizer.spelling()
-    )
+    assert tokenizer.end_of_turn == tokenizer.ids["<|im_end|>"] and len(tokenizer) == len(tokenizer.spelling())
     assert tokenizer.spelling()[tokenizer.end_of_turn] == b""
     assert tokenizer.decode(tokenizer.encode("zebra")) == "<unk>"
 
@@ -533,10 +518,7 @@ def test_byte_level_tokens_spell_their_bytes(tmp_path):
     tokenizer = weights.Tokenizer(tmp_path)
     text = "où est a\tça ? 見"
     ids = tokenizer.encode(text)
-    assert (
-        256 in ids
-        and b"".join(tokenizer.spelling()[i] for i in ids).decode() == tokenizer.decode(ids) == text
-    )
+    assert 256 in ids and b"".join(tokenizer.spelling()[i] for i in ids).decode() == tokenizer.decode(ids) == text
 
 
 @pytest.mark.parametrize(("text", "says"), [(None, "no such file"), ("{", "not a tokenizers JSON")])
@@ -550,8 +532,6 @@ def test_a_tokenizer_that_is_not_there(tmp_path, text, says):
 def test_a_tokenizer_without_the_special_tokens(tmp_path):
     import tokenizers
 
-    (tmp_path / "tokenizer.json").write_text(
-        tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0})).to_str()
-    )
+    (tmp_path / "tokenizer.json").write_text(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0})).to_str())
     with pytest.raises(ValueError, match="special token <|endoftext|> is missing".replace("|", r"\|")):
         weights.Tokenizer(tmp_path)

@@ -1,0 +1,262 @@
+"""Rewards and Hi-GRPO (train.py sections 6 and 7): hand-worked numbers, properties, and another implementation's."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icseg_jax import train
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "loss.npz")
+CASES = sorted({name.split("_")[0] for name in GOLDEN.files})
+TRUTH = {"18": {"bbox_2d": [104, 396, 226, 640], "point_2d": [165, 515], "area": 1.0, "max_conn_area": 0.9}}
+
+
+def process(counts, questions, *, formed=True, ambiguous=True, kind="reduction"):
+    asked = np.arange(len(counts) - 1) < questions
+    return train.process_reward(np.array(counts), asked, np.array(formed), np.array(ambiguous), kind=kind)
+
+
+# Hand-worked numbers (METHOD.md 8 Q19 and section 10)
+
+
+def test_worked_example():
+    got = train.localisation_rewards(18, (100, 400, 220, 640), (160, 520), TRUTH)
+    assert got == {"iou": 1.0, "box": 1.0, "point": 1.0, "frame": 0.9}
+    earned = process([3, 2, 1], 2)
+    assert float(earned) == pytest.approx(0.75)
+    assert sum(got.values()) + float(earned) == pytest.approx(4.65)
+
+
+def test_guess_and_redundant_question():
+    assert float(process([3, 3, 3], 0)) == 0.0
+    assert float(process([1, 1, 1], 0, ambiguous=False)) == 1.0
+    assert float(process([3, 2, 1, 1], 3)) == pytest.approx(0.5)
+    assert float(process([1, 1], 1, ambiguous=False)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "gains", "earned"),
+    [
+        ("reduction", [2 / 3, 0, 1], 5 / 9),
+        ("ratio", [1 / 2, 0, 1 / 2], 1 / 3),
+        ("log", [0.5, 0, 1.0], 0.5),
+        ("resolution_x_efficiency", [2 / 3, 0, 1], 2 / 3),
+        ("linear", [2 / 3, 0, 1], 0.9),
+        ("format", [2 / 3, 0, 1], 1.0),
+        ("parent_tpr", [2 / 3, 0, 1], 1 - 0.3**4),
+    ],
+)
+def test_process_kinds(kind, gains, earned):
+    counts = [4, 2, 2, 1]
+    got = train.turn_gains(np.array(counts), np.ones(3, bool), kind=kind)
+    np.testing.assert_allclose(got, gains, rtol=1e-6, atol=1e-7)
+    assert float(process(counts, 3, kind=kind)) == pytest.approx(earned, rel=1e-6)
+
+
+def test_step_weight_constants():
+    def weight(advantage, delta):
+        w = train.step_weights(np.array([advantage]), np.array([delta]), np.zeros(1), np.array(True), clip=0.2)
+        return float(w[0]), float(train.modulate(np.array([advantage]), w, 0.5)[0])
+
+    assert weight(1.0, math.log(2)) == pytest.approx((1.2, 1.1))
+    assert weight(-1.0, math.log(2)) == pytest.approx((0.8, -0.9))
+    assert weight(1.0, 0.1) == pytest.approx((1.10517, 1.05259), rel=1e-5)
+    assert weight(0.0, 5.0) == (1.0, 0.0)
+
+
+def test_lambda_schedule():
+    section = train.CreditSection(lam=0.5, lam_start=1, lam_decay=100)
+    assert [float(train.step_strength(section, s)) for s in (0, 1, 51, 101, 500)] == [0.5, 0.5, 0.25, 0.0, 0.0]
+
+
+def test_group_advantages_by_hand():
+    np.testing.assert_allclose(
+        train.group_advantages(np.array([[1.0, 2, 3, 4]])), [[-1.1619, -0.3873, 0.3873, 1.1619]], atol=1e-4
+    )
+    equal = np.full((3, 8), 0.1 + 0.7, np.float32)
+    assert (np.asarray(train.group_advantages(equal)) == 0).all()
+    alone = np.asarray(train.group_advantages(np.array([[2.5]])))
+    np.testing.assert_allclose(alone, [[2.5]], rtol=1e-5)
+
+
+def test_invalid_rows_are_outside_the_statistics():
+    returns = np.array([[1.0, 2, 3, 99]])
+    got = np.asarray(train.group_advantages(returns, valid=np.array([[True, True, True, False]])))
+    np.testing.assert_allclose(got[0, :3], np.asarray(train.group_advantages(returns[:, :3]))[0], rtol=1e-6)
+    assert got[0, 3] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "initial", "questions", "counts", "usable"),
+    [
+        ([3, 2, 1], 3, 2, [3, 2, 1], True),
+        ([3, 2], 3, 2, [3, 2, 2], False),  # too short: the last is repeated
+        ([3, 2, 1, 1], 3, 2, [3, 2, 1], False),  # too long: cut
+        ([3, 5, 1], 3, 2, [3, 3, 1], False),  # increasing
+        ([3, 0, -4], 3, 2, [3, 1, 1], False),  # the target always remains
+        ([7, 2, 1], 3, 2, [3, 2, 1], False),  # the sample's own count wins
+        (None, 3, 2, [3, 3, 3], False),
+        ("3,2,1", 3, 2, [3, 3, 3], False),
+        ([True, 2, 1], 3, 2, [3, 3, 3], False),
+        ([5, 5, 5], 0, 2, [0, 0, 0], True),  # no target
+    ],
+)
+def test_counts_are_made_fit(given, initial, questions, counts, usable):
+    assert train.check_counts(given, initial, questions) == (counts, usable)
+
+
+# Against another implementation (tests/golden/README.md)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_equal_verl(case):
+    put = {k: GOLDEN[f"{case}_in_{k}"] for k in ("R", "mask", "adv", "old", "lp", "s", "t")}
+    for divide in (True, False):
+        got = np.asarray(train.group_advantages(put["R"], normalise_std=divide)).reshape(-1, 1) * put["mask"]
+        np.testing.assert_allclose(got, GOLDEN[f"{case}_adv_{int(divide)}"], rtol=1e-5, atol=1e-6)
+    for name in (n for n in GOLDEN.files if n.startswith(f"{case}_ppo")):
+        low, high, dual = map(float, name.split("_")[2:])
+        got, _ = train.policy_loss(
+            put["lp"], put["old"], put["adv"], put["mask"], clip_low=low, clip_high=high, dual_clip=dual
+        )
+        assert float(got) == pytest.approx(float(GOLDEN[name]), rel=1e-5)
+    for name in (n for n in GOLDEN.files if n.startswith(f"{case}_sdpo")):
+        alpha = float(name.split("_")[2])
+        got, _ = train.sdpo_loss(put["s"], put["t"], put["lp"], put["old"], put["mask"], alpha=alpha)
+        assert float(got) == pytest.approx(float(GOLDEN[name]), rel=1e-5)
+
+
+# Properties
+
+finite = st.floats(-50, 50, width=32, allow_subnormal=False)
+rows = st.integers(1, 5)
+kinds = st.sampled_from(train.TURN_KINDS)
+
+
+@given(st.data(), rows, st.integers(1, 9))
+def test_signs_survive_the_step_level(data, n, length):
+    draw = lambda: np.array(data.draw(st.lists(finite, min_size=n * length, max_size=n * length))).reshape(n, length)  # noqa: E731
+    advantages, teacher, student = draw(), draw(), draw()
+    context = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+    weight = train.step_weights(advantages, teacher, student, context)
+    for lam in (0.0, 0.3, 1.0):
+        changed = np.asarray(train.modulate(advantages.astype(np.float32), weight, lam))
+        assert (np.sign(changed) == np.sign(advantages.astype(np.float32))).all()
+    assert (np.asarray(weight)[~context] == 1).all()
+    assert np.array_equal(train.modulate(advantages.astype(np.float32), weight, 0.0), advantages.astype(np.float32))
+
+
+@given(st.data(), st.integers(1, 6), kinds)
+def test_process_reward_stays_in_range(data, questions, kind):
+    first = data.draw(st.integers(0, 9))
+    counts, _ = train.check_counts(data.draw(st.lists(st.integers(-3, 12), max_size=8)), first, questions)
+    asked = data.draw(st.lists(st.booleans(), min_size=questions, max_size=questions))
+    asked = np.array(asked)
+    formed, ambiguous = np.array(data.draw(st.booleans())), np.array(first > 1)
+    got = float(train.process_reward(np.array(counts), asked, formed, ambiguous, kind=kind))
+    assert 0 <= got <= 1
+    gains = np.asarray(train.turn_gains(np.array(counts), asked, kind=kind))
+    assert ((gains >= 0) & (gains <= 1)).all()
+
+
+@given(st.data())
+def test_masked_tokens_touch_nothing(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
+    logp, old, advantages = -rng.random((2, 3, 6)), -rng.random((2, 3, 6)), rng.normal(size=(2, 3, 6))
+    mask = rng.random((2, 3, 6)) < 0.6
+    loss = lambda x, o, a: train.policy_loss(x, o, a, mask, clip_low=0.2, clip_high=0.28)[0]  # noqa: E731
+    value, slope = jax.value_and_grad(loss)(logp, old, advantages)
+    poison = np.where(mask, 0.0, data.draw(st.sampled_from([np.nan, np.inf, -1e30, 3.0])))
+    value2, slope2 = jax.value_and_grad(loss)(logp + poison, old + poison, advantages + poison)
+    assert float(value) == float(value2)
+    assert np.array_equal(np.asarray(slope), np.asarray(slope2))
+    assert (np.asarray(slope)[~mask] == 0).all()
+    empty, _ = train.policy_loss(logp, old, advantages, np.zeros_like(mask), clip_low=0.2, clip_high=0.2)
+    assert float(empty) == 0
+
+
+def test_dual_clip_bounds_bad_rows():
+    loss, _ = train.policy_loss(
+        jnp.array([5.0]), jnp.array([0.0]), jnp.array([-1.0]), jnp.array([1]), clip_low=0.2, clip_high=0.2
+    )
+    assert float(loss) == pytest.approx(3.0)
+
+
+def test_extreme_ratios_stay_finite():
+    loss, stats = train.policy_loss(
+        jnp.array([500.0, -500.0]), jnp.zeros(2), jnp.array([1.0, -1.0]), jnp.ones(2), clip_low=0.2, clip_high=0.2
+    )
+    assert np.isfinite(float(loss)) and all(np.isfinite(float(v)) for v in stats.values())
+
+
+# Model text of any kind is a parse result, and any parse result earns a reward in range
+
+HOSTILE = [
+    '<answer> {"bbox_2d": [1e308, -1e308, 1e308, 1e308], "point_2d": [1e308, 0]} </answer>',
+    '<answer> {"bbox_2d": [NaN, 1, 2, 3], "point_2d": [1, 2]} </answer>',
+    '<answer> {"bbox_2d": [true, 1, 2, 3], "point_2d": [1, 2]} </answer>',
+    '<answer> {"bbox_2d": ["1", 1, 2, 3], "point_2d": [1, 2]} </answer>',
+    '<answer> {"bbox_2d": [[1], 1, 2, 3], "point_2d": [1, 2]} </answer>',
+    '<answer> {"bbox_2d": [-5, -5, -1, -1], "point_2d": [-3, -3]} </answer>',
+    '<answer> {"bbox_2d": [' + "9" * 5000 + ", 1, 2, 3]}</answer>",
+    "<answer>" + "[" * 100_000 + "</answer>",
+    "<answer>" * 12_500,
+    "<call>" * 8_000 + "</call>" * 8_000,
+    "<keyframe> 99999999999999999999 </keyframe>",
+    "<keyframe> 1.5 </keyframe>",
+    "<keyframe></keyframe><answer></answer><call></call>",
+    '<call> {"name": "vlm_tool"} </call>',
+    '<call> {"name": "rm", "query": "x"} </call>',
+    '<call> {"name": ["vlm_tool"], "query": {"a": 1}} </call>',
+    "\x00\ud800<answer>",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_text_is_a_result(text):
+    action = train.parse_action(text)
+    assert action.kind in ("call", "keyframe", "answer", "invalid")
+    got = train.localisation_rewards(18, action.box, action.point, TRUTH)
+    assert all(0 <= v <= 1 for v in got.values())
+    assert train.well_formed([text]) is False
+
+
+@given(st.text(alphabet=st.sampled_from(list('<>/{}[]",: \n0123456789-.eNatrufkcymnswb_2dpoi')), max_size=300))
+def test_any_text_is_a_result(text):
+    for wrapped in (text, f"<answer>{text}</answer>", f"<call>{text}</call>", f"<keyframe>{text}</keyframe>"):
+        action = train.parse_action(wrapped)
+        assert action.kind in ("call", "keyframe", "answer", "invalid")
+        assert (action.error is None) == (action.kind != "invalid")
+        got = train.localisation_rewards(action.frame, action.box, action.point, TRUTH)
+        assert all(0 <= v <= 1 for v in got.values())
+
+
+@given(st.lists(st.integers(0, 1000), min_size=6, max_size=6), st.sampled_from([None, "modal", "amodal"]))
+def test_answers_are_read_as_written(numbers, mask_type):
+    value = {"bbox_2d": numbers[:4], "point_2d": numbers[4:]} | ({"mask_type": mask_type} if mask_type else {})
+    text = f"<thinking> x </thinking><answer> {json.dumps(value)} </answer>"
+    action = train.parse_action(text)
+    assert (action.kind, action.box, action.point) == ("answer", tuple(numbers[:4]), tuple(numbers[4:]))
+    assert action.mask_type == (mask_type or "modal")
+    framed = "<thinking> y </thinking><keyframe> 3 </keyframe>"
+    assert train.well_formed([framed, text], mask_type=mask_type is not None)
+    assert not train.well_formed(
+        [framed, text.replace("<thinking> x </thinking>", "")], mask_type=mask_type is not None
+    )
+    assert not train.well_formed([framed, text.replace('"point_2d"', '\n"point_2d"')], mask_type=mask_type is not None)
+    assert not train.well_formed([text], mask_type=mask_type is not None)
+
+
+def test_the_last_call_counts_and_multi_line_answers_are_read():
+    text = '<call>{"name": "vlm_tool", "query": "a?"}</call> <call>{"name": "vlm_tool", "query": "b?"}</call>'
+    assert train.parse_action(text).question == "b?"
+    assert train.parse_action('<answer>{"bbox_2d": [1,2,3,4],\n"point_2d": [1,2]}</answer>').kind == "answer"
+    assert train.parse_action("<keyframe> -1 </keyframe>").frame == -1

@@ -1,0 +1,252 @@
+"""Protocol, rollout and update (train.py sections 4, 5 and 8) with the shipped base on a few real samples."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icseg_jax import data, simulator, synthetic, train, weights
+
+PROMPTS, ROLLOUTS = 4, 3
+CONFIG = "experiments/embedded.yaml"
+SMALL = [f"rollout.prompts={PROMPTS}", f"rollout.rollouts={ROLLOUTS}", "rollout.least_prompts=2"]
+
+
+class World:
+    """The shipped policy and a few samples, wired as the trainer wires them."""
+
+    def __init__(self, folder):
+        synthetic.write_dataset(folder / "raw", train=2, test=10, seed=3, progress=False)
+        data.prepare("ambi_rvos", folder / "raw", folder / "prepared", progress=False)
+        self.samples = data.load_prepared(folder / "prepared", "test")
+        self.config = train.load_config(CONFIG, SMALL)
+        path = train.resolve_path(self.config.policy.path)
+        self.tokenizer = weights.Tokenizer(path)
+        policy_config, self.params = train.load_policy(path, dtype="float32")
+        self.policy = train.Policy(policy_config)
+        self.speaker = train.Speaker(self.config.protocol, policy_config, self.tokenizer)
+        self.mesh = train.make_mesh(self.config.mesh)
+        self.sampler = train.Sampler(self.config, self.policy, self.speaker, self.mesh)
+        self.expert = simulator.OracleExpert()
+
+    def prompts(self, indices):
+        shown = data.sample_frames(12, self.config.protocol.frames)
+        return [train.Prompt(self.samples[i], shown, self.speaker) for i in indices]
+
+    def play(self, indices, *, sampler=None, temperatures=(1.0,) * ROLLOUTS, step=0):
+        return (sampler or self.sampler).play(
+            self.params,
+            self.prompts(indices),
+            temperatures,
+            simulator.OracleUser(),
+            seed=7,
+            step=step,
+            clock=train.Clock(),
+        )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp("rollout"))
+
+
+@pytest.fixture(scope="module")
+def played(world):
+    return world.play(range(PROMPTS))
+
+
+def told(dialogues):
+    return [[(d.row.tokens, d.end, d.frame, d.questions) for d in row] for row in dialogues]
+
+
+def test_transcripts_read_as_the_chat_template(world, played):
+    """Every canonical dialogue is Qwen's chat layout, with the newline after each <|im_end|>."""
+    for d in itertools.chain(*played):
+        text = world.tokenizer.decode(d.prompt.row.tokens + d.row.tokens)
+        turns = text.split("<|im_start|>")[1:]
+        assert [t.split("\n")[0] for t in turns] == ["system", "user", *itertools.islice(
+            itertools.cycle(["assistant", "user"]), len(turns) - 2)]  # fmt: skip
+        assert all(t.endswith("<|im_end|>\n") for t in turns[:-1])
+        assert text.startswith(f"<|im_start|>system\n{train.PROMPTS['brief']['clarify']}<|im_end|>\n")
+        assert f"\n\n{d.prompt.sample.query}<|im_end|>\n<|im_start|>assistant\n" in text
+        for said, reply in zip(d.texts, d.replies, strict=True):
+            assert said in text and reply in text
+
+
+def test_only_sampled_tokens_are_trained(world, played):
+    for d in itertools.chain(*played):
+        row = d.row
+        assert world.tokenizer.decode([t for t, on in zip(row.tokens, row.trained, strict=True) if on]).replace(
+            "<|im_end|>", ""
+        ) == "".join(d.texts)
+        assert all((turn >= 0) == on for turn, on in zip(row.turn, row.trained, strict=True))
+        assert sorted({t for t in row.turn if t >= 0}) == list(range(len(d.texts)))
+        assert world.speaker.image_token not in [t for t, on in zip(row.tokens, row.trained, strict=True) if on]
+
+
+def test_positions_are_those_of_the_whole_sequence(world, played):
+    grid = {
+        world.speaker.frame_tokens: world.speaker.frame_grid,
+        world.speaker.keyframe_tokens: world.speaker.keyframe_grid,
+    }
+    merge = world.policy.config.vision.spatial_merge_size
+    for d in itertools.chain(*played):
+        tokens = d.prompt.row.tokens + d.row.tokens
+        runs = [
+            len(list(g))
+            for is_image, g in itertools.groupby(t == world.speaker.image_token for t in tokens)
+            if is_image
+        ]
+        thw = np.array([[1, grid[n][0] * merge, grid[n][1] * merge] for n in runs])
+        want = train.mrope_positions(world.policy.config, np.array([tokens]), thw)[:, 0].T
+        np.testing.assert_array_equal(want, d.prompt.row.positions + d.row.positions)
+
+
+def test_sampler_and_trainer_agree(world, played):
+    """The sampler's log-probabilities, through prefill, decode and extend, are the whole forward's."""
+    logprob, _ = train.make_programs(world.policy, world.config)
+    batch, _ = train.pack(played, world.config, world.speaker)
+    logp, entropy = map(np.asarray, logprob(world.params, batch))
+    mask = batch.rows.trained
+    assert mask.any() and np.abs(logp - batch.rows.logp)[mask].max() < 1e-4
+    assert (entropy[mask] >= -1e-5).all()
+
+
+def test_a_dialogue_does_not_depend_on_its_company(world, played):
+    again = world.play([2, 0, 3, 1])
+    assert told([again[1], again[3], again[0], again[2]]) == told(played)
+    assert told(world.play(range(PROMPTS), step=1)) != told(played)
+
+
+def test_leaving_ended_rows_behind_changes_nothing(world, played):
+    whole = train.load_config(CONFIG, [*SMALL, "rollout.least_prompts=64"])
+    sampler = train.Sampler(whole, world.policy, world.speaker, world.mesh)
+    assert told(world.play(range(PROMPTS), sampler=sampler)) == told(played)
+
+
+def test_greedy_rows_are_equal_and_stand_beside_sampled_ones(world):
+    rows = world.play(range(PROMPTS), temperatures=(0.0, 1.0, 0.0))
+    for row in told(rows):
+        assert row[0] == row[2]
+
+
+@pytest.fixture(scope="module")
+def scored(world, played):
+    scores, guidance, _ = train.score(played, world.config, world.expert, None)
+    batch, _ = train.pack(played, world.config, world.speaker)
+    rng = np.random.default_rng(0)
+    mask = np.asarray(batch.rows.trained)
+    credit = train.Credit(
+        rng.normal(size=mask.shape).astype(np.float32) * mask,
+        np.asarray(batch.rows.logp) + 0.05 * rng.normal(size=mask.shape).astype(np.float32),
+        mask,
+    )
+    return scores, guidance, batch, credit
+
+
+def slope_of(world, config, batch, credit):
+    """Loss, the gradient as Adam first sees it (its first moment), and the stats of one update."""
+    _, update = train.make_programs(world.policy, config)
+    state = train.fresh_state(jax.tree.map(jnp.array, world.params), config, teacher=False)
+    state, stats = update(state, batch, credit, 0.0)
+    adam = next(s for s in jax.tree.leaves(state.optimiser, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu"))
+    return float(stats["loss"]), jax.tree.map(np.asarray, adam.mu), {k: float(v) for k, v in stats.items()}
+
+
+@pytest.fixture(scope="module")
+def whole_update(world, scored):
+    return slope_of(world, world.config, *scored[2:])
+
+
+@pytest.mark.parametrize(
+    "change", ["update.share_prefix=false", "update.micro_prompts=1", "update.token_buckets=[512]"]
+)
+def test_layout_leaves_loss_and_gradient_unchanged(world, scored, whole_update, change, played):
+    config = train.load_config(CONFIG, [*SMALL, change])
+    batch, credit = scored[2:]
+    if "token_buckets" in change:
+        batch, _ = train.pack(played, config, world.speaker)
+        pad = batch.rows.tokens.shape[-1] - credit.mask.shape[-1]
+        credit = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, 0), (0, pad))), credit)
+    loss, slope, _ = slope_of(world, config, batch, credit)
+    assert loss == pytest.approx(whole_update[0], abs=1e-6)
+    for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(whole_update[1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_masked_tokens_do_not_reach_the_update(world, scored, whole_update):
+    batch, credit = scored[2:]
+    poisoned = jax.tree.map(lambda x: np.where(credit.mask, x, np.float32(7.0)) if x.dtype == np.float32 else x, credit)
+    loss, slope, _ = slope_of(world, world.config, batch, poisoned)
+    assert loss == whole_update[0]
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(whole_update[1]), strict=True))
+
+
+def test_the_teacher_sees_guidance_and_the_same_tokens(world, played):
+    guidance = [["ask motion first" if j else "" for j in range(ROLLOUTS)] for _ in range(PROMPTS)]
+    plain, _ = train.pack(played, world.config, world.speaker)
+    guided, starts = train.pack(played, world.config, world.speaker, guidance=guidance)
+    logprob, _ = train.make_programs(world.policy, world.config)
+    base, told_ = (np.asarray(logprob(world.params, b)[0]) for b in (plain, guided))
+    for i, j in itertools.product(range(PROMPTS), range(ROLLOUTS)):
+        d = played[i][j]
+        span = slice(starts[i, j], starts[i, j] + len(d.row))
+        assert guided.rows.tokens[i, j, span].tolist() == d.row.tokens
+        head = world.tokenizer.decode(guided.rows.tokens[i, j, : starts[i, j]])
+        assert ("ask motion first" in head) == bool(j) and head.endswith("<|im_start|>assistant\n")
+        trained = np.array(d.row.trained)
+        gap = np.abs(told_[i, j, span] - base[i, j, : len(d.row)])[trained].max()
+        assert (gap > 1e-3) if j else (gap < 1e-4)  # without guidance the teacher's view is the student's
+
+
+def test_levels_meet_in_the_advantages(world, played, scored):
+    scores, guidance, batch, _ = scored
+    old = np.asarray(batch.rows.logp)
+
+    def credit(*changes, lam, shift):
+        config = train.load_config(CONFIG, [*SMALL, *changes])
+        made, _ = train.token_credit(played, batch, scores, guidance, config, old_logp=old,
+                                     teacher_logp=lambda: old + shift, lam=lam)  # fmt: skip
+        return np.asarray(made.advantages)
+
+    plain = credit(lam=0.0, shift=5.0)
+    assert np.array_equal(plain, credit("credit.teacher_context=none", lam=0.5, shift=5.0))
+    returns = np.asarray(train.total_return(scores, world.config))
+    want = np.asarray(train.group_advantages(returns))[..., None] * batch.rows.trained
+    np.testing.assert_allclose(plain, want, atol=1e-6)
+    raised = credit(lam=0.5, shift=5.0)
+    has = np.array([[bool(g) for g in row] for row in guidance])[..., None] & (plain != 0)
+    np.testing.assert_allclose(raised[has], (plain * np.where(plain > 0, 1.1, 0.9))[has], rtol=1e-5)
+    np.testing.assert_array_equal(raised[~has], plain[~has])
+
+
+def test_reward_terms_stay_in_range(world, played, scored):
+    scores = scored[0]
+    for name, value in scores.terms.items():
+        assert value.shape == (PROMPTS, ROLLOUTS) and (value >= 0).all() and (value <= 1).all(), name
+    for i, row in enumerate(played):
+        for j, d in enumerate(row):
+            k = len(d.questions)
+            assert scores.asked[i, j].sum() == min(k, world.config.protocol.max_turns)
+            assert scores.counts[i, j, 0] == d.prompt.sample.initial_count
+
+
+# Stop strings
+
+letters = st.sampled_from("<>/acefklmry x")
+
+
+@given(st.lists(st.text(letters, min_size=1, max_size=9), min_size=1, max_size=12), st.data())
+def test_stop_automaton_equals_string_search(vocabulary, drawn):
+    vocabulary += ["</call>", "</key", "frame>", "</", "call", ">"]
+    stops = ["</call>", "</keyframe>"]
+    table, done = train.stop_automaton([v.encode() for v in vocabulary], stops)
+    ids = drawn.draw(st.lists(st.integers(0, len(vocabulary) - 1), max_size=30))
+    state, text = 0, ""
+    for i in ids:
+        state, text = table[state, i], text + vocabulary[i]
+        assert (state == done) == any(s in text for s in stops)

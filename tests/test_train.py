@@ -1,0 +1,261 @@
+"""The real command at a tiny size: runs, kills, resumes, and what it says to bad input (train.py sections 1, 9, 10)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from icseg_jax import data, synthetic, train
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "rollout.prompts=2",
+    "rollout.rollouts=2",
+    "rollout.least_prompts=2",
+    "update.minibatches=2",
+    "evaluate.prompts=2",
+]
+
+
+EVERY = ["checkpoint.every=1", "evaluate.every=2", "evaluate.clips=2"]
+
+
+def command(*arguments, module="train"):
+    return [sys.executable, "-m", f"icseg_jax.{module}", *map(str, arguments)]
+
+
+def call(*arguments, module="train", env=None, timeout=600):
+    return subprocess.run(
+        command(*arguments, module=module), cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a prepared world of twelve scenes, and an environment whose compiled programs are shared."""
+    folder = tmp_path_factory.mktemp("train")
+    synthetic.write_dataset(folder / "raw", train=6, test=6, seed=5, progress=False)
+    data.prepare("ambi_rvos", folder / "raw", folder / "world", progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def env(place):
+    return os.environ | {"JAX_COMPILATION_CACHE_DIR": str(place / "programs"), "JAX_PLATFORMS": "cpu"}
+
+
+def run(place, name, *more):
+    return ["experiments/embedded.yaml", f"data.path={place}/world", f"run_dir={place}/{name}", *TINY, *more]
+
+
+def rows(folder):
+    out = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in out]
+
+
+@pytest.fixture(scope="module")
+def straight(place, env):
+    """Four steps in one go, with evaluations before and after."""
+    done = call(*run(place, "straight", "steps=4", *EVERY), env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return place / "straight", done
+
+
+def test_a_run_leaves_all_it_promises(straight):
+    folder, done = straight
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints",
+        "dialogues",
+        "report.html",
+        "policy.json",
+    ):
+        assert (folder / name).exists(), name
+    assert list((folder / "tensorboard").iterdir())
+    summary = json.loads((folder / "summary.json").read_text())
+    words = {"success", "success_ambiguous", "success_clear", "jf", "questions_ambiguous", "questions_clear", "reward",
+             "resolved_rate", "redundant_question_rate", "regret", "asked", "format_rate"}  # fmt: skip
+    for when in ("before", "after"):
+        for decoding in ("greedy", "sampled"):
+            assert words <= set(summary[when][decoding])
+    assert {"guess", "random", "fixed_attribute", "fixed_order", "greedy", "optimal"} <= set(summary["baselines"])
+    assert summary["finished"] and summary["seconds"]["total"] > 0
+    metrics = rows(folder)
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    needed = {"loss", "ratio", "clip_fraction", "kl", "entropy", "gradient_norm", "sampler_difference/mean", "lam",
+              "advantage/trajectory_spread", "advantage/turn_spread", "advantage/step_spread"}  # fmt: skip
+    for row in metrics:
+        assert needed | {f"reward/{t}" for t in train.TERMS} <= set(row)
+        assert row["sampler_difference/max"] < 1e-3
+        assert row["segmenter_failed"] == 0
+    assert "evaluation" in metrics[1]
+    assert "before" in done.stdout and "after" in done.stdout
+
+
+def test_a_finished_run_says_so(straight, env, place):
+    again = call(*run(place, "straight", "steps=4", *EVERY), env=env)
+    assert again.returncode == 0 and "finished" in again.stdout
+
+
+def test_another_config_in_the_same_directory_is_refused(straight, env, place):
+    other = call(*run(place, "straight", "steps=5", *EVERY), env=env)
+    assert other.returncode == 2 and "steps" in other.stderr and other.stderr.count("\n") == 1
+
+
+def test_checkpoints_and_exports_are_policies(straight):
+    folder, _ = straight
+    config, params = train.load_policy(folder / "trained")
+    other, restored = train.load_policy(folder / "checkpoints" / "4")
+    assert config == other
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(restored), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def wait_for_rows(folder, count, process, limit=400):
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        file = folder / "metrics.jsonl"
+        if file.exists() and file.read_text().count("\n") >= count:
+            return
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        time.sleep(0.05)
+    raise AssertionError(f"no {count} rows after {limit} s")
+
+
+def test_kill_and_resume_repeat_an_uninterrupted_run(place, env, straight):
+    """kill -9 in the middle, a segmenter killed too: the same rows, bit for bit apart from times."""
+    more = ("steps=4", "checkpoint.every=1", "evaluate.every=0")
+    whole = call(*run(place, "whole", *more), env=env)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    process = subprocess.Popen(
+        command(*run(place, "killed", *more)),
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_rows(place / "killed", 2, process)
+    process.kill()
+    process.wait()
+    resumed = call(*run(place, "killed", *more), env=env)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert rows(place / "killed") == rows(place / "whole")
+    # Evaluations in between leave no trace in the training either.
+    bare = [{k: v for k, v in row.items() if k != "evaluation"} for row in rows(straight[0])]
+    assert bare == rows(place / "whole")
+
+
+def children(pid):
+    listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout
+    return [int(line) for line in listed.split()]
+
+
+def test_terminate_saves_first_and_a_dead_segmenter_does_not_stop_training(place, env):
+    more = ("steps=40", "checkpoint.every=0", "evaluate.every=0")
+    process = subprocess.Popen(
+        command(*run(place, "ended", *more)),
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_rows(place / "ended", 1, process)
+    second = call(*run(place, "ended", *more), env=env)
+    assert second.returncode == 2 and "another run" in second.stderr
+    for child in children(process.pid):
+        os.kill(child, signal.SIGKILL)
+    wait_for_rows(place / "ended", 3, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-2000:]
+    assert "stopped after step" in out
+    steps = [row["step"] for row in rows(place / "ended")]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 3
+    assert (place / "ended" / "checkpoints" / str(steps[-1])).is_dir()
+
+
+def test_the_warm_start_learns_from_random_weights(place, env):
+    shape = json.loads((ROOT / "experiments/embedded_shape.json").read_text())
+    shape["text_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    shape["text_config"] |= {"num_attention_heads": 2, "rope_scaling": {"mrope_section": [4, 2, 2]}}
+    shape["vision_config"] |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "num_heads": 2}
+    (place / "shape.json").write_text(json.dumps(shape))
+    small = ["steps=8", "warmstart.scenes=4", "warmstart.warmup=1", "warmstart.learning_rate=0.01"]
+    small += [f"policy.shape={place}/shape.json", f"run_dir={place}/sft"]
+    done = call("experiments/embedded_warmstart.yaml", *small, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    losses = [row["loss"] for row in rows(place / "sft")]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    config, params = train.load_policy(place / "sft" / "trained")
+    assert config.hidden_size == 32 and params["embedding"].shape == (config.vocab_size, 32)
+
+
+# Bad input: one clear line each, exit code 2, nothing lost
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["experiments/none.yaml"], "no such config"),
+        (["experiments/embedded.yaml", "stepz=4"], "closest is steps"),
+        (["experiments/embedded.yaml", "rollout.rolouts=4"], "closest is rollout.rollouts"),
+        (["experiments/embedded.yaml", "steps=many"], "steps"),
+        (["experiments/embedded.yaml", "steps"], "key=value"),
+        (["experiments/embedded.yaml", "rollout=3"], "section"),
+        (["experiments/embedded.yaml", "rollout.rollouts=1"], "2 or more"),
+        (["experiments/embedded.yaml", "update.minibatches=3"], "divide"),
+        (["experiments/embedded.yaml", "credit.lam=1.5"], "0 to 1"),
+        (["experiments/embedded.yaml", "reward.process=best"], "reduction"),
+        (["experiments/embedded.yaml", "reward.weights.looks=1"], "known terms"),
+        (["experiments/embedded.yaml", "run_dir=/proc/none"], "run_dir"),
+        (["experiments/embedded.yaml", "mesh.fsdp=3", "run_dir={tmp}/a"], "devices"),
+        (["experiments/embedded.yaml", "policy.path={tmp}/none", "run_dir={tmp}/b"], "no such directory"),
+        (
+            ["experiments/embedded.yaml", "data.path={tmp}/none", "data.generate_train=0", "run_dir={tmp}/c"],
+            "{tmp}/none",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(arguments, says, tmp_path, capfd):
+    arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    arguments[0] = str(ROOT / arguments[0])
+    assert train.main(arguments) == 2
+    err = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(err) == 1 and says.replace("{tmp}", str(tmp_path)) in err[0]
+
+
+def test_damaged_records_and_checkpoints_are_named(place, env, straight):
+    damaged = place / "damaged"
+    subprocess.run(["cp", "-r", place / "world", damaged], check=True)
+    for record in damaged.rglob("*array_record*"):
+        record.write_bytes(record.read_bytes()[:100])
+    done = call("experiments/embedded.yaml", f"data.path={damaged}", f"run_dir={place}/d1", *TINY, env=env)
+    assert done.returncode == 2 and str(damaged) in done.stderr and "Traceback" not in done.stderr
+    subprocess.run(["cp", "-r", straight[0], place / "d2"], check=True)
+    (place / "d2" / "summary.json").unlink()
+    for file in (place / "d2" / "checkpoints" / "4").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    broken = call(*run(place, "d2", "steps=4", *EVERY), env=env)
+    assert broken.returncode == 2 and "checkpoints" in broken.stderr and "Traceback" not in broken.stderr
+    assert len(rows(place / "d2")) == 4  # nothing was lost by trying
+
+
+def test_every_experiment_loads():
+    for file in sorted((ROOT / "experiments").glob("*.yaml")):
+        if "sam2" in file.name or "world" in file.name:
+            continue
+        config = train.load_config(file)
+        assert yaml.safe_load(file.read_text())["name"] == config.name
