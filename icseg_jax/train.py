@@ -22,7 +22,7 @@ belongs to a prompt is [P, ...], what belongs to a rollout [P, N, ...].
 Where this departs from the released scripts, or chooses where they are silent (METHOD.md 11.3):
  1. The process reward is the mean normalised reduction of the candidate count, gated by format; its formula is not
     public. `reward.process`.
- 2. The turn level enters as a scalar in the return. `credit.turn_credit: local` gives each question its own.
+ 2. The turn level enters as a scalar in the return, like the terms of the trajectory level.
  3. The teacher sees the expert's guidance only, never a sibling's solution. `credit.teacher_context`.
  4. A sixth reward term, the SAM2 mask IoU. `reward.weights.mask: 0` leaves the paper's five.
  5. The key frame is the last valid one before the answer; answers may span lines (the format term stays strict).
@@ -189,6 +189,7 @@ class WarmstartSection:
     coordinate_sigma: float = 1.5  # start of the spread of coordinate targets, in grid steps
     coordinate_sigma_end: float = 0.0  # reached after four fifths of the run
     coordinate_step: int = 10  # grid of coordinate tokens, thousandths of the frame
+    emphasis: dict[str, float] = field(default_factory=dict)  # attribute -> weight of its words in the loss, else 1
 
 
 @dataclass(frozen=True)
@@ -323,6 +324,9 @@ def check_config(c: Config) -> Config:
     need(c.stage in ("rl", "sft"), "stage", c.stage, "use rl or sft")
     need(c.steps >= 1, "steps", c.steps, "use 1 or more")
     need(c.policy.dtype in ("float32", "bfloat16"), "policy.dtype", c.policy.dtype, "use float32 or bfloat16")
+    known = ", ".join(synthetic.VALUES)
+    for attribute in c.warmstart.emphasis:
+        need(attribute in synthetic.VALUES, "warmstart.emphasis", attribute, f"known attributes: {known}")
     need(c.policy.shape is None or c.stage == "sft", "policy.shape", c.policy.shape, "random weights need stage=sft")
     need(c.protocol.prompts in PROMPTS, "protocol.prompts", c.protocol.prompts, f"use one of {', '.join(PROMPTS)}")
     need(c.protocol.max_turns >= 1, "protocol.max_turns", c.protocol.max_turns, "use 1 or more (6 in the paper)")
@@ -2189,7 +2193,7 @@ def step_weights(
 
 def modulate(advantages: Array, weights: Array, lam: Array | float) -> jax.Array:
     """A_hat = A * ((1 - lam) + lam * w): weights are positive, so signs never change (METHOD.md 4.4)."""
-    return advantages * ((1 - lam) + lam * weights)
+    return jnp.asarray(advantages) * ((1 - lam) + lam * weights)
 
 
 def step_strength(c: CreditSection, step: Array | int) -> Array:
@@ -2553,7 +2557,7 @@ def make_programs(policy: Policy, config: Config) -> tuple[Callable, Callable]:
         rest = jax.tree.map(lambda x: x[1:], micros)
         if len(rest[1].mask):
             (grads, stats), _ = jax.lax.scan(add, (grads, stats), rest)
-        stats["gradient_norm"] = optax.global_norm(grads)
+        stats["gradient_norm"] = optax.tree.norm(grads)
         return apply_gradients(optimiser, state, grads, rate), stats
 
     return logprob, update
@@ -2858,17 +2862,23 @@ def coordinate_spread(
     return near, weight
 
 
-def make_warmstart_step(policy: Policy, config: Config) -> Callable:
-    """(state, batch, spread, rate) -> (state, stats): one supervised update, token mean over everything taught."""
+def make_warmstart_step(policy: Policy, config: Config, tokenizer: weights.Tokenizer) -> Callable:
+    """(state, batch, spread, rate) -> (state, stats): one supervised update, token mean over everything taught.
+
+    Words of an attribute in `warmstart.emphasis` weigh more: what is hardest to see is a small share of the tokens.
+    """
+    emphasis = np.ones(policy.config.vocab_size, np.float32)
+    for attribute, weight in config.warmstart.emphasis.items():
+        for word in synthetic.VALUES[attribute]:
+            emphasis[tokenizer.encode(f" {word}")] = weight
     optimiser = make_optimiser(config.update)
 
     def loss_fn(params, batch, spread):
         params = compute_copy(params, config.policy.dtype)
         hidden = predict(policy, params, batch)
         logp, _ = token_logp(policy, params, hidden, batch.rows.tokens, config.policy.logits_tokens, spread)
-        taught = batch.rows.trained.astype(jnp.float32)
-        total = taught.sum()
-        return -(logp * taught).sum() / total, total
+        taught = batch.rows.trained * jnp.asarray(emphasis)[batch.rows.tokens]
+        return -(logp * taught).sum() / taught.sum(), batch.rows.trained.sum()
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch, spread, rate):
@@ -2877,7 +2887,7 @@ def make_warmstart_step(policy: Policy, config: Config) -> Callable:
         return state.replace(step=state.step + 1), {
             "loss": loss,
             "tokens": tokens,
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
         }
 
     return step
@@ -3260,7 +3270,7 @@ def train_warmstart(config: Config, run: Run) -> None:
     state = (
         run.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)) or state
     )
-    step = make_warmstart_step(policy, config)
+    step = make_warmstart_step(policy, config, tokenizer)
     clock, begun = Clock(), int(state.step)
     bar = tqdm(total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True, disable=None)
     with contextlib.closing(ahead(teacher.batch, begun, config.steps)) as batches:
@@ -3568,6 +3578,7 @@ def train_policy(config: Config, run: Run) -> None:
     from tqdm import tqdm
 
     begun_at = time.perf_counter()
+    compiled = count_compilations()
     trainer = Trainer(config, run)
     trainer.state = run.restore(trainer.state) or trainer.state
     begun = int(trainer.state.step)
@@ -3596,7 +3607,7 @@ def train_policy(config: Config, run: Run) -> None:
         book(row["seconds"])
         if config.evaluate.every and step % config.evaluate.every == 0 and step < config.steps:
             during = trainer.evaluate()
-            row["evaluation"] = during
+            row["evaluate"] = during
             book(trainer.clock.take(), "evaluate/")
         run.log(row)
         bar.update()
@@ -3616,7 +3627,7 @@ def train_policy(config: Config, run: Run) -> None:
         )
         if after:
             say_scores("after", after)
-        book({"total": time.perf_counter() - begun_at})
+        book({"total": time.perf_counter() - begun_at, "compile": compiled["seconds"]})
         run.summarise(
             after=after,
             seconds=seconds,
@@ -3688,6 +3699,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if run is not None:
             run.close()
+
+
+def count_compilations() -> dict[str, float]:
+    """Seconds that XLA spends compiling and how many programs it made, from now on; part of the phases they fall in."""
+    out = {"seconds": 0.0, "programs": 0}
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            out["seconds"] += seconds
+            out["programs"] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return out
 
 
 def cache_programs() -> None:

@@ -70,7 +70,7 @@ class Tokenizer:
         """`text` may hold special tokens, which become their ids."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable) -> str:
         """Special tokens are kept: the transcript must show what was said."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 

@@ -181,7 +181,7 @@ def test_positions_of_any_layout(data):
     grids = [data.draw(st.tuples(side, side)) for _ in range(sum(rows))]
     words = [data.draw(st.integers(0, 6)) for _ in range(sum(rows) + len(rows))]
     ids, mask, grid_thw = make_batch(grids, words, rows)
-    hypothesis.assume(ids.shape[1])
+    hypothesis.assume(mask.any(1).all())  # Hugging Face needs a token in every row
     grid_thw = grid_thw.reshape(-1, 3)
     model = tiny_model()
     given = as_torch(ids, mask, grid_thw)

@@ -74,7 +74,9 @@ def test_transcripts_read_as_the_chat_template(world, played):
         assert text.startswith(f"<|im_start|>system\n{train.PROMPTS['brief']['clarify']}<|im_end|>\n")
         assert f"\n\n{d.prompt.sample.query}<|im_end|>\n<|im_start|>assistant\n" in text
         for said, reply in zip(d.texts, d.replies, strict=True):
-            assert said in text and reply in text
+            assert said in text
+            # Words that the small tokenizer lacks stand as <unk>.
+            assert world.tokenizer.decode(world.tokenizer.encode(reply)) in text
 
 
 def test_only_sampled_tokens_are_trained(world, played):

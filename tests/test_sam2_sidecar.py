@@ -246,7 +246,7 @@ def test_killed_in_the_middle_of_a_request(client):
     thread.start()
     time.sleep(0.15)
     os.kill(before, signal.SIGKILL)
-    thread.join(60)
+    thread.join(300)
     assert result["valid"].all() and client.pid != before and client.restarts == restarts + 1
     assert np.array_equal(result["iou"], client.mask_iou(rows_of(many))[0])
 
@@ -370,7 +370,7 @@ def test_calls_of_several_threads_share_a_request(client, objects):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     client.join_s = 0.004
     assert all(np.array_equal(results[i][0], expected[i : i + 3]) for i in range(6))
     assert client.stats()["messages"] - before <= 4  # stats itself, and one or two for the six callers

@@ -98,7 +98,7 @@ def test_a_run_leaves_all_it_promises(straight):
         assert needed | {f"reward/{t}" for t in train.TERMS} <= set(row)
         assert row["sampler_difference/max"] < 1e-3
         assert row["segmenter_failed"] == 0
-    assert "evaluation" in metrics[1]
+    assert "evaluate" in metrics[1]
     assert "before" in done.stdout and "after" in done.stdout
 
 
@@ -152,7 +152,7 @@ def test_kill_and_resume_repeat_an_uninterrupted_run(place, env, straight):
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert rows(place / "killed") == rows(place / "whole")
     # Evaluations in between leave no trace in the training either.
-    bare = [{k: v for k, v in row.items() if k != "evaluation"} for row in rows(straight[0])]
+    bare = [{k: v for k, v in row.items() if k != "evaluate"} for row in rows(straight[0])]
     assert bare == rows(place / "whole")
 
 
