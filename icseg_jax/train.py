@@ -2776,14 +2776,20 @@ class SceneTeacher:
             return row
 
         def listing() -> Transcript:
-            """All objects from left to right, with every attribute."""
+            """All objects from left to right, with every attribute and their place.
+
+            The place is there for its y: columns are also words, rows are not, and without this the base stood
+            for hours with boxes that were right across and blind up and down.
+            """
             row = Transcript(prefix.position)
             row.add(speaker.tokenizer.encode("objects"))
             row.add(speaker.closing())
-            text = " ; ".join(
-                synthetic.describe(o, shown[0], scene.width)
-                for o in sorted(scene.objects, key=lambda o: o.centers[shown[0], 0])
-            )
+            words = []
+            for obj in sorted(scene.objects, key=lambda o: o.centers[shown[0], 0]):
+                found = truth(obj.oid).get(str(shown[0]))
+                place = '], "point_2d": [' + json.dumps(self.grid(found["point_2d"]))[1:-1] if found else ""
+                words.append(synthetic.describe(obj, shown[0], scene.width) + place)
+            text = " ; ".join(words)
             row.add([*speaker.tokenizer.encode(f" {text}"), speaker.tokenizer.end_of_turn], trained=True)
             return row
 
@@ -2839,7 +2845,7 @@ class SceneTeacher:
 
 
 def coordinate_spread(
-    tokenizer: weights.Tokenizer, vocabulary: int, sigma: float, width: int = 4
+    tokenizer: weights.Tokenizer, vocabulary: int, sigma: float, width: int = 12
 ) -> tuple[np.ndarray, np.ndarray]:
     """Soft targets: a coordinate token's neighbours on the grid [V, 2*width+1] and their Gaussian weights.
 

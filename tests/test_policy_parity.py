@@ -1,5 +1,6 @@
 """The policy is Qwen3-VL: the numbers of Hugging Face's PyTorch model, through the files that both read."""
 
+import functools
 import inspect
 import json
 import logging
@@ -308,26 +309,31 @@ def test_packed_segments_on_a_shared_prompt_are_whole_sequences(tmp_path):
     batch = train.Batch(train.stack_rows(prompts, 40, 0), train.stack_rows(rows, 40, 0), *banks)
     policy = train.Policy(config)
     with jax.default_matmul_precision("highest"):
-        logits = [
-            np.asarray(policy.apply({"params": params}, hidden, method=train.Policy.head))
-            for hidden in (train.predict(policy, params, batch, share_prefix=share) for share in (True, False))
-        ]
-    for p in range(2):
-        prompt = prompts[p][0][0]
-        for n in range(2):
-            at = 0
-            for segment in rows[p][n]:
-                slots = [0, 1, 2 if min(s for s in segment.slots if s >= 0) == 16 else 3]
-                whole = train.policy_logits(
-                    config,
-                    params,
-                    np.array([prompt.tokens + segment.tokens]),
-                    pixel_values=np.concatenate([patches[slot][p] for slot in slots]),
-                    image_grid_thw=np.array([[1, 4, 8], [1, 4, 8], [1, 6, 4]]),
-                )[0]
-                # A later segment's first token has another segment before it in its row: it is never trained.
-                first = 1 if at else 0
-                expected = whole[len(prompt) - 1 + first : -1]
-                for ours in logits:
-                    np.testing.assert_allclose(ours[p, n, at + first : at + len(segment)], expected, atol=1e-4)
-                at += len(segment)
+        logits = []
+        for share in (True, False):
+            hidden = jax.jit(functools.partial(train.predict, policy, share_prefix=share))(params, batch)
+            logits.append(np.asarray(policy.apply({"params": params}, hidden, method=train.Policy.head)))
+    # Every dialogue whole, as one padded batch.
+    pieces = [(p, n, k) for p in range(2) for n in range(2) for k in range(2)]
+    ids, mask = np.zeros((2, 8, 80), int)
+    shown = []
+    for row, (p, n, k) in enumerate(pieces):
+        tokens = prompts[p][0][0].tokens + rows[p][n][k].tokens
+        ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+        shown += [patches[slot][p] for slot in (0, 1, 2 + (p + n + k) % 2)]
+    whole = train.policy_logits(
+        config,
+        params,
+        ids,
+        pixel_values=np.concatenate(shown),
+        image_grid_thw=np.array([[1, 4, 8], [1, 4, 8], [1, 6, 4]] * len(pieces)),
+        attention_mask=mask,
+    )
+    for row, (p, n, k) in enumerate(pieces):
+        before, length = len(prompts[p][0][0]), len(rows[p][n][k])
+        at = len(rows[p][n][0]) * k
+        # A later segment's first token has another segment before it in its row: it is never trained.
+        first = 1 if k else 0
+        expected = whole[row, before - 1 + first : before - 1 + length]
+        for ours in logits:
+            np.testing.assert_allclose(ours[p, n, at + first : at + length], expected, rtol=0, atol=1e-4)
