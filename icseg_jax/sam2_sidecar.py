@@ -1161,7 +1161,7 @@ def _image_step(segmenter: Segmenter, config: TrainConfig, rng: np.random.Genera
     kind = _prompt_kind(rng)
     images, prompts, truth = [], [], []
     for scene in scenes:
-        frames = rng.choice(scene.n_frames, config.frames, replace=False)
+        frames = rng.choice(scene.n_frames, config.frames, replace=False).tolist()
         images.append(synthetic.render(scene, frames))
         for frame in frames:
             visible, whole = synthetic.visible_masks(scene, frame), synthetic.complete_masks(scene, frame)

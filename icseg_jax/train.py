@@ -2776,16 +2776,17 @@ class SceneTeacher:
             return row
 
         def listing() -> Transcript:
-            """All objects from left to right, with every attribute and their place.
+            """All objects with every attribute and their place, from left to right or from top to bottom.
 
-            The place is there for its y: columns are also words, rows are not, and without this the base stood
-            for hours with boxes that were right across and blind up and down.
+            Both orders, and the place, are there for the rows: columns are also words, rows are not, and a base that
+            only listed from left to right had boxes that were right across and blind up and down.
             """
+            axis = int(rng.integers(2))
             row = Transcript(prefix.position)
-            row.add(speaker.tokenizer.encode("objects"))
+            row.add(speaker.tokenizer.encode(("objects rightward", "objects downward")[axis]))
             row.add(speaker.closing())
             words = []
-            for obj in sorted(scene.objects, key=lambda o: o.centers[shown[0], 0]):
+            for obj in sorted(scene.objects, key=lambda o: o.centers[shown[0], axis]):
                 found = truth(obj.oid).get(str(shown[0]))
                 place = '], "point_2d": [' + json.dumps(self.grid(found["point_2d"]))[1:-1] if found else ""
                 words.append(synthetic.describe(obj, shown[0], scene.width) + place)

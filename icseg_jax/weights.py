@@ -57,9 +57,7 @@ class Tokenizer:
         for name in SPECIALS:
             index = self._tokenizer.token_to_id(name)
             if index is None and name != "<|vision_pad|>":
-                raise ValueError(
-                    f"{file}: special token {name} is missing; the policy needs Qwen's special tokens"
-                )
+                raise ValueError(f"{file}: special token {name} is missing; the policy needs Qwen's special tokens")
             self.ids[name] = index
         self.end_of_text, self.end_of_turn = self.ids["<|endoftext|>"], self.ids["<|im_end|>"]
 
@@ -459,9 +457,7 @@ def read_params(path: str | Path, shapes: Any, *, dtype: Any = None, shardings: 
     return out
 
 
-def write_params(
-    path: str | Path, params: Any, config: Mapping[str, Any], *, source: str | Path | None = None
-) -> None:
+def write_params(path: str | Path, params: Any, config: Mapping[str, Any], *, source: str | Path | None = None) -> None:
     """A Hugging Face Qwen3-VL directory with our parameters in their own dtype; appears whole or not at all.
 
     params: the tree of jax or numpy arrays; config: what becomes config.json (its dtype is set to the
@@ -587,9 +583,7 @@ def _check_config(config: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
     """A config.json that describes other weights would make a directory that nobody can load."""
     text, vision = config.get("text_config") or {}, config["vision_config"]
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-    runs = [
-        value.shape[0] for leaf, value in leaves.items() if re.fullmatch(r"vision/blocks_\d+/norm1", leaf)
-    ]
+    runs = [value.shape[0] for leaf, value in leaves.items() if re.fullmatch(r"vision/blocks_\d+/norm1", leaf)]
     for key, given, found in (
         ("tie_word_embeddings", bool(tied), "output" not in leaves),
         ("text_config.vocab_size", text.get("vocab_size"), leaves["embedding"].shape[0]),
@@ -602,9 +596,7 @@ def _check_config(config: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
         ("vision_config.hidden_size", vision.get("hidden_size"), leaves["vision/patch"].shape[1]),
     ):
         if given != found:
-            raise ValueError(
-                f"config {key} is {given}, the parameters have {found}; they must belong together"
-            )
+            raise ValueError(f"config {key} is {given}, the parameters have {found}; they must belong together")
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
