@@ -1333,7 +1333,8 @@ def train(config: TrainConfig) -> dict[str, float]:
                 recent.clear()
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < steps:
                 _save_checkpoint(file, identity, number, step + 1, seconds, model, optimizer)
-        _save_checkpoint(file, identity, number, steps, seconds, model, None)
+        if start < steps:
+            _save_checkpoint(file, identity, number, steps, seconds, model, None)
 
     save_segmenter(config.asset, model, model_config)
     numbers = measure(load_segmenter(config.asset), config.test_scenes, config.test_clips)
@@ -1423,7 +1424,7 @@ def measure(segmenter: Segmenter, scenes: int, clips: int) -> dict[str, float]:
             masks = segmenter.track(features, best, prompt_of_mask(seen[best, i], mask_type), truth.shape[1:])
             either = np.maximum((masks | truth).sum((1, 2)), 1)
             scores[name] += [float(j) for j in ((masks & truth).sum((1, 2)) / either)[others]]
-    return {name: float(np.mean(values)) for name, values in scores.items()}
+    return {name: float(np.mean(values)) for name, values in scores.items() if values}
 
 
 # --------------------------------------------------------------------------------------------------

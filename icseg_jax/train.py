@@ -990,7 +990,7 @@ def split_patches(pixel_values: np.ndarray, grids: np.ndarray) -> list[np.ndarra
     return np.split(pixel_values, np.cumsum(counts)[:-1])
 
 
-def pack_images(config: VisionConfig, patches: Sequence[np.ndarray], grids: Sequence[tuple[int, int]]) -> Images:
+def pack_images(config: VisionConfig, patches: Sequence[np.ndarray], grids: Iterable[Any]) -> Images:
     """Images of any grids as one padded batch. patches: [h*w, C*t*p*p] for each image; grids: (h, w) in patches."""
     most = max(len(p) for p in patches)
     out = Images(

@@ -97,8 +97,8 @@ def test_assets_are_part_of_the_package_and_small() -> None:
 
 def test_make_demo_and_make_test_set_up_first() -> None:
     for goal in ("demo", "test", "test-slow"):
-        done = subprocess.run(["make", "-n", goal, "VENV=/nowhere", "PYTHON=python3"], cwd=ROOT, text=True,
-                              capture_output=True)
+        plain = ["make", "--no-print-directory", "-n", goal, "VENV=/nowhere", "PYTHON=python3"]
+        done = subprocess.run(plain, cwd=ROOT, text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
         torch = next(i for i, line in enumerate(lines) if "install torch==" in line)

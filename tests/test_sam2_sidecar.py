@@ -59,7 +59,7 @@ def rows_of(objects):
 
 
 def overlap(mask, truth):
-    return (mask & truth).sum() / (mask | truth).sum()
+    return (mask & truth).sum() / max((mask | truth).sum(), 1)
 
 
 def register(client, objects):
@@ -119,18 +119,29 @@ def test_scores_are_those_of_the_masks(client, objects):
 
 
 def test_tracks_a_clip_both_ways(client):
+    """J over all 12 frames of 8 clips, prompted at the shown frame that shows most of the object.
+
+    A floor for the code. How well the asset tracks needs more clips than a test has time for: its README.
+    """
     scores = []
-    for index in (2, 5):
+    for index in range(8):
         scene = synthetic.make_scene(index, seed=12, split="test")
         truth = np.stack([synthetic.visible_masks(scene, t)[0] for t in range(scene.n_frames)])
         best = max(synthetic.shown_frames(), key=lambda t, truth=truth: truth[t].sum())
         prompt = prompt_of_mask(truth[best])
-        frames = synthetic.render(scene, range(scene.n_frames))
-        masks = client.track(frames, best, prompt.box, prompt.point)
-        scores.append(((masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2)).clip(1)).mean())
-        whole = client.track(frames, best, prompt.box, prompt.point, "amodal")
-        assert whole.shape == masks.shape and (whole != masks).any()
-    assert np.mean(scores) >= 0.85
+        masks = client.track(synthetic.render(scene, range(scene.n_frames)), best, prompt.box, prompt.point)
+        scores.append([overlap(mask, seen) for mask, seen in zip(masks, truth, strict=True)])
+        assert scores[-1][best] > 0.7
+    assert np.mean(scores) >= 0.8
+    assert np.mean(scores, 0)[[0, -1]].min() > 0.6
+
+
+def test_complete_masks_are_other_masks(client):
+    scene = synthetic.make_scene(2, seed=12, split="test")
+    frames = synthetic.render(scene, range(scene.n_frames))
+    prompt = prompt_of_mask(synthetic.visible_masks(scene, 3)[0])
+    seen, whole = (client.track(frames, 3, prompt.box, prompt.point, kind) for kind in ("modal", "amodal"))
+    assert whole.shape == seen.shape == frames.shape[:3] and (whole != seen).any()
 
 
 def test_a_mask_depends_neither_on_company_nor_on_the_cache(client, objects):
@@ -494,7 +505,7 @@ def test_bad_command_lines(arguments, complaint, tmp_path, monkeypatch, capsys):
 
 
 def test_training_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
-    small = ["image_size=64", "embed_dim=8", "stages=[1,1,1,1]", "width=32", "image_steps=4",
+    small = ["image_size=64", "embed_dim=8", "stages=[1,1,2,1]", "width=32", "image_steps=4",
              "complete_steps=3", "clip_steps=3", "scenes=1", "objects=2", "clip_frames=3",
              "checkpoint_every=2", "test_scenes=1", "test_clips=1"]
 
@@ -503,7 +514,7 @@ def test_training_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
         return load_train_config(ROOT / "experiments/embedded_sam2.yaml", [*small, *paths])
 
     numbers = sam2_sidecar.train(config("whole"))
-    assert set(numbers) >= {"iou", "track", "complete_occluded"}
+    assert set(numbers) >= {"iou", "iou_noisy", "track", "track_complete"}
     save, left = sam2_sidecar._save_checkpoint, []
 
     def save_and_die(*arguments):
