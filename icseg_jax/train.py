@@ -148,10 +148,16 @@ class CreditSection:
     lam_start: int = 1  # step until which it stays there
     lam_decay: int = 100  # steps over which it then falls to 0
     weight_clip: float = 0.2  # a token's weight stays within 1 -+ this
-    teacher_context: str = "guidance"  # guidance | none
-    teacher_update: str = "sync"  # sync
-    sync_interval: int = 10  # steps between copies of the student to the teacher
-    guidance_tokens: int = 1024  # room for the guidance in a teacher's row
+    vanilla_on_nonnegative_adv: bool = False  # weigh the tokens of failures only
+    normalize_weight_by_seq_mean: bool = False  # divide the weights of a rollout by their mean
+    delta_baseline: str = "student"  # what the teacher is compared with: student | teacher_plain (it without context)
+    teacher_context: str = "guidance"  # what it is told: guidance | solution | solution_else_guidance | both | none
+    teacher_update: str = "sync"  # how it follows the student: sync | ema
+    sync_interval: int = 10  # sync: steps between copies
+    ema_rate: float = 0.05  # ema: share of the student after each update
+    guidance_tokens: int = 1024  # room for what the teacher is told; what is longer is cut at its end
+    turn_credit: str = "scalar"  # the process term is part of the return (scalar) or each question's own (local)
+    turn_weight: float = 0.5  # local: weight of a question's advantage
 
 
 @dataclass(frozen=True)
@@ -162,12 +168,16 @@ class UpdateSection:
     clip_norm: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.999
+    loss: str = "rlsd"  # rlsd | vanilla (no step level) | sdpo (self-distillation, no reward gradient)
     minibatches: int = 2  # optimiser updates per step, each on P / minibatches prompts
     micro_prompts: int = 0  # prompts whose activations live at a time; 0: the whole minibatch
     share_prefix: bool = True  # run each prompt once per group, in the update too
     clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_high: float = 0.2  # the released scripts clip higher, at 0.28 or 0.30, under vanilla
     dual_clip: float = 3.0
+    sdpo_top_k: int = 100  # sdpo: tokens compared one by one; the rest is one bucket
+    sdpo_alpha: float = 0.5  # sdpo: 0 is KL(teacher|student), 1 KL(student|teacher), between them Jensen-Shannon
+    sdpo_is_clip: float = 2.0  # sdpo: cap of the importance ratio
     mask_overlong: bool = True
     token_buckets: list[int] = field(default_factory=lambda: [2048, 4096, 8192])  # T of a step's rollouts
 
@@ -178,17 +188,18 @@ class WarmstartSection:
     rows: int = 2  # packed rows per scene
     row_tokens: int = 224
     keyframes: int = 2  # distinct high-resolution frames per scene
-    learning_rate: float = 2e-3
-    warmup: int = 100
+    learning_rate: float = 0.01  # of Muon with consistent RMS: updates of 0.2 times this
+    warmup: int = 30
     skill: float = 0.0  # 0: noisy askers, 1: optimal ones
     guided: float = 0.2  # share of dialogues that follow the expert's guidance
     conversations: float = 0.06  # share of scenes that are conversations
     mask_types: float = 0.12  # share of scenes whose wording asks for a mask type
-    dialogues: float = 1.0  # share of scenes with dialogues beside the short segments
-    decay: float = 0.25  # last share of the run in which the learning rate falls to 0
+    dialogues: float = 0.7  # share of scenes with dialogues before short segments, reached from 0 after half of the run
+    decay: float = 1.0  # last share of the run in which the learning rate falls to 0
     coordinate_sigma: float = 1.5  # start of the spread of coordinate targets, in grid steps
     coordinate_sigma_end: float = 0.0  # reached after four fifths of the run
     coordinate_step: int = 10  # grid of coordinate tokens, thousandths of the frame
+    patch_words: float = 0.5  # weight of naming what each image token shows; falls to 0 over half of the run
     emphasis: dict[str, float] = field(default_factory=dict)  # attribute -> weight of its words in the loss, else 1
 
 
@@ -212,6 +223,7 @@ class EvaluateSection:
     samples: int = 0  # of the test split; 0: all
     clips: int = 32  # samples whose video masks are scored
     gallery: int = 24  # dialogues kept with pictures
+    before: bool = True  # evaluate before training too
 
 
 @dataclass(frozen=True)
@@ -251,6 +263,8 @@ class Config:
 
 TERMS = ("iou", "box", "point", "frame", "process", "mask")
 TURN_KINDS = ("reduction", "ratio", "log", "resolution_x_efficiency", "linear", "format", "parent_tpr")
+LOSSES = ("rlsd", "vanilla", "sdpo")
+CONTEXTS = ("guidance", "solution", "solution_else_guidance", "both", "none")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -358,13 +372,26 @@ def check_config(c: Config) -> Config:
     need(0 <= c.credit.lam <= 1, "credit.lam", c.credit.lam, "use a number from 0 to 1 (0.5 in the paper)")
     need(c.credit.lam_decay > 0, "credit.lam_decay", c.credit.lam_decay, "use 1 or more steps")
     need(0 <= c.credit.weight_clip < 1, "credit.weight_clip", c.credit.weight_clip, "use a number from 0 to below 1")
+    for key, given, kinds in (
+        ("update.loss", c.update.loss, LOSSES),
+        ("credit.teacher_context", c.credit.teacher_context, CONTEXTS),
+        ("credit.teacher_update", c.credit.teacher_update, ("sync", "ema")),
+        ("credit.delta_baseline", c.credit.delta_baseline, ("student", "teacher_plain")),
+        ("credit.turn_credit", c.credit.turn_credit, ("scalar", "local")),
+    ):
+        need(given in kinds, key, given, f"use one of {', '.join(kinds)}")
     need(
-        c.credit.teacher_context in ("guidance", "none"),
+        c.update.loss != "sdpo" or c.credit.teacher_context != "none",
         "credit.teacher_context",
-        c.credit.teacher_context,
-        "use guidance or none",
+        "none",
+        "update.loss=sdpo distils a teacher that is told something; use guidance",
     )
-    need(c.credit.teacher_update == "sync", "credit.teacher_update", c.credit.teacher_update, "use sync")
+    need(0 < c.credit.ema_rate <= 1, "credit.ema_rate", c.credit.ema_rate, "use 0 < rate <= 1 (0.05 in the paper)")
+    need(c.credit.turn_weight >= 0, "credit.turn_weight", c.credit.turn_weight, "use 0 or more (0.5 here)")
+    need(c.credit.guidance_tokens >= 16, "credit.guidance_tokens", c.credit.guidance_tokens, "use 16 or more")
+    need(c.update.sdpo_top_k >= 1, "update.sdpo_top_k", c.update.sdpo_top_k, "use 1 or more (100 in the paper)")
+    need(0 <= c.update.sdpo_alpha <= 1, "update.sdpo_alpha", c.update.sdpo_alpha, "use a number from 0 to 1")
+    need(c.update.sdpo_is_clip > 0, "update.sdpo_is_clip", c.update.sdpo_is_clip, "use a positive number (2.0)")
     need(c.credit.sync_interval >= 1, "credit.sync_interval", c.credit.sync_interval, "use 1 or more steps")
     need(c.reward.process in TURN_KINDS, "reward.process", c.reward.process, f"use one of {', '.join(TURN_KINDS)}")
     unknown = set(c.reward.weights) - set(TERMS)
@@ -537,9 +564,17 @@ class Keys(struct.PyTreeNode):
     v: Array
 
 
-def _weight(module: nn.Module, name: str, shape: Sequence[int], axes: Sequence[str | None], scale: float | None = None):
-    """One description of a parameter: its shape, its logical axes and how it starts."""
-    if scale is None:
+def _weight(
+    module: nn.Module,
+    name: str,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    scale: float | Callable | None = None,
+):
+    """One description of a parameter: its shape, its logical axes and how it starts (a scale or an initialiser)."""
+    if callable(scale):
+        start = scale
+    elif scale is None:
         start = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0)
         if axes[-1] == "embed" and len(shape) == 3:  # [H, h, D]: both leading axes feed the output
             start = nn.initializers.normal((shape[0] * shape[1]) ** -0.5)
@@ -763,6 +798,19 @@ class VisionBlock(nn.Module):
         return x + y + _weight(self, "fc2_bias", [width], ["norm"], 0.0).astype(x.dtype), None
 
 
+def sine_grid(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
+    """How a position grid [side * side, D] starts: half of the features are waves of the row, half of the column.
+
+    Only for random weights. Small random numbers instead leave rows unlearned for tens of thousands of scenes: columns
+    are also words ("left") and order the lists, rows occur nowhere but in y.
+    """
+    side, quarter = math.isqrt(shape[0]), shape[1] // 4
+    wave = np.pi * np.linspace(0, 1, side)[:, None] * 2.0 ** np.linspace(-1, math.log2(side), quarter)
+    axis = np.concatenate([np.sin(wave), np.cos(wave)], -1)  # [side, D/2]
+    rows, columns = np.repeat(axis, side, 0), np.tile(axis, (side, 1))
+    return jnp.asarray(np.pad(np.concatenate([rows, columns], -1), ((0, 0), (0, shape[1] - 4 * quarter))), dtype)
+
+
 class Vision(nn.Module):
     """Images -> merged tokens [I, M/merge^2, D] and DeepStack features [taps, I, M/merge^2, D]."""
 
@@ -776,9 +824,9 @@ class Vision(nn.Module):
             images.patches.dtype
         )
         x = x + _weight(self, "patch_bias", [c.hidden_size], ["norm"], 0.0).astype(x.dtype)
-        grid = _weight(self, "position", [c.num_position_embeddings, c.hidden_size], [None, "vision"], 0.02).astype(
-            x.dtype
-        )
+        grid = _weight(
+            self, "position", [c.num_position_embeddings, c.hidden_size], [None, "vision"], sine_grid
+        ).astype(x.dtype)
         x = x + jnp.einsum("imcd,imc->imd", grid[images.corners], images.corner_weights.astype(x.dtype))
         quarter = c.hidden_size // c.num_heads // 4
         frequency = 10000.0 ** (-np.arange(quarter, dtype=np.float32) / quarter)
@@ -1135,6 +1183,7 @@ def information(reply: str) -> str:
     return f"<information>{reply}</information>\n\n"
 
 
+SOLUTION = "\n\nHere is an earlier attempt to answer the query correctly: {solution}"
 GUIDANCE = "\n\nFeedback on an earlier attempt: {guidance}\n\nAnswer the query correctly."
 
 
@@ -1490,6 +1539,7 @@ class Dialogue:
         self.actions: list[Action] = []
         self.replies: list[str] = []  # observation after each generation; "" when the dialogue ended
         self.questions: list[tuple[str, str]] = []  # (question, answer) of every call; a malformed one asks ""
+        self.asked_in: list[int] = []  # and the generation it was made in
         self.end: str | None = None  # answered | stopped | overlong | turns
         self.frame: int | None = None  # last valid key frame; -1: no target
         self.answer: Action | None = None
@@ -1513,7 +1563,16 @@ class Dialogue:
         elif last:
             self.end = "turns"
         if self.end is None and action.kind == "invalid" and "</call>" in text:
-            self.questions.append(("", action.error or ""))
+            self._ask("", action.error or "")
+
+    def _ask(self, question: str, answer: str) -> None:
+        self.questions.append((question, answer))
+        self.asked_in.append(len(self.texts) - 1)
+
+    def transcript(self) -> str:
+        """Everything said, as text: what the policy wrote and what it was told."""
+        said = zip(self.texts, self.replies, strict=True)
+        return "".join(f"{text}\n{reply}\n" if reply else text for text, reply in said)
 
     def wants_user(self) -> bool:
         return self.end is None and self.actions[-1].kind == "call"
@@ -1522,7 +1581,7 @@ class Dialogue:
         """Appends the environment's observation. reply: the user's words, when the last action was a call."""
         action, slot = self.actions[-1], None
         if action.kind == "call":
-            self.questions.append((action.question, reply))
+            self._ask(action.question, reply)
             text = information(reply)
         elif action.kind == "keyframe" and action.frame == -1:
             self.frame, text = -1, NO_TARGET_REPLY
@@ -2014,6 +2073,7 @@ class Scores(struct.PyTreeNode):
     terms: dict[str, Array]  # each [P,N], in [0,1]
     counts: Array  # [P,N,Q+1] int32, the last repeated
     asked: Array  # [P,N,Q] bool
+    asked_in: Array  # [P,N,Q] int32: the generation of each question, -2 where nothing was asked
     well_formed: Array  # [P,N] bool
     ambiguous: Array  # [P,N] bool
     valid: Array  # [P,N] bool: False where the segmenter failed
@@ -2091,7 +2151,7 @@ def score(
     slots = max(1, config.protocol.max_turns)
     terms = {name: np.zeros((p, n), np.float32) for name in TERMS}
     counts = np.zeros((p, n, slots + 1), np.int32)
-    asked = np.zeros((p, n, slots), bool)
+    asked, asked_in = np.zeros((p, n, slots), bool), np.full((p, n, slots), -2, np.int32)
     formed, ambiguous, valid = np.zeros((p, n), bool), np.zeros((p, n), bool), np.ones((p, n), bool)
     guidance = [["" for _ in row] for row in dialogues]
     faults = {"counts_repaired": 0, "guidance_refused": 0, "segmenter_failed": 0}
@@ -2115,7 +2175,7 @@ def score(
             )
             faults["counts_repaired"] += bool(d.questions) and not as_came
             counts[i, j] = used + [used[-1]] * (slots - k)
-            asked[i, j, :k] = True
+            asked[i, j, :k], asked_in[i, j, :k] = True, d.asked_in[:k]
             formed[i, j] = d.well_formed
             ambiguous[i, j] = prompt.initial_count > 1
     if mask_reward is not None and c.weights.get("mask", 0) > 0:
@@ -2126,7 +2186,7 @@ def score(
                     terms["mask"][i, j] = terms["iou"][i, j]
         faults["segmenter_failed"] = int((~valid).sum())
     terms["process"] = np.asarray(process_reward(counts, asked, formed, ambiguous, kind=c.process))
-    return Scores(terms, counts, asked, formed, ambiguous, valid), guidance, faults
+    return Scores(terms, counts, asked, asked_in, formed, ambiguous, valid), guidance, faults
 
 
 def localise(d: Dialogue, config: Config) -> dict[str, float]:
@@ -2192,8 +2252,97 @@ def step_weights(
 
 
 def modulate(advantages: Array, weights: Array, lam: Array | float) -> jax.Array:
-    """A_hat = A * ((1 - lam) + lam * w): weights are positive, so signs never change (METHOD.md 4.4)."""
-    return jnp.asarray(advantages) * ((1 - lam) + lam * weights)
+    """A_hat = A * ((1 - lam) + lam * w): weights are positive, so signs never change (METHOD.md 4.4).
+
+    Written so that lam 0, and a weight of 1, leave A as it is to the last bit.
+    """
+    return jnp.asarray(advantages) * (1 + lam * (weights - 1))
+
+
+def turn_advantages(gains: Array, asked: Array, *, eps: float = 1e-6) -> jax.Array:
+    """Turn level as its own advantage: each question against all questions of its group (METHOD.md 4.3).
+
+    gains, asked [P,N,Q] -> [P,N,Q]: (gain - mean) / (std + eps) over the group's questions, std with ddof 1. 0 where
+    nothing was asked, and in a group with fewer than two questions.
+    """
+    asked = jnp.asarray(asked, bool)
+    gains = jnp.where(asked, jnp.asarray(gains, jnp.float32), 0.0)
+    count = asked.sum((-2, -1), keepdims=True)
+    mean = gains.sum((-2, -1), keepdims=True) / jnp.maximum(count, 1)
+    centred = jnp.where(asked, gains - mean, 0.0)
+    std = jnp.sqrt((centred**2).sum((-2, -1), keepdims=True) / jnp.maximum(count - 1, 1))
+    return jnp.where(count >= 2, centred / (std + eps), 0.0)
+
+
+def on_question_turns(values: Array, asked_in: Array, turn: Array) -> jax.Array:
+    """A value per question [P,N,Q] laid on the tokens of the generation that asked it.
+
+    asked_in [P,N,Q]: number of that generation, -2 for none; turn [P,N,T]: generation of each token, -1 outside.
+    Returns [P,N,T], 0 on all other tokens.
+    """
+    here = jnp.asarray(turn)[..., None] == jnp.asarray(asked_in)[..., None, :]
+    return (here * jnp.asarray(values)[..., None, :]).sum(-1)
+
+
+@functools.partial(jax.jit, static_argnames="c")
+def hierarchical_advantages(
+    c: CreditSection,
+    returns: Array,
+    valid: Array,
+    gains: Array,
+    asked_in: Array,
+    turn: Array,
+    mask: Array,
+    logp_teacher: Array,
+    logp_student: Array,
+    has_context: Array,
+    lam: Array | float,
+) -> tuple[jax.Array, jax.Array]:
+    """All three levels: from what rollouts earned to an advantage for each token (METHOD.md 4.2-4.4).
+
+    returns, valid, has_context [P,N]; gains, asked_in [P,N,Q]; turn, mask, logp [P,N,T]. Returns the token advantages
+    and the step level's weights, both [P,N,T]. Under `turn_credit: local`, `returns` holds the format term in place of
+    the process term.
+    """
+    advantages = group_advantages(returns, valid=valid, normalise_std=c.normalise_std)
+    tokens = advantages[..., None] * mask
+    if c.turn_credit == "local":
+        turns = turn_advantages(gains, (asked_in >= 0) & valid[..., None])
+        tokens = tokens + c.turn_weight * on_question_turns(turns, asked_in, turn) * mask
+    weight = step_weights(tokens, logp_teacher, logp_student, has_context, clip=c.weight_clip)
+    if c.vanilla_on_nonnegative_adv:
+        weight = jnp.where(tokens >= 0, 1.0, weight)
+    if c.normalize_weight_by_seq_mean:
+        mean = (weight * mask).sum(-1, keepdims=True) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
+        weight = jnp.where(has_context[..., None], weight / jnp.maximum(mean, 1e-6), 1.0)
+    return modulate(tokens, weight, lam), weight
+
+
+def teacher_contexts(
+    dialogues: Sequence[Sequence[Dialogue]], returns: Array, guidance: Sequence[Sequence[str]], config: Config
+) -> list[list[str]]:
+    """What each rollout's teacher reads after the query; "" for nothing (METHOD.md 4.5).
+
+    A solution is the transcript of the first sibling whose return reaches `reward.success` of the maximum.
+    """
+    kind = config.credit.teacher_context
+    enough = config.reward.success * sum(max(w, 0.0) for w in config.reward.weights.values())
+    out: list[list[str]] = []
+    for row, earned, advice in zip(dialogues, np.asarray(returns), guidance, strict=True):
+        out.append([])
+        for j, told in enumerate(advice):
+            solved = [d for k, d in enumerate(row) if k != j and earned[k] >= enough]
+            solution = SOLUTION.format(solution=solved[0].transcript()) if solved else ""
+            feedback = GUIDANCE.format(guidance=told) if told else ""
+            text = {
+                "guidance": feedback,
+                "solution": solution,
+                "solution_else_guidance": solution or feedback,
+                "both": solution + feedback,
+                "none": "",
+            }[kind]
+            out[-1].append(text)
+    return out
 
 
 def step_strength(c: CreditSection, step: Array | int) -> Array:
@@ -2304,15 +2453,23 @@ def own_mask(rows: Rows) -> Array:
 
 
 def predict(
-    policy: Policy, params: Any, batch: Batch, *, share_prefix: bool = True, freeze_vision: bool = False
+    policy: Policy,
+    params: Any,
+    batch: Batch,
+    visual: Visual | None = None,
+    *,
+    share_prefix: bool = True,
+    freeze_vision: bool = False,
 ) -> Array:
     """Hidden states [P,N,T,D], each the one that predicts the token in its place.
 
     With share_prefix each prompt is run once and the rollouts attend to its keys and values; without, each rollout
-    runs its prompt again. Same numbers, fewer tokens (DESIGN: about 2.8 times at the released lengths).
+    runs its prompt again. Same numbers, fewer tokens (DESIGN: about 2.8 times at the released lengths). `visual`: the
+    images, when they are encoded already.
     """
     run = functools.partial(policy.apply, {"params": params}, method=Policy.run)
-    visual = encode_bank(policy, params, [batch.frames, batch.keyframes], batch.prompts.tokens.shape[0])
+    if visual is None:
+        visual = encode_bank(policy, params, [batch.frames, batch.keyframes], batch.prompts.tokens.shape[0])
     if freeze_vision:
         visual = jax.lax.stop_gradient(visual)
     prompts, rows = batch.prompts, batch.rows
@@ -2355,18 +2512,8 @@ def token_logp(
     In chunks of `chunk` tokens per rollout under remat, so that logits [P,N,T,V] never exist. `spread`: neighbours
     [V,M] and weights [V,M]; the log-probability is then the weighted mean over a token's neighbours (soft targets).
     """
-    p, n, length = tokens.shape
-    chunk = min(chunk, length)
-    pieces = -(-length // chunk)
-    pad = pieces * chunk - length
 
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 3))
-        return jnp.moveaxis(x.reshape(p, n, pieces, chunk, *x.shape[3:]), 2, 0)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def piece(args):
-        hidden, tokens = args
+    def piece(hidden, tokens):
         logits = policy.apply({"params": params}, hidden, method=Policy.head)
         total = jax.nn.logsumexp(logits, -1)
         entropy = total - (jax.nn.softmax(logits, -1) * logits).sum(-1)
@@ -2376,9 +2523,25 @@ def token_logp(
             chosen = (jnp.take_along_axis(logits, spread[0][tokens], -1) * spread[1][tokens]).sum(-1)
         return chosen - total, entropy
 
-    logp, entropy = jax.lax.map(piece, (split(hidden), split(tokens)))
-    join = lambda x: jnp.moveaxis(x, 0, 2).reshape(p, n, pieces * chunk)[..., :length]  # noqa: E731
-    return join(logp), join(entropy)
+    return in_chunks(piece, chunk, hidden, tokens)
+
+
+def in_chunks(piece: Callable, chunk: int, *arrays: Array) -> Any:
+    """piece(*arrays) over [P,N,T,...] in chunks of T under remat: what lies between exists one chunk at a time."""
+    p, n, length = arrays[0].shape[:3]
+    chunk = min(chunk, length)
+    pieces = -(-length // chunk)
+    pad = pieces * chunk - length
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 3))
+        return jnp.moveaxis(x.reshape(p, n, pieces, chunk, *x.shape[3:]), 2, 0)
+
+    def join(x):
+        return jnp.moveaxis(x, 0, 2).reshape(p, n, pieces * chunk, *x.shape[4:])[:, :, :length]
+
+    body = jax.checkpoint(lambda args: piece(*args), prevent_cse=False)
+    return jax.tree.map(join, jax.lax.map(body, tuple(map(split, arrays))))
 
 
 class TrainState(struct.PyTreeNode):
@@ -2424,16 +2587,23 @@ class Credit(struct.PyTreeNode):
     mask: Array  # bool
 
 
+class Guided(struct.PyTreeNode):
+    """The teacher's view of a batch."""
+
+    batch: Batch
+    starts: Array  # [P, N]: where the rollout's own tokens begin
+
+
 def pack(
     dialogues: Sequence[Sequence[Dialogue]],
     config: Config,
     speaker: Speaker,
     *,
-    guidance: list[list[str]] | None = None,
+    contexts: list[list[str]] | None = None,
 ) -> tuple[Batch, np.ndarray]:
     """Dialogues [P][N] as one batch, and where each rollout's own tokens begin in its row [P,N].
 
-    With `guidance` it is the teacher's view: the prompt ends with the query, and the guidance and the rest of the
+    With `contexts` it is the teacher's view: the prompt ends with the query, and the context and the rest of the
     prompt stand at the head of each rollout's part. The tokens that follow are exactly the student's.
     """
     frames = config.protocol.frames
@@ -2442,15 +2612,15 @@ def pack(
     heads, rows = [], []
     for i, row in enumerate(dialogues):
         prompt = row[0].prompt
-        heads.append(prompt.row if guidance is None else _cut(prompt.row, prompt.query_end))
+        heads.append(prompt.row if contexts is None else _cut(prompt.row, prompt.query_end))
         line = []
         for j, d in enumerate(row):
-            if guidance is None:
+            if contexts is None:
                 line.append([d.row])
                 continue
             whole = Transcript(prompt.query_position)
-            text = guidance[i][j]
-            whole.add(speaker.tokenizer.encode(GUIDANCE.format(guidance=text)) if text else [])
+            told = speaker.tokenizer.encode(contexts[i][j]) if contexts[i][j] else []
+            whole.add(told[: config.credit.guidance_tokens - len(speaker.closing())])
             whole.add(speaker.closing())
             starts[i, j] = len(whole)
             shift = whole.position - prompt.row.position
@@ -2460,7 +2630,7 @@ def pack(
             line.append([whole])
         rows.append(line)
     pad = speaker.tokenizer.end_of_text
-    buckets = [b + (0 if guidance is None else config.credit.guidance_tokens) for b in config.update.token_buckets]
+    buckets = [b + (0 if contexts is None else config.credit.guidance_tokens) for b in config.update.token_buckets]
     length = bucket(max(len(x[0]) for line in rows for x in line), buckets)
     keyframes = np.zeros(
         (
@@ -2523,66 +2693,123 @@ def make_programs(policy: Policy, config: Config) -> tuple[Callable, Callable]:
         out = jax.lax.map(lambda b: forward(params, b), micros)
         return jax.tree.map(lambda x: x.reshape(prompts, *x.shape[2:]), out)
 
-    def micro_loss(params, batch: Batch, credit: Credit, total):
-        logp, entropy = forward(compute_copy(params, c.policy.dtype), batch)
-        loss, stats = policy_loss(
-            logp,
-            credit.old_logp,
-            credit.advantages,
-            credit.mask,
-            clip_low=c.update.clip_low,
-            clip_high=c.update.clip_high,
-            dual_clip=c.update.dual_clip,
-        )
-        stats["entropy"] = jnp.where(credit.mask, entropy, 0).sum() / jnp.maximum(credit.mask.sum(), 1)
+    def micro_loss(params, teacher, batch: Batch, credit: Credit, guided: Guided | None, total):
+        params = compute_copy(params, c.policy.dtype)
+        if c.update.loss == "sdpo":
+            loss, stats = distil(params, compute_copy(teacher, c.policy.dtype), batch, credit, guided)
+        else:
+            logp, entropy = forward(params, batch)
+            loss, stats = policy_loss(
+                logp, credit.old_logp, credit.advantages, credit.mask,
+                clip_low=c.update.clip_low, clip_high=c.update.clip_high, dual_clip=c.update.dual_clip,
+            )  # fmt: skip
+            stats["entropy"] = jnp.where(credit.mask, entropy, 0).sum() / jnp.maximum(credit.mask.sum(), 1)
         # The mean is over the tokens of the whole minibatch, not of this micro-batch.
         share = credit.mask.sum() / jnp.maximum(total, 1)
         return loss * share, jax.tree.map(lambda x: x * share, {"loss": loss, **stats})
 
+    def distil(params, teacher, batch: Batch, credit: Credit, guided: Guided):
+        """SDPO: towards what the same policy would say if it were told what the teacher is told (METHOD.md 4.10)."""
+        see = functools.partial(predict, policy, share_prefix=c.update.share_prefix)
+        hidden = see(params, batch, freeze_vision=c.policy.freeze_vision)
+        told = jax.lax.stop_gradient(see(teacher, guided.batch))
+        at = jnp.minimum(guided.starts[..., None] + jnp.arange(hidden.shape[2]), told.shape[2] - 1)
+        told = jnp.take_along_axis(told, at[..., None], 2)
+        most = min(c.update.sdpo_top_k, policy.config.vocab_size)
+
+        def piece(hidden, told, tokens):
+            ours, theirs = (
+                jax.nn.log_softmax(policy.apply({"params": p}, h, method=Policy.head))
+                for p, h in ((params, hidden), (teacher, told))
+            )
+            top, ids = jax.lax.top_k(ours, most)
+            chosen = jnp.take_along_axis(ours, tokens[..., None], -1)[..., 0]
+            return top, jnp.take_along_axis(theirs, ids, -1), chosen, -(jnp.exp(ours) * ours).sum(-1)
+
+        top, same, logp, entropy = in_chunks(piece, c.policy.logits_tokens, hidden, told, batch.rows.tokens)
+        loss, stats = sdpo_loss(
+            top, same, logp, credit.old_logp, credit.mask, alpha=c.update.sdpo_alpha, is_clip=c.update.sdpo_is_clip
+        )
+        change = jnp.where(credit.mask, logp - credit.old_logp, 0.0)
+        total = jnp.maximum(credit.mask.sum(), 1)
+        stats["kl"] = jnp.where(credit.mask, jnp.exp(-change) - 1 + change, 0).sum() / total
+        stats["clip_fraction"] = (credit.mask & (change > math.log(c.update.sdpo_is_clip))).sum() / total
+        stats["entropy"] = jnp.where(credit.mask, entropy, 0).sum() / total
+        return loss, stats
+
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: TrainState, batch: Batch, credit: Credit, rate):
-        """One optimiser step on the clipped surrogate (METHOD.md 4.6)."""
+    def update(state: TrainState, batch: Batch, credit: Credit, guided: Guided | None, rate):
+        """One optimiser step (METHOD.md 4.6, 4.10)."""
         prompts = batch.rows.tokens.shape[0]
         total = credit.mask.sum()
+        teacher = state.teacher if c.update.loss == "sdpo" else None
 
         slope = jax.value_and_grad(micro_loss, has_aux=True)
-        micros = in_micros((batch, credit), prompts)
+        micros = in_micros((batch, credit, guided), prompts)
         first = jax.tree.map(lambda x: x[0], micros)
-        (_, stats), grads = slope(state.params, *first, total)
+        (_, stats), grads = slope(state.params, teacher, *first, total)
 
         def add(carry, micro):
-            (_, stats), grads = slope(state.params, *micro, total)
+            (_, stats), grads = slope(state.params, teacher, *micro, total)
             return jax.tree.map(jnp.add, carry, (grads, stats)), None
 
         rest = jax.tree.map(lambda x: x[1:], micros)
         if len(rest[1].mask):
             (grads, stats), _ = jax.lax.scan(add, (grads, stats), rest)
         stats["gradient_norm"] = optax.tree.norm(grads)
-        return apply_gradients(optimiser, state, grads, rate), stats
+        state = apply_gradients(optimiser, state, grads, rate)
+        if state.teacher is not None and c.credit.teacher_update == "ema":
+            follow = lambda t, p: t + c.credit.ema_rate * (p - t)  # noqa: E731
+            state = state.replace(teacher=jax.tree.map(follow, state.teacher, state.params))
+        return state, stats
 
     return logprob, update
 
 
+def needs_teacher(c: Config) -> bool:
+    """Whether a second set of weights is kept at all."""
+    weighs = c.update.loss == "rlsd" and c.credit.lam > 0 and c.credit.teacher_context != "none"
+    return weighs or c.update.loss == "sdpo"
+
+
 def token_credit(
-    dialogues: Sequence[Sequence[Dialogue]], batch: Batch, scores: Scores, guidance: list[list[str]], config: Config, *,
-    old_logp: np.ndarray, teacher_logp: Callable[[], np.ndarray] | None, lam: float,
-) -> tuple[Credit, dict[str, float]]:  # fmt: skip
-    """All three levels, from what the rollouts earned to an advantage for each token (METHOD.md 4.2-4.4)."""
+    batch: Batch,
+    scores: Scores,
+    contexts: list[list[str]],
+    overlong: np.ndarray,
+    config: Config,
+    *,
+    old_logp: np.ndarray,
+    teacher_logp: Callable[[], tuple[np.ndarray, np.ndarray]] | None,
+    lam: float,
+) -> tuple[Credit, dict[str, float]]:
+    """Advantages and loss mask of a step's tokens, and what to log of them.
+
+    overlong [P,N]: rollouts that ran out of tokens; teacher_logp: the teacher's log-probabilities and those that they
+    are compared with, both [P,N,T], asked for only where they count.
+    """
     c = config
-    returns = total_return(scores, c)
+    returns = np.asarray(total_return(scores, c))
+    gains = turn_gains(scores.counts, scores.asked, kind=c.reward.process)
+    if c.credit.turn_credit == "local":  # each question earns its own: the return keeps the format term
+        weight = c.reward.weights.get("process", 0.0)
+        returns = returns + weight * (scores.well_formed - scores.terms["process"])
     # A group with fewer than two valid rows has nothing to be compared with.
     valid = scores.valid & (scores.valid.sum(-1, keepdims=True) >= 2)
-    advantages = np.asarray(group_advantages(returns, valid=valid, normalise_std=c.credit.normalise_std))
-    overlong = np.array([[d.end == "overlong" for d in row] for row in dialogues])
     mask = batch.rows.trained & valid[..., None]
     if c.update.mask_overlong:
         mask = mask & ~overlong[..., None]
-    tokens = advantages[..., None] * mask
-    has_context = np.array([[bool(text) for text in row] for row in guidance]) & (c.credit.teacher_context != "none")
-    weight = np.ones(mask.shape, np.float32)
-    if lam > 0 and has_context.any() and teacher_logp is not None:
-        weight = np.asarray(step_weights(tokens, teacher_logp(), old_logp, has_context, clip=c.credit.weight_clip))
-        tokens = np.asarray(modulate(tokens, weight, lam))
+    has_context = np.array([[bool(text) for text in row] for row in contexts])
+    weighs = lam > 0 and c.update.loss == "rlsd" and has_context.any() and teacher_logp is not None
+    told, plain = teacher_logp() if weighs else (old_logp, old_logp)
+    tokens, weight = jax.device_get(
+        hierarchical_advantages(
+            c.credit, returns, valid, gains, scores.asked_in, batch.rows.turn, mask, told, plain, has_context,
+            lam if weighs else 0.0,
+        )
+    )  # fmt: skip
+    if c.update.loss == "sdpo":
+        mask = mask & has_context[..., None]
     spread = lambda x: float(np.where(valid, x, 0).std(axis=-1, ddof=1).mean())  # noqa: E731
     local = sum(c.reward.weights.get(k, 0.0) * scores.terms[k] for k in TERMS if k != "process")
     counted = weight[mask & has_context[..., None]]
@@ -2659,13 +2886,16 @@ class SceneTeacher:
 
     def __init__(self, config: Config, speaker: Speaker):
         self.c, self.w, self.speaker = config, config.warmstart, speaker
+        encode = speaker.tokenizer.encode
+        self.groups = [[encode(f" {v}")[0] for v in synthetic.VALUES[a]] for a in ("color", "shape", "size")]
+        self.groups += [[encode(form.format(c))[0] for c in range(0, 1001, 10)] for form in ("{}", ", {}")]
 
     def grid(self, values: Iterable[int]) -> list[int]:
         step = self.w.coordinate_step
         return [min(1000, max(0, round(v / step) * step)) for v in values]
 
-    def scene(self, index: int) -> tuple[Transcript, list[list[Transcript]], np.ndarray, np.ndarray]:
-        """Prompt, rows of segments, patches of the shown frames and of the key frames."""
+    def scene(self, index: int) -> tuple[Transcript, list[list[Transcript]], np.ndarray, np.ndarray, np.ndarray]:
+        """Prompt, rows of segments, patches of the shown frames and of the key frames, words of each image token."""
         w, speaker = self.w, self.speaker
         rng = np.random.default_rng([self.c.seed, 7, index])
         kind = rng.choice(
@@ -2802,7 +3032,8 @@ class SceneTeacher:
             makers += [lambda: dialogue(synthetic.requery(scene, rng))] * 6
         # Its own dialogue and the short segments first, then further dialogues until the rows are full.
         shorts = [lambda: grounding(0), listing, lambda: grounding(None), lambda: grounding(len(keyed) - 1)]
-        if kind == "plain" and rng.random() >= w.dialogues:
+        share = w.dialogues * min(1.0, 2 * index / (w.scenes * self.c.steps))
+        if kind == "plain" and rng.random() >= share:
             queue = [*shorts, *makers]
         else:
             queue = [makers[0], *shorts[:3], *makers[1:], shorts[3]]
@@ -2823,26 +3054,49 @@ class SceneTeacher:
         for i, picture in enumerate(pictures):
             frames[i] = speaker.frame_patches(picture)
         keyframes = np.zeros((w.keyframes, *self._shape(speaker.keyframe_grid)), np.float32)
+        words = np.full((self.c.protocol.frames, speaker.frame_tokens, len(self.groups)), -1, np.int32)
+        detail = np.full((w.keyframes, speaker.keyframe_tokens, len(self.groups)), -1, np.int32)
+        for i, fid in enumerate(shown):
+            words[i] = self.patch_words(scene, fid, speaker.frame_grid)
         for slot, position in enumerate(keyed):
             keyframes[slot] = speaker.keyframe_patches(pictures[position])
-        return prefix, rows, frames, keyframes
+            detail[slot] = self.patch_words(scene, shown[position], speaker.keyframe_grid)
+        words = np.concatenate([x.reshape(-1, len(self.groups)) for x in (words, detail)])
+        return prefix, rows, frames, keyframes, words
+
+    def patch_words(self, scene: synthetic.Scene, fid: int, grid: tuple[int, int]) -> np.ndarray:
+        """For each image token the place in its group of what it shows: color, shape, size, x1, y1; -1 on background.
+
+        int32 [h*w, 5]: of the object that covers most of the token's square, if that is a tenth of it at least.
+        """
+        masks = synthetic.visible_masks(scene, fid)
+        down, across = (
+            (np.arange(size) * cells // size == np.arange(cells)[:, None]).astype(np.float32) * cells / size
+            for size, cells in zip(masks.shape[1:], grid, strict=True)
+        )
+        share = (down @ masks @ across.T).reshape(len(masks), -1)
+        top = share.argmax(0)
+        names = np.zeros((len(masks), len(self.groups)), np.int32)
+        for row, (obj, mask) in enumerate(zip(scene.objects, masks, strict=True)):
+            if mask.any():
+                y, x = (np.flatnonzero(mask.any(1 - axis))[0] for axis in (0, 1))
+                at = [synthetic.VALUES[a].index(getattr(obj, a)) for a in ("color", "shape", "size")]
+                names[row] = *at, *(round(100 * v) for v in (x / scene.width, y / scene.height))
+        return np.where((share.max(0) >= 0.1)[:, None], names[top], -1)
 
     def _shape(self, grid: tuple[int, int]) -> tuple[int, int]:
         vision = self.speaker.policy.vision
         return grid[0] * grid[1] * vision.spatial_merge_size**2, vision.patch_dim
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step: a function of (seed, step) alone."""
+    def batch(self, step: int) -> tuple[Batch, np.ndarray]:
+        """The batch of a step and the words of its image tokens [P, B, 5]: a function of (seed, step) alone."""
         scenes = [self.scene(step * self.w.scenes + i) for i in range(self.w.scenes)]
         pad = self.speaker.tokenizer.end_of_text
         prompts = stack_rows([[[s[0]]] for s in scenes], self.c.protocol.prompt_tokens, pad)
         rows = stack_rows([s[1] for s in scenes], self.w.row_tokens, pad)
-        return Batch(
-            prompts,
-            rows,
-            self.speaker.images(np.concatenate([s[2] for s in scenes]), self.speaker.frame_grid),
-            self.speaker.images(np.concatenate([s[3] for s in scenes]), self.speaker.keyframe_grid),
-        )
+        frames = self.speaker.images(np.concatenate([s[2] for s in scenes]), self.speaker.frame_grid)
+        keyframes = self.speaker.images(np.concatenate([s[3] for s in scenes]), self.speaker.keyframe_grid)
+        return Batch(prompts, rows, frames, keyframes), np.stack([s[4] for s in scenes])
 
 
 def coordinate_spread(
@@ -2869,33 +3123,75 @@ def coordinate_spread(
     return near, weight
 
 
-def make_warmstart_step(policy: Policy, config: Config, tokenizer: weights.Tokenizer) -> Callable:
-    """(state, batch, spread, rate) -> (state, stats): one supervised update, token mean over everything taught.
+def make_warmstart_optimiser(section: UpdateSection) -> optax.GradientTransformation:
+    """Muon for the matrices and Adam for the rest, without the learning rate, like `make_optimiser`.
+
+    On the embedded shape it needs half of AdamW's steps for the same loss. RL keeps AdamW, as the paper does.
+    """
+
+    def matrices(params: Any) -> Any:
+        """Which axes of each matrix are its inputs and its outputs; None: not a matrix."""
+
+        def sides(path: tuple, x: Array) -> Any:
+            names = [key.key for key in path]
+            first = int(any(name == "layers" or name.startswith("blocks") for name in names))  # stacked layers
+            flat = any(kind in names[-1] for kind in ("embedding", "position", "norm", "bias"))
+            if flat or x.ndim - first < 2:
+                return None
+            if names[-1] == "qkv":  # three matrices
+                return optax.contrib.MuonDimensionNumbers((first,), (first + 2, first + 3))
+            split = x.ndim - 1 if names[-1] == "o" else first + 1  # o joins its heads, all others split into them
+            return optax.contrib.MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, x.ndim)))
+
+        return jax.tree_util.tree_map_with_path(sides, params)
+
+    muon = optax.contrib.muon(
+        1.0, muon_weight_dimension_numbers=matrices, adam_b1=section.beta1, adam_b2=section.beta2,
+        weight_decay=section.weight_decay, adam_weight_decay=section.weight_decay, adam_learning_rate=1.0,
+        consistent_rms=0.2,
+    )  # fmt: skip
+    return optax.chain(optax.clip_by_global_norm(section.clip_norm), muon, optax.scale(-1.0))
+
+
+def make_warmstart_step(policy: Policy, config: Config, teacher: SceneTeacher) -> Callable:
+    """(state, batch, words, spread, rate, patch_weight) -> (state, stats): one supervised update.
+
+    The loss is the token mean over everything taught, plus `patch_weight` times how badly the encoded image tokens,
+    read by the output head, name what they show. It puts what is seen where the language layers look for words.
 
     Words of an attribute in `warmstart.emphasis` weigh more: what is hardest to see is a small share of the tokens.
     """
     emphasis = np.ones(policy.config.vocab_size, np.float32)
     for attribute, weight in config.warmstart.emphasis.items():
         for word in synthetic.VALUES[attribute]:
-            emphasis[tokenizer.encode(f" {word}")] = weight
-    optimiser = make_optimiser(config.update)
+            emphasis[teacher.speaker.tokenizer.encode(f" {word}")] = weight
+    optimiser = make_warmstart_optimiser(config.update)
 
-    def loss_fn(params, batch, spread):
+    def naming(params, visual, words):
+        logits = policy.apply({"params": params}, visual.tokens, method=Policy.head)
+        there = words[..., 0] >= 0
+        loss = sum(
+            optax.softmax_cross_entropy_with_integer_labels(logits[..., np.array(ids)], jnp.maximum(words[..., i], 0))
+            for i, ids in enumerate(teacher.groups)
+        )
+        return (loss * there).sum() / jnp.maximum(there.sum(), 1) / len(teacher.groups)
+
+    def loss_fn(params, batch, words, spread, patch_weight):
         params = compute_copy(params, config.policy.dtype)
-        hidden = predict(policy, params, batch)
+        visual = encode_bank(policy, params, [batch.frames, batch.keyframes], batch.prompts.tokens.shape[0])
+        hidden = predict(policy, params, batch, visual)
+        named = naming(params, visual, words)
         logp, _ = token_logp(policy, params, hidden, batch.rows.tokens, config.policy.logits_tokens, spread)
         taught = batch.rows.trained * jnp.asarray(emphasis)[batch.rows.tokens]
-        return -(logp * taught).sum() / taught.sum(), batch.rows.trained.sum()
+        loss = -(logp * taught).sum() / taught.sum()
+        stats = {"loss": loss, "patch_words": named, "tokens": batch.rows.trained.sum()}
+        return loss + patch_weight * named, stats
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: Batch, spread, rate):
-        (loss, tokens), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, spread)
+    def step(state: TrainState, batch: Batch, words, spread, rate, patch_weight):
+        (_, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, words, spread, patch_weight)
         state = apply_gradients(optimiser, state, grads, rate)
-        return state.replace(step=state.step + 1), {
-            "loss": loss,
-            "tokens": tokens,
-            "gradient_norm": optax.tree.norm(grads),
-        }
+        return state.replace(step=state.step + 1), {**stats, "gradient_norm": optax.tree.norm(grads)}
 
     return step
 
@@ -3240,7 +3536,7 @@ def new_policy(config: Config, run: Run) -> tuple[PolicyConfig, weights.Tokenize
 
 
 def fresh_state(params: Any, config: Config, *, teacher: bool) -> TrainState:
-    optimiser = make_optimiser(config.update)
+    optimiser = (make_warmstart_optimiser if config.stage == "sft" else make_optimiser)(config.update)
     zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
     return TrainState(
         params, optimiser.init(params), jax.tree.map(jnp.copy, params) if teacher else None, zero(), zero()
@@ -3277,15 +3573,16 @@ def train_warmstart(config: Config, run: Run) -> None:
     state = (
         run.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)) or state
     )
-    step = make_warmstart_step(policy, config, tokenizer)
+    step = make_warmstart_step(policy, config, teacher)
     clock, begun = Clock(), int(state.step)
     bar = tqdm(total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True, disable=None)
     with contextlib.closing(ahead(teacher.batch, begun, config.steps)) as batches:
-        for number, batch in enumerate(clocked(batches, clock, "data"), start=begun + 1):
+        for number, (batch, words) in enumerate(clocked(batches, clock, "data"), start=begun + 1):
             with clock("update"):
+                patch_weight = config.warmstart.patch_words * max(0.0, 1 - 2 * (number - 1) / config.steps)
                 spread = coordinate_spread(tokenizer, policy_config.vocab_size, warmstart_sigma(config, number - 1))
                 rate = warmstart_rate(config, number - 1)
-                state, stats = step(state, batch, jax.tree.map(jnp.asarray, spread), rate)
+                state, stats = step(state, batch, words, jax.tree.map(jnp.asarray, spread), rate, patch_weight)
                 stats = {k: float(v) for k, v in stats.items()}
             run.log({"step": number, **stats, "learning_rate": rate, "seconds": clock.take()})
             bar.update()
@@ -3328,7 +3625,7 @@ class Trainer:
         )  # fmt: skip
         self.segmenter.start(wait=False)
         self.mask_reward = MaskReward(self.segmenter, self.mesh)
-        self.state = fresh_state(params, c, teacher=c.credit.lam > 0)
+        self.state = fresh_state(params, c, teacher=needs_teacher(c))
         write_atomically(run.path / "policy.json", json.dumps(config_json(policy_config), indent=1))
 
     def prompt(self, sample: data.Sample, anchor: int | None = None) -> Prompt:
@@ -3394,35 +3691,39 @@ class Trainer:
         with clock("logprob"):
             old_logp, entropy = jax.device_get(self.logprob(self.state.params, shard_batch(self.mesh, batch)))
 
-        def teacher_logp() -> np.ndarray:
+        contexts = teacher_contexts(dialogues, total_return(scores, c), guidance, c)
+        guided: Guided | None = None
+
+        def teacher_logp() -> tuple[np.ndarray, np.ndarray]:
             with clock("teacher"):
-                guided, starts = pack(dialogues, c, self.speaker, guidance=guidance)
-                logp = np.asarray(self.logprob(self.state.teacher, shard_batch(self.mesh, guided))[0])
+                view, starts = pack(dialogues, c, self.speaker, contexts=contexts)
+                logp = np.asarray(self.logprob(self.state.teacher, shard_batch(self.mesh, view))[0])
                 at = np.minimum(starts[..., None] + np.arange(batch.rows.tokens.shape[-1]), logp.shape[-1] - 1)
-                return np.take_along_axis(logp, at, -1)
+                plain = old_logp
+                if c.credit.delta_baseline == "teacher_plain":
+                    plain = np.asarray(self.logprob(self.state.teacher, shard_batch(self.mesh, batch))[0])
+                return np.take_along_axis(logp, at, -1), plain
 
         credit, levels = token_credit(
-            dialogues,
-            batch,
-            scores,
-            guidance,
-            c,
-            old_logp=old_logp,
-            teacher_logp=teacher_logp if self.state.teacher is not None else None,
-            lam=lam,
-        )
+            batch, scores, contexts, np.array([[d.end == "overlong" for d in row] for row in dialogues]), c,
+            old_logp=old_logp, teacher_logp=teacher_logp if needs_teacher(c) else None, lam=lam,
+        )  # fmt: skip
+        if c.update.loss == "sdpo":
+            with clock("pack"):
+                guided = Guided(*pack(dialogues, c, self.speaker, contexts=contexts))
         rate = c.update.learning_rate * min(1.0, number / max(c.update.warmup, 1))
         with clock("update"):
             parts = []
             size = c.rollout.prompts // c.update.minibatches
             for k in range(c.update.minibatches):
-                mini = take_prompts((batch, credit), c.rollout.prompts, k * size, (k + 1) * size)
+                mini = take_prompts((batch, credit, guided), c.rollout.prompts, k * size, (k + 1) * size)
                 self.state, stats = self.update(self.state, *shard_batch(self.mesh, mini), rate)
                 parts.append(stats)
             stats = {k: float(np.mean([p[k] for p in parts])) for k in parts[0]}
             stats["final_ratio"] = float(parts[-1]["ratio"])
             self.state = self.state.replace(step=self.state.step + 1)
-            if self.state.teacher is not None and number % c.credit.sync_interval == 0:
+            syncs = c.credit.teacher_update == "sync" and number % c.credit.sync_interval == 0
+            if self.state.teacher is not None and syncs:
                 self.state = self.state.replace(teacher=jax.tree.map(jnp.copy, self.state.params))
         gap = np.abs(old_logp - batch.rows.logp)[batch.rows.trained]
         rows = [dialogue_row(d, scores, i, j, c) for i, row in enumerate(dialogues) for j, d in enumerate(row)]
@@ -3598,7 +3899,7 @@ def train_policy(config: Config, run: Run) -> None:
             seconds[prefix + key] = round(seconds.get(prefix + key, 0.0) + value, 3)
 
     book({"setup": time.perf_counter() - begun_at})
-    if config.evaluate.every and "before" not in summary and begun == 0:
+    if config.evaluate.every and config.evaluate.before and "before" not in summary and begun == 0:
         graphs = [s.privileged["scene_graph"] for s in trainer.test if (s.privileged or {}).get("scene_graph")]
         before = trainer.evaluate("before")
         book(trainer.clock.take(), "evaluate/")

@@ -133,6 +133,135 @@ def test_losses_equal_verl(case):
         assert float(got) == pytest.approx(float(GOLDEN[name]), rel=1e-5)
 
 
+# Against an independent version in float64, on shapes of every kind
+
+
+def reference_advantages(returns, valid, divide):
+    out = np.zeros(returns.shape)
+    for g in range(len(returns)):
+        rows = np.flatnonzero(valid[g])
+        if not len(rows):
+            continue
+        values = returns[g, rows]
+        mean, std = (values.mean(), values.std(ddof=1)) if len(rows) > 1 else (0.0, 1.0)
+        out[g, rows] = (values - mean) / (std + 1e-6) if divide else values - mean
+    return out
+
+
+def reference_turns(gains, asked):
+    out = np.zeros(gains.shape)
+    for g in range(len(gains)):
+        pool = gains[g][asked[g]]
+        if len(pool) >= 2:
+            out[g] = np.where(asked[g], (gains[g] - pool.mean()) / (pool.std(ddof=1) + 1e-6), 0)
+    return out
+
+
+def reference_loss(logp, old, advantages, mask, low, high, dual):
+    total, count = 0.0, 0
+    for where in zip(*np.nonzero(mask), strict=True):
+        ratio = np.exp(np.clip(logp[where] - old[where], -20, 20))
+        a = advantages[where]
+        value = max(-a * ratio, -a * np.clip(ratio, 1 - low, 1 + high))
+        total, count = total + (min(value, -a * dual) if a < 0 else value), count + 1
+    return total / max(count, 1)
+
+
+def reference_process(counts, asked, formed, ambiguous, kind):
+    k = int(asked.sum())
+    if kind == "format":
+        return float(formed)
+    if kind == "parent_tpr" and k:
+        return 1 - 0.3 ** (k + formed)
+    if not k:
+        return 0.0 if ambiguous else float(formed)
+    gains = []
+    for q in np.flatnonzero(asked):
+        a, b = counts[q], counts[q + 1]
+        if a <= 1:
+            gains.append(0.0)
+        else:
+            gains.append({"ratio": 1 - b / a, "log": np.log(a / b) / np.log(a)}.get(kind, (a - b) / (a - 1)))
+    solved = (counts[0] - counts[-1]) / (counts[0] - 1) if counts[0] > 1 else 0.0
+    if kind == "resolution_x_efficiency":
+        return formed * solved * sum(g > 0 for g in gains) / k
+    if kind == "linear":
+        return formed * max(solved - 0.1 * sum(g <= 0 for g in gains), 0.0)
+    return formed * sum(gains) / k
+
+
+@pytest.mark.parametrize("divide", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 7), (5, 16), (1, 33)])
+def test_group_advantages_equal_the_reference(shape, divide):
+    rng = np.random.default_rng(shape)
+    returns = rng.normal(size=shape) * rng.choice([0, 1e-3, 1, 1e3], (shape[0], 1))  # one group may have no spread
+    valid = rng.random(shape) < 0.8
+    got = train.group_advantages(returns.astype(np.float32), valid=valid, normalise_std=divide)
+    want = reference_advantages(returns.astype(np.float32).astype(np.float64), valid, divide)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * max(1, np.abs(want).max()))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (4, 7, 2), (3, 16, 6)])
+def test_turn_advantages_equal_the_reference(shape):
+    rng = np.random.default_rng(shape)
+    gains, asked = rng.random(shape), rng.random(shape) < 0.5
+    got = np.asarray(train.turn_advantages(gains, asked))
+    np.testing.assert_allclose(got, reference_turns(gains, asked), rtol=1e-4, atol=1e-5)
+    turn = rng.integers(-1, 7, (*shape[:2], 11))
+    asked_in = np.where(asked, np.arange(shape[2]), -2)
+    laid = np.asarray(train.on_question_turns(got, asked_in, turn))
+    for g, n, t in np.ndindex(turn.shape):
+        at = turn[g, n, t]
+        want = got[g, n, at] if 0 <= at < shape[2] and asked[g, n, at] else 0
+        assert laid[g, n, t] == np.float32(want)
+
+
+@pytest.mark.parametrize("kind", train.TURN_KINDS)
+def test_process_reward_equals_the_reference(kind):
+    rng = np.random.default_rng(5)
+    for _ in range(60):
+        questions, slots = rng.integers(0, 6), 6
+        first = int(rng.integers(1, 9))
+        counts = np.minimum.accumulate(np.r_[first, rng.integers(1, 9, slots)])
+        counts[questions + 1 :] = counts[questions]
+        asked = np.arange(slots) < questions
+        formed, ambiguous = np.array(rng.integers(2) == 1), np.array(first > 1)
+        got = float(train.process_reward(counts, asked, formed, ambiguous, kind=kind))
+        assert got == pytest.approx(reference_process(counts, asked, formed, ambiguous, kind), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 1, 5), (2, 4, 9)])
+def test_policy_loss_equals_the_reference(shape):
+    rng = np.random.default_rng(shape)
+    for spread, keep in ((0.1, 0.7), (3.0, 0.7), (60.0, 1.0), (1.0, 0.0)):
+        draw = lambda by, rng=rng: (rng.normal(size=shape) * by).astype(np.float32)  # noqa: E731
+        logp, old, advantages = draw(spread), draw(1), draw(3)
+        mask = rng.random(shape) < keep
+        got, _ = train.policy_loss(logp, old, advantages, mask, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+        want = reference_loss(*(x.astype(float) for x in (logp, old, advantages)), mask, 0.2, 0.28, 3)
+        assert float(got) == pytest.approx(want, rel=1e-4, abs=1e-6)
+
+
+def test_levels_by_hand():
+    """METHOD.md 4.2-4.4 on one group of two rollouts, worked on paper."""
+    returns = np.array([[1.0, 3.0]])
+    args = dict(
+        valid=np.ones((1, 2), bool), gains=np.array([[[1.0], [0.0]]]), asked_in=np.array([[[0], [0]]]),
+        turn=np.array([[[0, -1, 1], [0, -1, 1]]]), mask=np.array([[[1, 0, 1], [1, 0, 1]]], bool),
+        logp_teacher=np.full((1, 2, 3), np.log(2.0)), logp_student=np.zeros((1, 2, 3)),
+        has_context=np.array([[True, False]]), lam=0.5,
+    )  # fmt: skip
+    half = math.sqrt(0.5)  # (1 - 2) / std of {1, 3}, which is sqrt 2
+    tokens, weight = train.hierarchical_advantages(train.CreditSection(), returns, **args)
+    np.testing.assert_allclose(weight, [[[0.8, 1, 0.8], [1, 1, 1]]], rtol=1e-6)  # A < 0; A = 0 gives exp(0)
+    np.testing.assert_allclose(tokens, [[[-0.9 * half, 0, -0.9 * half], [half, 0, half]]], rtol=1e-5)
+    local = train.CreditSection(turn_credit="local", turn_weight=0.5)
+    tokens, _ = train.hierarchical_advantages(local, returns, **{**args, "lam": 0.0})
+    np.testing.assert_allclose(tokens, [[[-half + 0.5 * half, 0, -half], [half - 0.5 * half, 0, half]]], rtol=1e-4)
+    one = train.CreditSection(normalize_weight_by_seq_mean=True)
+    assert np.allclose(train.hierarchical_advantages(one, returns, **args)[1][0, :, ::2], 1)
+
+
 # Properties
 
 finite = st.floats(-50, 50, width=32, allow_subnormal=False)

@@ -154,7 +154,7 @@ def slope_of(world, config, batch, credit):
     """Loss, the gradient as Adam first sees it (its first moment), and the stats of one update."""
     _, update = train.make_programs(world.policy, config)
     state = train.fresh_state(jax.tree.map(jnp.array, world.params), config, teacher=False)
-    state, stats = update(state, batch, credit, 0.0)
+    state, stats = update(state, batch, credit, None, 0.0)
     adam = next(s for s in jax.tree.leaves(state.optimiser, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu"))
     return float(stats["loss"]), jax.tree.map(np.asarray, adam.mu), {k: float(v) for k, v in stats.items()}
 
@@ -189,9 +189,10 @@ def test_masked_tokens_do_not_reach_the_update(world, scored, whole_update):
 
 
 def test_the_teacher_sees_guidance_and_the_same_tokens(world, played):
-    guidance = [["ask motion first" if j else "" for j in range(ROLLOUTS)] for _ in range(PROMPTS)]
+    told_to = train.GUIDANCE.format(guidance="ask motion first")
+    contexts = [[told_to if j else "" for j in range(ROLLOUTS)] for _ in range(PROMPTS)]
     plain, _ = train.pack(played, world.config, world.speaker)
-    guided, starts = train.pack(played, world.config, world.speaker, guidance=guidance)
+    guided, starts = train.pack(played, world.config, world.speaker, contexts=contexts)
     logprob, _ = train.make_programs(world.policy, world.config)
     base, told_ = (np.asarray(logprob(world.params, b)[0]) for b in (plain, guided))
     for i, j in itertools.product(range(PROMPTS), range(ROLLOUTS)):
@@ -205,18 +206,25 @@ def test_the_teacher_sees_guidance_and_the_same_tokens(world, played):
         assert (gap > 1e-3) if j else (gap < 1e-4)  # without guidance the teacher's view is the student's
 
 
+def credit_of(world, played, scored, *changes, lam, shift):
+    """Token advantages when the guided teacher finds every token e**shift times as likely."""
+    scores, guidance, batch, _ = scored
+    config = train.load_config(CONFIG, [*SMALL, *changes])
+    old = np.asarray(batch.rows.logp)
+    contexts = train.teacher_contexts(played, train.total_return(scores, config), guidance, config)
+    overlong = np.array([[d.end == "overlong" for d in row] for row in played])
+    made, stats = train.token_credit(
+        batch, scores, contexts, overlong, config, old_logp=old, teacher_logp=lambda: (old + shift, old), lam=lam
+    )
+    return np.asarray(made.advantages), made, stats
+
+
 def test_levels_meet_in_the_advantages(world, played, scored):
     scores, guidance, batch, _ = scored
-    old = np.asarray(batch.rows.logp)
-
-    def credit(*changes, lam, shift):
-        config = train.load_config(CONFIG, [*SMALL, *changes])
-        made, _ = train.token_credit(played, batch, scores, guidance, config, old_logp=old,
-                                     teacher_logp=lambda: old + shift, lam=lam)  # fmt: skip
-        return np.asarray(made.advantages)
-
+    credit = lambda *changes, lam, shift: credit_of(world, played, scored, *changes, lam=lam, shift=shift)[0]  # noqa: E731
     plain = credit(lam=0.0, shift=5.0)
-    assert np.array_equal(plain, credit("credit.teacher_context=none", lam=0.5, shift=5.0))
+    for change in ("credit.teacher_context=none", "update.loss=vanilla"):
+        assert np.array_equal(plain, credit(change, lam=0.5, shift=5.0)), change
     returns = np.asarray(train.total_return(scores, world.config))
     want = np.asarray(train.group_advantages(returns))[..., None] * batch.rows.trained
     np.testing.assert_allclose(plain, want, atol=1e-6)
@@ -224,6 +232,94 @@ def test_levels_meet_in_the_advantages(world, played, scored):
     has = np.array([[bool(g) for g in row] for row in guidance])[..., None] & (plain != 0)
     np.testing.assert_allclose(raised[has], (plain * np.where(plain > 0, 1.1, 0.9))[has], rtol=1e-5)
     np.testing.assert_array_equal(raised[~has], plain[~has])
+    failures = credit("credit.vanilla_on_nonnegative_adv=true", lam=0.5, shift=5.0)
+    np.testing.assert_array_equal(failures, np.where(plain >= 0, plain, raised))
+    np.testing.assert_allclose(
+        credit("credit.normalize_weight_by_seq_mean=true", lam=0.5, shift=5.0), plain, rtol=1e-5
+    )  # equal weights have themselves as mean
+
+
+def test_without_strength_the_teacher_is_not_asked(world, played, scored):
+    scores, _, batch, _ = scored
+
+    def never():
+        raise AssertionError("the teacher pass ran")
+
+    contexts = [["something"] * ROLLOUTS] * PROMPTS
+    for lam, change in ((0.0, "update.loss=rlsd"), (0.5, "update.loss=vanilla"), (0.5, "update.loss=sdpo")):
+        config = train.load_config(CONFIG, [*SMALL, change])
+        train.token_credit(
+            batch, scores, contexts, np.zeros((PROMPTS, ROLLOUTS), bool), config,
+            old_logp=np.asarray(batch.rows.logp), teacher_logp=never, lam=lam,
+        )  # fmt: skip
+    assert not train.needs_teacher(train.load_config(CONFIG, ["credit.lam=0"]))
+    assert not train.needs_teacher(train.load_config(CONFIG, ["credit.teacher_context=none"]))
+
+
+def test_local_turn_credit_moves_only_question_turns(world, played, scored):
+    scores, _, batch, _ = scored
+    format_only = scores.replace(terms={**scores.terms, "process": np.asarray(scores.well_formed, np.float32)})
+    base = credit_of(world, played, (format_only, *scored[1:]), lam=0.0, shift=0.0)[0]
+    local = credit_of(world, played, scored, "credit.turn_credit=local", lam=0.0, shift=0.0)[0]
+    asked = np.zeros(base.shape, bool)
+    for i, row in enumerate(played):
+        for j, d in enumerate(row):
+            asked[i, j] = np.isin(batch.rows.turn[i, j], d.asked_in)
+    np.testing.assert_allclose(local[~asked], base[~asked], atol=1e-5)
+    assert asked.any() and np.abs(local - base)[asked].max() > 0.01
+    gains = np.asarray(train.turn_gains(scores.counts, scores.asked))
+    for i, row in enumerate(played):  # a better question of the same group never gets less
+        earned = [(gains[i, j, k], (local - base)[i, j][batch.rows.turn[i, j] == at].mean())
+                  for j, d in enumerate(row) for k, at in enumerate(d.asked_in)]  # fmt: skip
+        for (gain, more), (other, less) in itertools.combinations(earned, 2):
+            assert (gain > other) <= (more > less) and (gain < other) <= (more < less)
+
+
+def test_teacher_contexts(world, played, scored):
+    returns = np.zeros((PROMPTS, ROLLOUTS), np.float32)
+    returns[0, 1:] = 6.0  # two siblings of the first prompt solved it
+    advice = [["look first" if j == 0 else "" for j in range(ROLLOUTS)] for _ in range(PROMPTS)]
+    made = {}
+    for kind in train.CONTEXTS:
+        config = train.load_config(CONFIG, [*SMALL, f"credit.teacher_context={kind}"])
+        made[kind] = train.teacher_contexts(played, returns, advice, config)
+    assert made["none"] == [[""] * ROLLOUTS] * PROMPTS
+    assert made["guidance"][0] == [train.GUIDANCE.format(guidance="look first"), "", ""]
+    other = lambda j: train.SOLUTION.format(solution=played[0][j].transcript())  # noqa: E731
+    assert made["solution"] == [[other(1), other(2), other(1)], *[[""] * ROLLOUTS] * (PROMPTS - 1)]
+    assert made["both"][0][0] == other(1) + made["guidance"][0][0]
+    assert made["solution_else_guidance"][0] == made["solution"][0]
+    assert made["solution_else_guidance"][1] == made["guidance"][1]
+    # What is too long is cut at its end, and the tokens that follow are untouched.
+    long = [["look first " * 400] * ROLLOUTS for _ in range(PROMPTS)]
+    batch, starts = train.pack(played, world.config, world.speaker, contexts=long)
+    assert (starts == world.config.credit.guidance_tokens).all()
+    d = played[0][0]
+    assert batch.rows.tokens[0, 0, starts[0, 0] : starts[0, 0] + len(d.row)].tolist() == d.row.tokens
+
+
+def test_self_distillation_approaches_the_teacher(world, played, scored):
+    """sdpo: repeated updates on one batch lower the divergence from the guided teacher, which itself follows by ema."""
+    changes = ["update.loss=sdpo", "credit.teacher_update=ema", "credit.ema_rate=0.25", "update.micro_prompts=2"]
+    config = train.load_config(CONFIG, [*SMALL, *changes])
+    told_to = train.GUIDANCE.format(guidance="ask motion first")
+    contexts = [[told_to] * ROLLOUTS for _ in range(PROMPTS)]
+    guided = train.Guided(*train.pack(played, config, world.speaker, contexts=contexts))
+    _, _, batch, _ = scored
+    mask = np.asarray(batch.rows.trained)
+    credit = train.Credit(np.zeros(mask.shape, np.float32), np.asarray(batch.rows.logp), mask)
+    _, update = train.make_programs(world.policy, config)
+    state = train.fresh_state(jax.tree.map(jnp.array, world.params), config, teacher=True)
+    first = jax.tree.map(np.asarray, state.teacher)
+    seen = []
+    for _ in range(3):
+        state, stats = update(state, batch, credit, guided, 3e-4)
+        seen.append(float(stats["loss"]))
+    assert seen[0] > 0 and seen[2] < seen[0]
+    # After three updates of rate r the teacher has gone part of the way, and only part of it.
+    for t0, t, p in zip(*map(jax.tree.leaves, (first, state.teacher, state.params)), strict=True):
+        moved, gap = np.abs(t - t0).sum(), np.abs(np.asarray(p) - t0).sum()
+        assert 0 < moved < gap
 
 
 def test_reward_terms_stay_in_range(world, played, scored):

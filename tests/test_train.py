@@ -194,7 +194,7 @@ def test_the_warm_start_learns_from_random_weights(place, env):
     (place / "shape.json").write_text(json.dumps(shape))
     small = ["steps=8", "warmstart.scenes=4", "warmstart.warmup=1", "warmstart.learning_rate=0.01"]
     small += [f"policy.shape={place}/shape.json", f"run_dir={place}/sft"]
-    done = call("experiments/embedded_warmstart_1.yaml", *small, env=env)
+    done = call("experiments/embedded_warmstart.yaml", *small, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     losses = [row["loss"] for row in rows(place / "sft")]
     assert len(losses) == 8 and losses[-1] < losses[0]
@@ -215,7 +215,13 @@ def test_the_warm_start_learns_from_random_weights(place, env):
         (["experiments/embedded.yaml", "steps"], "key=value"),
         (["experiments/embedded.yaml", "rollout=3"], "section"),
         (["experiments/embedded.yaml", "rollout.rollouts=1"], "2 or more"),
-        (["experiments/embedded.yaml", "update.minibatches=3"], "divide"),
+        (["experiments/embedded.yaml", "update.minibatches=3"], "must divide rollout.prompts=8"),
+        (["experiments/embedded.yaml", "update.loss=ppo"], "rlsd, vanilla, sdpo"),
+        (["experiments/embedded.yaml", "update.loss=sdpo", "credit.teacher_context=none"], "use guidance"),
+        (["experiments/embedded.yaml", "credit.turn_credit=turns"], "scalar, local"),
+        (["experiments/embedded.yaml", "credit.teacher_update=copy"], "sync, ema"),
+        (["experiments/embedded.yaml", "credit.delta_baseline=plain"], "teacher_plain"),
+        (["experiments/embedded.yaml", "reward.process=gain"], "parent_tpr"),
         (["experiments/embedded.yaml", "credit.lam=1.5"], "0 to 1"),
         (["experiments/embedded.yaml", "reward.process=best"], "reduction"),
         (["experiments/embedded.yaml", "reward.weights.looks=1"], "known terms"),

@@ -1,0 +1,126 @@
+"""Measures parts of the method against each other, in one process, so that the ratios hold on a noisy machine.
+
+`python -m icseg_jax.bench advantages [CONFIG] [key=value ...]`
+    From scores to token advantages (all three levels), per token, against a real update of the same config; and the
+    same at 512 prompts x 16 rollouts x 8192 tokens. CONFIG defaults to experiments/embedded.yaml.
+
+Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from icseg_jax import train, weights
+
+USAGE = __doc__
+LARGE = (512, 16, 8192)  # prompts, rollouts, tokens
+
+
+def seconds(call: Callable[[], Any], repeats: int = 5) -> float:
+    """Median wall time of a call, compiled before."""
+    jax.block_until_ready(call())
+    spent = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        spent.append(time.perf_counter() - start)
+    return statistics.median(spent)
+
+
+def credit_inputs(shape: tuple[int, int, int], questions: int, seed: int = 0) -> tuple:
+    """Arguments of `hierarchical_advantages` after the config: random, of the types a step gives it."""
+    p, n, t = shape
+    rng = np.random.default_rng(seed)
+    turn = np.broadcast_to(np.arange(t) * (questions + 2) // t, shape).astype(np.int32)
+    draw = lambda: -rng.random(shape, np.float32)  # noqa: E731
+    return (
+        rng.random((p, n), np.float32) * 6, rng.random((p, n)) < 0.95, rng.random((p, n, questions), np.float32),
+        np.broadcast_to(np.arange(questions, dtype=np.int32), (p, n, questions)), turn, np.ones(shape, bool), draw(),
+        draw(), rng.random((p, n)) < 0.8, np.float32(0.5),
+    )  # fmt: skip
+
+
+def random_batch(config: train.Config, speaker: train.Speaker) -> train.Batch:
+    """A batch of the config's shapes full of random tokens: as much work as a real one."""
+    c, rng = config, np.random.default_rng(0)
+    p, n = c.rollout.prompts // c.update.minibatches, c.rollout.rollouts
+
+    def rows(count: int, length: int) -> train.Rows:
+        row = train.Transcript()
+        row.add(rng.integers(0, len(speaker.tokenizer), length).tolist(), trained=True)
+        return train.stack_rows([[[row]] * count] * p, length, 0)
+
+    merge = speaker.policy.vision.spatial_merge_size**2
+
+    def images(grid: tuple[int, int]) -> train.Images:
+        shape = (p * c.protocol.frames, grid[0] * grid[1] * merge, speaker.policy.vision.patch_dim)
+        return speaker.images(rng.random(shape, np.float32), grid)
+
+    return train.Batch(
+        rows(1, c.protocol.prompt_tokens), rows(n, max(c.update.token_buckets)),
+        images(speaker.frame_grid), images(speaker.keyframe_grid),
+    )  # fmt: skip
+
+
+def advantages(config: train.Config) -> dict[str, Any]:
+    """Per-token seconds of the three levels against those of an update, and the large shape alone."""
+    c = config
+    source = train.resolve_path(c.policy.path)
+    policy_config, params = train.load_policy(source, dtype="float32")
+    speaker = train.Speaker(c.protocol, policy_config, weights.Tokenizer(source))
+    questions = c.protocol.max_turns
+    batch = random_batch(c, speaker)
+    p, n, t = batch.rows.tokens.shape
+    given = credit_inputs((p, n, t), questions)
+    credit = train.Credit(*(np.asarray(x) for x in (given[6], given[6], given[5])))
+    _, update = train.make_programs(train.Policy(policy_config, c.policy.remat), c)
+    state = [train.fresh_state(params, c, teacher=False)]
+
+    def one_update() -> Any:
+        state[0], stats = update(state[0], batch, credit, None, np.float32(0.0))
+        return stats
+
+    updating = seconds(one_update) / (p * n * t)
+    out: dict[str, Any] = {"device": jax.devices()[0].device_kind}
+    out["update"] = {"shape": [p, n, t], "per_token": updating}
+    for kind in ("scalar", "local"):
+        section = train.dataclasses.replace(c.credit, turn_credit=kind)
+        spent = seconds(lambda section=section: train.hierarchical_advantages(section, *given), 20)
+        each = spent / (p * n * t)
+        out[kind] = {"per_token": each, "share_of_update": each / updating}
+    large = jax.device_put(credit_inputs(LARGE, questions))
+    spent = seconds(lambda: train.hierarchical_advantages(c.credit, *large), 3)
+    out["large"] = {"shape": list(LARGE), "seconds": spent}
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0, or 2 on bad input."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    name, *rest = arguments
+    try:
+        if name != "advantages":
+            raise train.ConfigError(f"unknown measurement {name!r}; known: advantages")
+        configs = [a for a in rest if "=" not in a]
+        config = train.load_config((configs or ["experiments/embedded.yaml"])[0], [a for a in rest if "=" in a])
+        print(json.dumps(advantages(config), indent=1))
+    except train.ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
