@@ -3764,37 +3764,43 @@ class Trainer:
         params = self.cast(self.state.params)
         count = min(c.evaluate.samples or len(self.test), len(self.test))
         decodings = {"greedy": 0.0, "sampled": c.rollout.temperature}
-        rows: dict[str, list[dict]] = {k: [] for k in decodings}
-        stories: list[dict] = []
         clips = set(np.linspace(0, count - 1, min(c.evaluate.clips, count)).astype(int).tolist())
         gallery = set(np.linspace(0, count - 1, min(c.evaluate.gallery, count)).astype(int).tolist()) if name else set()
-        for start in range(0, count, c.evaluate.prompts):
-            # The last batch is filled up by wrapping round, so that one set of programs serves all.
-            indices = [(start + k) % count for k in range(c.evaluate.prompts)]
-            with clock("data"):
-                prompts = [self.prompt(self.test[i]) for i in indices]
-            dialogues = self.sampler.play(
-                params, prompts, list(decodings.values()), self.user, seed=c.seed, step=EVALUATION, clock=clock
-            )
-            with clock("reward"):
-                scores, _, _ = score(dialogues, c, self.expert, self.mask_reward)
+
+        def rate(indices: Sequence[int], dialogues: list[list[Dialogue]]) -> tuple[dict[str, list[dict]], list[dict]]:
+            scores, _, _ = score(dialogues, c, self.expert, self.mask_reward)
+            rows: dict[str, list[dict]] = {decoding: [] for decoding in decodings}
+            stories = []
             for i, index in enumerate(indices):
-                if start + i >= count:
-                    break
                 for j, decoding in enumerate(decodings):
                     d = dialogues[i][j]
-                    row = dialogue_row(d, scores, i, j, c)
-                    if index in clips:
-                        with clock("track"):
-                            row |= self.track(d)
+                    row = dialogue_row(d, scores, i, j, c) | (self.track(d) if index in clips else {})
                     rows[decoding].append(row)
                     if index in gallery and decoding == "greedy":
                         stories.append(self.story(d, row, decoding))
+            return rows, stories
+
+        # Masks and tracks of a batch are made by the sidecar while the next one is played.
+        with concurrent.futures.ThreadPoolExecutor(1) as rater:
+            rated = []
+            for start in range(0, count, c.evaluate.prompts):
+                # The last batch is filled up by wrapping round, so that one set of programs serves all.
+                indices = [(start + k) % count for k in range(c.evaluate.prompts)]
+                with clock("data"):
+                    prompts = [self.prompt(self.test[i]) for i in indices]
+                dialogues = self.sampler.play(
+                    params, prompts, list(decodings.values()), self.user, seed=c.seed, step=EVALUATION, clock=clock
+                )
+                rated.append(rater.submit(rate, indices[: count - start], dialogues))
+            with clock("reward"):
+                done = [part.result() for part in rated]
         if name:
-            write_atomically(
-                self.run.path / "dialogues" / f"{name}.jsonl", "".join(json.dumps(s) + "\n" for s in stories)
-            )
-        return {decoding: metrics.dialogue_summary(rows[decoding]) for decoding in decodings}
+            lines = [json.dumps(story) + "\n" for _, stories in done for story in stories]
+            write_atomically(self.run.path / "dialogues" / f"{name}.jsonl", "".join(lines))
+        return {
+            decoding: metrics.dialogue_summary([row for rows, _ in done for row in rows[decoding]])
+            for decoding in decodings
+        }
 
     def track(self, d: Dialogue) -> dict[str, float]:
         """J and F over the whole video of the masks that SAM2 makes of the answer; no answer is an empty video."""
