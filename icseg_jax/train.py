@@ -194,7 +194,8 @@ class WarmstartSection:
     guided: float = 0.2  # share of dialogues that follow the expert's guidance
     conversations: float = 0.06  # share of scenes that are conversations
     mask_types: float = 0.12  # share of scenes whose wording asks for a mask type
-    dialogues: float = 0.7  # share of scenes with dialogues before short segments, reached from 0 after half of the run
+    dialogues_start: float = 0.0  # share of scenes with dialogues before short segments, at the start of the run
+    dialogues: float = 0.7  # and from half of the run on
     decay: float = 1.0  # last share of the run in which the learning rate falls to 0
     coordinate_sigma: float = 1.5  # start of the spread of coordinate targets, in grid steps
     coordinate_sigma_end: float = 0.0  # reached after four fifths of the run
@@ -1593,9 +1594,10 @@ class Dialogue:
         else:
             text = action.error or ""
         self.replies[-1] = text
+        said = len(self.row)
         speaker.observe(self.row, text, slot)
-        if len(self.row) >= speaker.config.response_tokens:
-            self.end = "overlong"
+        if len(self.row) >= speaker.config.response_tokens:  # nothing can follow: the row ends with what was said
+            self.end, self.row = "overlong", _cut(self.row, said)
 
     @property
     def well_formed(self) -> bool:
@@ -3032,7 +3034,7 @@ class SceneTeacher:
             makers += [lambda: dialogue(synthetic.requery(scene, rng))] * 6
         # Its own dialogue and the short segments first, then further dialogues until the rows are full.
         shorts = [lambda: grounding(0), listing, lambda: grounding(None), lambda: grounding(len(keyed) - 1)]
-        share = w.dialogues * min(1.0, 2 * index / (w.scenes * self.c.steps))
+        share = w.dialogues_start + (w.dialogues - w.dialogues_start) * min(1.0, 2 * index / (w.scenes * self.c.steps))
         if kind == "plain" and rng.random() >= share:
             queue = [*shorts, *makers]
         else:

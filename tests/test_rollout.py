@@ -136,6 +136,24 @@ def test_greedy_rows_are_equal_and_stand_beside_sampled_ones(world):
         assert row[0] == row[2]
 
 
+def test_rows_never_outgrow_their_budget(world):
+    """Whatever is said and shown, a dialogue that ran out of tokens still fits the row it is packed into."""
+    tight = train.load_config(
+        CONFIG, [*SMALL, "protocol.response_tokens=96", "update.token_buckets=[96]", "rollout.cache_buckets=[96]"]
+    )
+    speaker = train.Speaker(tight.protocol, world.policy.config, world.tokenizer)
+    sampler = train.Sampler(tight, world.policy, speaker, world.mesh)
+    shown = data.sample_frames(12, tight.protocol.frames)
+    prompts = [train.Prompt(sample, shown, speaker) for sample in list(world.samples)[:PROMPTS]]
+    rows = sampler.play(
+        world.params, prompts, [1.0] * ROLLOUTS, simulator.OracleUser(), seed=7, step=0, clock=train.Clock()
+    )
+    ends = [d.end for row in rows for d in row]
+    assert "overlong" in ends and all(len(d.row) <= 96 for row in rows for d in row)
+    batch, _ = train.pack(rows, tight, speaker)
+    assert batch.rows.tokens.shape == (PROMPTS, ROLLOUTS, 96)
+
+
 @pytest.fixture(scope="module")
 def scored(world, played):
     scores, guidance, _ = train.score(played, world.config, world.expert, None)
