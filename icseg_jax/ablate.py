@@ -197,6 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     try:
         for number, (config, seed) in enumerate(plan, start=1):
+            if stopped:
+                break
             run = out / config.stem / f"seed{seed}"
             if (train.read_json(run / "summary.json") or {}).get("finished"):
                 continue
@@ -210,9 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = child.wait()
             child = None
             write_tables(out, rows, seeds)
-            if stopped:
-                break
-            if code:
+            if code and not stopped:
                 failed.append(f"{config.stem} seed {seed} (exit code {code})")
     finally:
         for s, handler in before.items():

@@ -9,6 +9,7 @@ Prints one JSON object.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -93,7 +94,7 @@ def advantages(config: train.Config) -> dict[str, Any]:
     out: dict[str, Any] = {"device": jax.devices()[0].device_kind}
     out["update"] = {"shape": [p, n, t], "per_token": updating}
     for kind in ("scalar", "local"):
-        section = train.dataclasses.replace(c.credit, turn_credit=kind)
+        section = dataclasses.replace(c.credit, turn_credit=kind)
         spent = seconds(lambda section=section: train.hierarchical_advantages(section, *given), 20)
         each = spent / (p * n * t)
         out[kind] = {"per_token": each, "share_of_update": each / updating}

@@ -22,7 +22,7 @@ belongs to a prompt is [P, ...], what belongs to a rollout [P, N, ...].
 Where this departs from the released scripts, or chooses where they are silent (METHOD.md 11.3):
  1. The process reward is the mean normalised reduction of the candidate count, gated by format; its formula is not
     public. `reward.process`.
- 2. The turn level enters as a scalar in the return, like the terms of the trajectory level.
+ 2. The turn level enters as a scalar in the return, like the terms of the trajectory level. `credit.turn_credit`.
  3. The teacher sees the expert's guidance only, never a sibling's solution. `credit.teacher_context`.
  4. A sixth reward term, the SAM2 mask IoU. `reward.weights.mask: 0` leaves the paper's five.
  5. The key frame is the last valid one before the answer; answers may span lines (the format term stays strict).
@@ -201,7 +201,6 @@ class WarmstartSection:
     coordinate_sigma_end: float = 0.0  # reached after four fifths of the run
     coordinate_step: int = 10  # grid of coordinate tokens, thousandths of the frame
     patch_words: float = 0.5  # weight of naming what each image token shows; falls to 0 over half of the run
-    emphasis: dict[str, float] = field(default_factory=dict)  # attribute -> weight of its words in the loss, else 1
 
 
 @dataclass(frozen=True)
@@ -339,9 +338,6 @@ def check_config(c: Config) -> Config:
     need(c.stage in ("rl", "sft"), "stage", c.stage, "use rl or sft")
     need(c.steps >= 1, "steps", c.steps, "use 1 or more")
     need(c.policy.dtype in ("float32", "bfloat16"), "policy.dtype", c.policy.dtype, "use float32 or bfloat16")
-    known = ", ".join(synthetic.VALUES)
-    for attribute in c.warmstart.emphasis:
-        need(attribute in synthetic.VALUES, "warmstart.emphasis", attribute, f"known attributes: {known}")
     need(c.policy.shape is None or c.stage == "sft", "policy.shape", c.policy.shape, "random weights need stage=sft")
     need(c.protocol.prompts in PROMPTS, "protocol.prompts", c.protocol.prompts, f"use one of {', '.join(PROMPTS)}")
     need(c.protocol.max_turns >= 1, "protocol.max_turns", c.protocol.max_turns, "use 1 or more (6 in the paper)")
@@ -2333,17 +2329,13 @@ def teacher_contexts(
     for row, earned, advice in zip(dialogues, np.asarray(returns), guidance, strict=True):
         out.append([])
         for j, told in enumerate(advice):
-            solved = [d for k, d in enumerate(row) if k != j and earned[k] >= enough]
-            solution = SOLUTION.format(solution=solved[0].transcript()) if solved else ""
-            feedback = GUIDANCE.format(guidance=told) if told else ""
-            text = {
-                "guidance": feedback,
-                "solution": solution,
-                "solution_else_guidance": solution or feedback,
-                "both": solution + feedback,
-                "none": "",
-            }[kind]
-            out[-1].append(text)
+            solution = feedback = ""
+            if kind in ("solution", "solution_else_guidance", "both"):
+                solved = [d for k, d in enumerate(row) if k != j and earned[k] >= enough]
+                solution = SOLUTION.format(solution=solved[0].transcript()) if solved else ""
+            if told and (kind in ("guidance", "both") or (kind == "solution_else_guidance" and not solution)):
+                feedback = GUIDANCE.format(guidance=told)
+            out[-1].append(solution + feedback)
     return out
 
 
@@ -2655,6 +2647,12 @@ def pack(
     return batch, starts
 
 
+def own_tokens(values: Array, starts: Array, length: int) -> jax.Array:
+    """What a teacher's view [P,N,T',...] holds from each rollout's own start [P,N] on: [P,N,length,...]."""
+    at = jnp.minimum(starts[..., None] + jnp.arange(length), values.shape[2] - 1)
+    return jnp.take_along_axis(values, at.reshape(*at.shape, *[1] * (values.ndim - 3)), 2)
+
+
 def _cut(row: Transcript, length: int) -> Transcript:
     out = Transcript()
     for name in ("tokens", "trained", "turn", "slots", "positions", "logp"):
@@ -2715,8 +2713,7 @@ def make_programs(policy: Policy, config: Config) -> tuple[Callable, Callable]:
         see = functools.partial(predict, policy, share_prefix=c.update.share_prefix)
         hidden = see(params, batch, freeze_vision=c.policy.freeze_vision)
         told = jax.lax.stop_gradient(see(teacher, guided.batch))
-        at = jnp.minimum(guided.starts[..., None] + jnp.arange(hidden.shape[2]), told.shape[2] - 1)
-        told = jnp.take_along_axis(told, at[..., None], 2)
+        told = own_tokens(told, guided.starts, hidden.shape[2])
         most = min(c.update.sdpo_top_k, policy.config.vocab_size)
 
         def piece(hidden, told, tokens):
@@ -2794,8 +2791,7 @@ def token_credit(
     returns = np.asarray(total_return(scores, c))
     gains = turn_gains(scores.counts, scores.asked, kind=c.reward.process)
     if c.credit.turn_credit == "local":  # each question earns its own: the return keeps the format term
-        weight = c.reward.weights.get("process", 0.0)
-        returns = returns + weight * (scores.well_formed - scores.terms["process"])
+        returns = returns + c.reward.weights.get("process", 0.0) * (scores.well_formed - scores.terms["process"])
     # A group with fewer than two valid rows has nothing to be compared with.
     valid = scores.valid & (scores.valid.sum(-1, keepdims=True) >= 2)
     mask = batch.rows.trained & valid[..., None]
@@ -2890,9 +2886,10 @@ class SceneTeacher:
         self.c, self.w, self.speaker = config, config.warmstart, speaker
         encode = speaker.tokenizer.encode
         self.groups = [[encode(f" {v}")[0] for v in synthetic.VALUES[a]] for a in ("color", "shape", "size")]
-        self.groups += [[encode(form.format(c))[0] for c in range(0, 1001, 10)] for form in ("{}", ", {}")]
+        line = range(0, 1001, self.w.coordinate_step)
+        self.groups += [[encode(form.format(c))[0] for c in line] for form in ("{}", ", {}")]
 
-    def grid(self, values: Iterable[int]) -> list[int]:
+    def grid(self, values: Iterable[float]) -> list[int]:
         step = self.w.coordinate_step
         return [min(1000, max(0, round(v / step) * step)) for v in values]
 
@@ -3083,7 +3080,8 @@ class SceneTeacher:
             if mask.any():
                 y, x = (np.flatnonzero(mask.any(1 - axis))[0] for axis in (0, 1))
                 at = [synthetic.VALUES[a].index(getattr(obj, a)) for a in ("color", "shape", "size")]
-                names[row] = *at, *(round(100 * v) for v in (x / scene.width, y / scene.height))
+                corner = self.grid((1000 * x / scene.width, 1000 * y / scene.height))
+                names[row] = *at, *(v // self.w.coordinate_step for v in corner)
         return np.where((share.max(0) >= 0.1)[:, None], names[top], -1)
 
     def _shape(self, grid: tuple[int, int]) -> tuple[int, int]:
@@ -3160,13 +3158,7 @@ def make_warmstart_step(policy: Policy, config: Config, teacher: SceneTeacher) -
 
     The loss is the token mean over everything taught, plus `patch_weight` times how badly the encoded image tokens,
     read by the output head, name what they show. It puts what is seen where the language layers look for words.
-
-    Words of an attribute in `warmstart.emphasis` weigh more: what is hardest to see is a small share of the tokens.
     """
-    emphasis = np.ones(policy.config.vocab_size, np.float32)
-    for attribute, weight in config.warmstart.emphasis.items():
-        for word in synthetic.VALUES[attribute]:
-            emphasis[teacher.speaker.tokenizer.encode(f" {word}")] = weight
     optimiser = make_warmstart_optimiser(config.update)
 
     def naming(params, visual, words):
@@ -3184,9 +3176,9 @@ def make_warmstart_step(policy: Policy, config: Config, teacher: SceneTeacher) -
         hidden = predict(policy, params, batch, visual)
         named = naming(params, visual, words)
         logp, _ = token_logp(policy, params, hidden, batch.rows.tokens, config.policy.logits_tokens, spread)
-        taught = batch.rows.trained * jnp.asarray(emphasis)[batch.rows.tokens]
+        taught = batch.rows.trained
         loss = -(logp * taught).sum() / taught.sum()
-        stats = {"loss": loss, "patch_words": named, "tokens": batch.rows.trained.sum()}
+        stats = {"loss": loss, "patch_words": named, "tokens": taught.sum()}
         return loss + patch_weight * named, stats
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -3699,12 +3691,11 @@ class Trainer:
         def teacher_logp() -> tuple[np.ndarray, np.ndarray]:
             with clock("teacher"):
                 view, starts = pack(dialogues, c, self.speaker, contexts=contexts)
-                logp = np.asarray(self.logprob(self.state.teacher, shard_batch(self.mesh, view))[0])
-                at = np.minimum(starts[..., None] + np.arange(batch.rows.tokens.shape[-1]), logp.shape[-1] - 1)
+                logp = self.logprob(self.state.teacher, shard_batch(self.mesh, view))[0]
                 plain = old_logp
                 if c.credit.delta_baseline == "teacher_plain":
                     plain = np.asarray(self.logprob(self.state.teacher, shard_batch(self.mesh, batch))[0])
-                return np.take_along_axis(logp, at, -1), plain
+                return np.asarray(own_tokens(logp, starts, batch.rows.tokens.shape[-1])), plain
 
         credit, levels = token_credit(
             batch, scores, contexts, np.array([[d.end == "overlong" for d in row] for row in dialogues]), c,

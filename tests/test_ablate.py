@@ -1,5 +1,6 @@
 """The ablation runner: which rows ship, what it refuses, the table it writes, and (slow) that every row runs."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -33,7 +34,7 @@ def test_every_row_of_the_paper_ships():
 def test_rows_of_a_folder_differ(folder):
     """No two rows are the same run under two names (the reference rows of a folder may repeat the default)."""
     configs = [train.load_config(p) for p in sorted(folder.glob("*.yaml"))]
-    told = [repr(train.dataclasses.replace(c, name="")) for c in configs]
+    told = [repr(dataclasses.replace(c, name="")) for c in configs]
     assert len(set(told)) == len(told)
 
 
