@@ -1017,6 +1017,7 @@ class TrainConfig:
 
     run_dir: str = "runs/sam2_mini"  # checkpoint and log lines
     asset: str = str(ASSET)  # where the finished segmenter is written
+    start: str | None = None  # a finished segmenter to go on from: its tracking (phase 3) is trained further
     seed: int = 0  # of the weights and of the scenes
     threads: int = 1  # of torch
     image_size: int = 192  # pixels, a multiple of 64: frames are resized to it, masks come out at a quarter
@@ -1262,17 +1263,21 @@ def train(config: TrainConfig) -> dict[str, float]:
     torch.manual_seed(config.seed)
     run = Path(config.run_dir)
     run.mkdir(parents=True, exist_ok=True)
-    model_config = mini_config(config.image_size, config.embed_dim, config.stages, config.width,
-                               config.memories)
-    model = build_model(model_config)
-    start_local(model, config.locality)
-    # The package replaces the mask wherever the object score is negative, and then nothing is learned: begin
-    # above 0.
-    torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 4.0)
+    if config.start:
+        model, first = load_segmenter(config.start).model, PHASES.index("clip")
+        model_config = json.loads((Path(config.start) / "config.json").read_text(encoding="utf-8"))
+    else:
+        model_config = mini_config(config.image_size, config.embed_dim, config.stages, config.width,
+                                   config.memories)
+        model, first = build_model(model_config), 0
+        start_local(model, config.locality)
+        # The package replaces the mask wherever the object score is negative, and then nothing is learned:
+        # begin above 0.
+        torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 4.0)
     segmenter = Segmenter(model)
 
     file = run / "checkpoint.pt"
-    first, done, seconds, saved = 0, 0, 0.0, None  # seconds of processor time
+    done, seconds, saved = 0, 0.0, None  # seconds of processor time
     free = ("run_dir", "asset", "threads", "checkpoint_every", "test_scenes", "test_clips")
     identity = {key: value for key, value in dataclasses.asdict(config).items() if key not in free}
     identity["stages"] = list(config.stages)
@@ -1300,7 +1305,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         parameters = _trained(model, phase)
         optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
         start = 0
-        if phase == "clip" and (saved is None or number > first):
+        if phase == "clip" and not config.start and (saved is None or number > first):
             scenes = [synthetic.make_scene(i, seed=config.seed) for i in range(8)]
             frames = np.concatenate([synthetic.render(scene, [0]) for scene in scenes])
             with torch.no_grad():

@@ -164,6 +164,7 @@ class CreditSection:
 class UpdateSection:
     learning_rate: float = 1e-6
     warmup: int = 10  # steps
+    decay: float = 0.0  # last share of the run in which the learning rate falls to 0; the paper's stays
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     beta1: float = 0.9
@@ -3494,11 +3495,10 @@ def config_json(c: PolicyConfig) -> dict:
 # ======================================================================================================
 
 
-def warmstart_rate(config: Config, step: int) -> float:
-    """Warm-up, a long plateau, then a linear fall to zero."""
-    w = config.warmstart
-    fall = (config.steps - step) / (w.decay * config.steps) if w.decay else 1.0
-    return w.learning_rate * min(1.0, (step + 1) / max(w.warmup, 1), fall)
+def learning_rate(section: UpdateSection | WarmstartSection, step: int, steps: int) -> float:
+    """Of step 1..steps: warm-up, a plateau, then a linear fall towards zero."""
+    fall = (steps - step + 1) / (section.decay * steps) if section.decay else 1.0
+    return section.learning_rate * min(1.0, step / max(section.warmup, 1), fall)
 
 
 def warmstart_sigma(config: Config, step: int) -> float:
@@ -3575,7 +3575,7 @@ def train_warmstart(config: Config, run: Run) -> None:
             with clock("update"):
                 patch_weight = config.warmstart.patch_words * max(0.0, 1 - 2 * (number - 1) / config.steps)
                 spread = coordinate_spread(tokenizer, policy_config.vocab_size, warmstart_sigma(config, number - 1))
-                rate = warmstart_rate(config, number - 1)
+                rate = learning_rate(config.warmstart, number, config.steps)
                 state, stats = step(state, batch, words, jax.tree.map(jnp.asarray, spread), rate, patch_weight)
                 stats = {k: float(v) for k, v in stats.items()}
             run.log({"step": number, **stats, "learning_rate": rate, "seconds": clock.take()})
@@ -3704,7 +3704,7 @@ class Trainer:
         if c.update.loss == "sdpo":
             with clock("pack"):
                 guided = Guided(*pack(dialogues, c, self.speaker, contexts=contexts))
-        rate = c.update.learning_rate * min(1.0, number / max(c.update.warmup, 1))
+        rate = learning_rate(c.update, number, c.steps)
         with clock("update"):
             parts = []
             size = c.rollout.prompts // c.update.minibatches
