@@ -3,6 +3,9 @@
 `python -m icseg_jax.bench advantages [CONFIG] [key=value ...]`
     From scores to token advantages (all three levels), per token, against a real update of the same config; and the
     same at 512 prompts x 16 rollouts x 8192 tokens. CONFIG defaults to experiments/embedded.yaml.
+`python -m icseg_jax.bench perception [CONFIG] policy.path=DIR [key=value ...]`
+    What a warm-started policy sees in 60 scenes that it was not trained on: words and boxes of demonstrations, each
+    token predicted after the true ones. CONFIG defaults to experiments/embedded_warmstart_3.yaml.
 
 Prints one JSON object.
 """
@@ -20,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from icseg_jax import train, weights
+from icseg_jax import synthetic, train, weights
 
 USAGE = __doc__
 LARGE = (512, 16, 8192)  # prompts, rollouts, tokens
@@ -104,6 +107,58 @@ def advantages(config: train.Config) -> dict[str, Any]:
     return out
 
 
+def perception(config: train.Config, batches: int = 3) -> dict[str, Any]:
+    """Share of right words of each attribute, share of boxes with IoU above 0.5, mean corner errors in thousandths.
+
+    Words include choices that a demonstration makes at random (what to ask, whom to guess): 1 is out of reach.
+    """
+    source = train.resolve_path(config.policy.path)
+    policy_config, params = train.load_policy(source, dtype="float32")
+    tokenizer, policy = weights.Tokenizer(source), train.Policy(policy_config, False)
+    scenes = train.SceneTeacher(config, train.Speaker(config.protocol, policy_config, tokenizer))
+    words = {a: np.array([tokenizer.encode(f" {v}")[0] for v in values]) for a, values in synthetic.VALUES.items()}
+    line = range(0, 1001, config.warmstart.coordinate_step)
+    forms = [np.array([tokenizer.encode(form.format(v))[0] for v in line]) for form in ("{}", ", {}")]
+
+    @jax.jit
+    def logits_of(batch: train.Batch) -> jax.Array:
+        return policy.apply({"params": params}, train.predict(policy, params, batch), method=train.Policy.head)
+
+    right: dict[str, list] = {a: [] for a in words}
+    errors: list[np.ndarray] = []
+    hits: list[bool] = []
+    for k in range(batches):
+        batch, _ = scenes.batch(10**5 + k)  # far behind the last step of any training
+        logits, tokens = np.asarray(logits_of(batch)), batch.rows.tokens
+        said = logits.argmax(-1)
+        for a, ids in words.items():
+            there = batch.rows.trained & np.isin(tokens, ids)
+            right[a] += (said == tokens)[there].tolist()
+        # A box is four coordinates in a row: one as it stands, three after a comma.
+        first, later = (batch.rows.trained & np.isin(tokens, ids) for ids in forms)
+        boxes = np.argwhere(first[..., :-3] & later[..., 1:-2] & later[..., 2:-1] & later[..., 3:])
+        for i, j, at in boxes:
+            ids = [forms[0], forms[1], forms[1], forms[1]]
+            span = range(at, at + 4)
+            true = [int(np.flatnonzero(f == tokens[i, j, t])[0]) for f, t in zip(ids, span, strict=True)]
+            seen = [int(logits[i, j, t, f].argmax()) for f, t in zip(ids, span, strict=True)]
+            errors.append(np.abs(np.subtract(true, seen)) * config.warmstart.coordinate_step)
+            hits.append(train.box_iou(true, seen) > 0.5)
+    corners = dict(zip(("x1", "y1", "x2", "y2"), np.mean(errors, 0).round(1).tolist(), strict=True))
+    return {
+        "words": {a: round(float(np.mean(v)), 3) for a, v in right.items()},
+        "boxes": round(float(np.mean(hits)), 3),
+        "corner_errors": corners,
+        "counted": {"boxes": len(hits), **{a: len(v) for a, v in right.items()}},
+    }
+
+
+MEASUREMENTS = {
+    "advantages": (advantages, "experiments/embedded.yaml"),
+    "perception": (perception, "experiments/embedded_warmstart_3.yaml"),
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 on bad input."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -112,11 +167,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     try:
-        if name != "advantages":
-            raise train.ConfigError(f"unknown measurement {name!r}; known: advantages")
+        if name not in MEASUREMENTS:
+            raise train.ConfigError(f"unknown measurement {name!r}; known: {', '.join(MEASUREMENTS)}")
+        measure, default = MEASUREMENTS[name]
         configs = [a for a in rest if "=" not in a]
-        config = train.load_config((configs or ["experiments/embedded.yaml"])[0], [a for a in rest if "=" in a])
-        print(json.dumps(advantages(config), indent=1))
+        config = train.load_config((configs or [default])[0], [a for a in rest if "=" in a])
+        print(json.dumps(measure(config), indent=1))
     except train.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,6 +15,14 @@ def test_credit_is_a_small_part_of_an_update(capsys, monkeypatch):
         assert 0 < told[kind]["share_of_update"] < 0.01
 
 
+def test_the_shipped_base_sees(capsys):
+    """Held-out scenes; the floors are well below what the base does (experiments/README.md)."""
+    assert bench.main(["perception", "policy.path=asset:embedded_base"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["boxes"] > 0.85 and min(told["words"].values()) > 0.85
+    assert told["counted"]["boxes"] > 100 and max(told["corner_errors"].values()) < 30
+
+
 def test_bad_input_is_one_line(capsys):
     assert bench.main(["speed"]) == 2
-    assert capsys.readouterr().err == "error: unknown measurement 'speed'; known: advantages\n"
+    assert capsys.readouterr().err == "error: unknown measurement 'speed'; known: advantages, perception\n"
