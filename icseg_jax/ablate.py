@@ -26,6 +26,7 @@ USAGE = __doc__
 
 # name in the evaluation, words in the table, +1: more is better, -1: less is better, 0: neither
 COLUMNS = (
+    ("success", "success", 1),
     ("success_ambiguous", "success, ambiguous", 1),
     ("success_clear", "success, clear", 1),
     ("jf", "J&F", 1),
@@ -57,6 +58,8 @@ def parse(arguments: Sequence[str]) -> tuple[list[Path], list[int], Path | None,
         raise train.ConfigError("no config given; rows are in experiments/ablations/, one folder per question")
     names = [c.stem for c in configs]
     twice = sorted({n for n in names if names.count(n) > 1})
+    if min(seeds) < 0:
+        raise train.ConfigError(f"seeds={options['seeds']}: use numbers from 0 up")
     if twice or len(set(seeds)) < len(seeds):
         raise train.ConfigError(f"given twice: {', '.join(twice) or options['seeds']}; each row and seed runs once")
     for config in configs:  # all of them before anything runs
@@ -200,15 +203,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if stopped:
                 break
             run = out / config.stem / f"seed{seed}"
-            if (train.read_json(run / "summary.json") or {}).get("finished"):
-                continue
             spent = time.monotonic() - begun
             print(f"[{number}/{len(plan)}] {config.stem} seed {seed}   {spent / 60:.1f} minutes so far", flush=True)
             command = [sys.executable, "-m", "icseg_jax.train", str(config), *overrides]
             # A process group of its own: Ctrl-C reaches it once, through `stop`.
+            # A finished run says so, and one of another config exits with 2.
             child = subprocess.Popen(
                 [*command, f"run_dir={run}", f"seed={seed}", f"name={config.stem}-{seed}"], start_new_session=True
             )
+            if stopped:  # the signal came between the two lines above
+                child.send_signal(signal.SIGTERM)
             code = child.wait()
             child = None
             write_tables(out, rows, seeds)

@@ -117,7 +117,7 @@ def perception(config: train.Config, batches: int = 3) -> dict[str, Any]:
     tokenizer, policy = weights.Tokenizer(source), train.Policy(policy_config, False)
     scenes = train.SceneTeacher(config, train.Speaker(config.protocol, policy_config, tokenizer))
     words = {a: np.array([tokenizer.encode(f" {v}")[0] for v in values]) for a, values in synthetic.VALUES.items()}
-    line = range(0, 1001, config.warmstart.coordinate_step)
+    line = range(0, 1001, train.COORDINATE_STEP)
     forms = [np.array([tokenizer.encode(form.format(v))[0] for v in line]) for form in ("{}", ", {}")]
 
     @jax.jit
@@ -142,7 +142,7 @@ def perception(config: train.Config, batches: int = 3) -> dict[str, Any]:
             span = range(at, at + 4)
             true = [int(np.flatnonzero(f == tokens[i, j, t])[0]) for f, t in zip(ids, span, strict=True)]
             seen = [int(logits[i, j, t, f].argmax()) for f, t in zip(ids, span, strict=True)]
-            errors.append(np.abs(np.subtract(true, seen)) * config.warmstart.coordinate_step)
+            errors.append(np.abs(np.subtract(true, seen)) * train.COORDINATE_STEP)
             hits.append(train.box_iou(true, seen) > 0.5)
     corners = dict(zip(("x1", "y1", "x2", "y2"), np.mean(errors, 0).round(1).tolist(), strict=True))
     return {

@@ -28,6 +28,7 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import fcntl
 import hashlib
 import hmac
 import io
@@ -250,14 +251,21 @@ def build_model(config: dict) -> Any:
 
     Raises ValueError when the configuration names a class outside the package: it is data, not a program.
     """
-    from hydra.utils import instantiate
+    from hydra.utils import get_class, instantiate
     from omegaconf import OmegaConf
+
+    def ours(target: Any) -> bool:
+        if not isinstance(target, str) or not target.startswith("sam2.modeling."):
+            return False
+        try:  # a path may lead on to what a module imports: where the class was written counts
+            return get_class(target).__module__.startswith("sam2.modeling.")
+        except Exception:  # hydra wraps whatever importing raises
+            return False
 
     def check(node):
         if isinstance(node, dict):
-            target = node.get("_target_", "sam2.modeling.")
-            if not str(target).startswith("sam2.modeling."):
-                raise ValueError(f"segmenter config: _target_ {target!r} is not a class of sam2.modeling")
+            if "_target_" in node and not ours(node["_target_"]):
+                raise ValueError(f"segmenter config: _target_ {node['_target_']!r} is not a class of sam2.modeling")
         for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
             check(child)
 
@@ -1013,10 +1021,10 @@ def _plain_row(row: dict) -> dict:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the small segmenter is made. It reads nothing from disk: scenes come from `synthetic`."""
+    """How the small segmenter is made. Scenes come from `synthetic`, nothing is read from disk but `start`."""
 
     run_dir: str = "runs/sam2_mini"  # checkpoint and log lines
-    asset: str = str(ASSET)  # where the finished segmenter is written
+    asset: str | None = None  # where the finished segmenter is written; default run_dir/trained
     start: str | None = None  # a finished segmenter to go on from: its tracking (phase 3) is trained further
     seed: int = 0  # of the weights and of the scenes
     threads: int = 1  # of torch
@@ -1070,6 +1078,9 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
     except Exception as error:
         raise ValueError(f"{path}: {_one_line(error)}") from None
     config = TrainConfig(**{**values, "stages": tuple(values["stages"])})
+    for name in ("warmup", "checkpoint_every", "scenes", "frames", "objects", "threads"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)}: use 1 or more")
     if config.image_size % 64:
         raise ValueError(f"image_size={config.image_size}: must be a multiple of 64, such as 192")
     return config
@@ -1249,11 +1260,23 @@ def _trained(model: Any, phase: str) -> list:
 
 
 def train(config: TrainConfig) -> dict[str, float]:
-    """Trains the small segmenter, writes `config.asset`, and returns the numbers of `measure`.
+    """Trains the small segmenter, writes it (`asset`), and returns the numbers of `measure`.
 
     The same call continues an unfinished run from its last checkpoint, bit for bit; a finished one is only
-    measured and written again. Raises ValueError when `run_dir` holds a run of another config.
+    measured and written again. Raises ValueError when `run_dir` holds a run of another config, or when another
+    process is training there.
     """
+    run = Path(config.run_dir)
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"run_dir={run}: another training is writing here; wait for it") from None
+        return _train(config, run, Path(config.asset or run / "trained"))
+
+
+def _train(config: TrainConfig, run: Path, asset: Path) -> dict[str, float]:
     import torch
     from tqdm import tqdm
 
@@ -1261,8 +1284,6 @@ def train(config: TrainConfig) -> dict[str, float]:
 
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    run = Path(config.run_dir)
-    run.mkdir(parents=True, exist_ok=True)
     if config.start:
         model, first = load_segmenter(config.start).model, PHASES.index("clip")
         model_config = json.loads((Path(config.start) / "config.json").read_text(encoding="utf-8"))
@@ -1341,11 +1362,11 @@ def train(config: TrainConfig) -> dict[str, float]:
         if start < steps:
             _save_checkpoint(file, identity, number, steps, seconds, model, None)
 
-    save_segmenter(config.asset, model, model_config)
-    numbers = measure(load_segmenter(config.asset), config.test_scenes, config.test_clips)
+    save_segmenter(asset, model, model_config)
+    numbers = measure(load_segmenter(asset), config.test_scenes, config.test_clips)
     print(json.dumps(numbers), flush=True)
     count = sum(p.numel() for p in model.parameters())
-    _write_bytes(Path(config.asset) / "README.md", _asset_readme(config, count, seconds, numbers).encode())
+    _write_bytes(asset / "README.md", _asset_readme(config, count, seconds, numbers).encode())
     return numbers
 
 
@@ -1361,13 +1382,17 @@ def _save_checkpoint(file: Path, config: dict, phase: int, step: int, seconds: f
 
 def _asset_readme(config: TrainConfig, parameters: int, seconds: float, numbers: dict[str, float]) -> str:
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in numbers.items())
+    plain = dataclasses.asdict(TrainConfig())
+    changed = {key: value for key, value in dataclasses.asdict(config).items() if value != plain[key]}
+    settings = "\n".join(f"    {key}: {value}" for key, value in changed.items())
     return f"""# The embedded world's SAM2
 
-{parameters:,} parameters, the `sam2` package's own classes, trained from nothing on `synthetic` scenes by
+{parameters:,} parameters, the `sam2` package's own classes, trained on `synthetic` scenes by
+`python -m icseg_jax.sam2_sidecar train` with
 
-    python -m icseg_jax.sam2_sidecar train experiments/embedded_sam2.yaml
+{settings}
 
-with seed {config.seed} in {seconds / 60:.0f} minutes of one CPU core. Measured by `measure` on
+in {seconds / 60:.0f} minutes of one CPU core. Measured by `measure` on
 {config.test_scenes} test scenes (objects that show more than {MIN_AREA} pixels), {config.test_clips} tracked:
 
 | | |

@@ -276,10 +276,18 @@ def _guidance(initial: int, plan: Sequence[str], advice: Sequence[str]) -> str:
     return " . ".join([*steps, "stop when one remains", *wasted])
 
 
+# "one" and "first" are left out: advice needs them ("ask color first", "stop when one remains"), and a count of one
+# names nobody.
+_NUMBERS = frozenset(
+    "zero two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty "
+    "ninety hundred thousand second third fourth fifth sixth seventh last leftmost rightmost".split())
+
+
 def leaks(guidance: str, graph_or_values: dict | Iterable[str]) -> bool:
     """Whether a text gives the target away: a number, or any of its attribute values (METHOD.md 8, Q4).
 
-    Takes a scene graph (its target's values, with the columns of all frames) or the values themselves.
+    Takes a scene graph (its target's values, with the columns of all frames) or the values themselves. Numbers in
+    words count ("third"), as do plurals ("circles") and other words for a direction ("to the left", "upwards").
     """
     if isinstance(graph_or_values, dict):
         values = set()
@@ -288,4 +296,7 @@ def leaks(guidance: str, graph_or_values: dict | Iterable[str]) -> bool:
             values = {target["color"], target["shape"], target["size"], target["motion"]["dir"], *columns}
     else:
         values = set(graph_or_values)
-    return bool(re.search(r"\d", guidance)) or not values.isdisjoint(re.findall(r"\w+", guidance.lower()))
+    words = re.findall(r"[^\W_]+", guidance.lower())
+    words += [word.removesuffix("s") for word in words] + [word.removesuffix("es") for word in words]
+    values |= {value.removesuffix("ward") for value in values}
+    return bool(re.search(r"\d", guidance)) or not (values | _NUMBERS).isdisjoint(words)

@@ -70,7 +70,7 @@ from jax.sharding import PartitionSpec as Spec
 from icseg_jax import data, metrics, simulator, synthetic, weights
 from icseg_jax.sam2_sidecar import SegmenterClient, SidecarError
 
-Array = jax.Array | np.ndarray
+Array = jax.Array | np.ndarray | np.generic
 
 
 class ConfigError(ValueError):
@@ -84,7 +84,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class PolicySection:
-    path: str = "asset:embedded_base"  # a Hugging Face directory or one of our checkpoints; "asset:" is in the package
+    path: str = "asset:embedded_base"  # a Hugging Face directory, such as a run's trained/; "asset:" is in the package
     shape: str | None = None  # a config.json to start from random weights instead (stage: sft)
     dtype: str = "bfloat16"  # type of the computation; master parameters are always float32
     remat: bool = True  # recompute activations in the backward pass
@@ -109,7 +109,7 @@ class ProtocolSection:
     max_turns: int = 6  # tool calls: at most max_turns - 1 questions and the key frame
     prompts: str = "full"  # full | brief: how much the system prompt explains
     clarify: list[str] = field(default_factory=lambda: ["simple", "medium", "difficult"])  # abilities that may ask
-    prompt_tokens: int = 2176  # longest prompt; longer ones are left out in training
+    prompt_tokens: int = 2176  # longest prompt
     response_tokens: int = 8192  # T: everything after the prompt, observations included
     action_tokens: int = 4096  # one generation
     observation_tokens: int = 4096  # one observation
@@ -200,7 +200,6 @@ class WarmstartSection:
     decay: float = 1.0  # last share of the run in which the learning rate falls to 0
     coordinate_sigma: float = 1.5  # start of the spread of coordinate targets, in grid steps
     coordinate_sigma_end: float = 0.0  # reached after four fifths of the run
-    coordinate_step: int = 10  # grid of coordinate tokens, thousandths of the frame
     patch_words: float = 0.5  # weight of naming what each image token shows; falls to 0 over half of the run
 
 
@@ -268,6 +267,29 @@ LOSSES = ("rlsd", "vanilla", "sdpo")
 CONTEXTS = ("guidance", "solution", "solution_else_guidance", "both", "none")
 
 
+# Least values of whole numbers (or of lists of them), and numbers that must be above 0; `check_config` says the rest.
+WHOLE = {
+    "": {"seed": 0},
+    "policy": {"logits_tokens": 1},
+    "data": {"generate_train": 0, "generate_test": 0, "generate_seed": 0},
+    "protocol": {"frames": 1, "frame_size": 1, "keyframe_size": 1, "prompt_tokens": 1, "response_tokens": 1}
+    | {"action_tokens": 1, "observation_tokens": 1},
+    "rollout": {"prompts": 1, "refills": 0, "cache_buckets": 1, "observation_buckets": 1, "least_prompts": 1},
+    "update": {"warmup": 0, "minibatches": 1, "micro_prompts": 0, "token_buckets": 1},
+    "warmstart": {"scenes": 1, "rows": 1, "row_tokens": 1, "keyframes": 1, "warmup": 0},
+    "sidecar": {"threads": 1},
+    "evaluate": {"every": 0, "prompts": 1, "samples": 0, "clips": 0, "gallery": 0},
+    "checkpoint": {"every": 0, "keep": 1},
+    "mesh": {"fsdp": 1, "tensor": 1},
+}
+POSITIVE = {
+    "reward": ("box_l1", "point_l2"),
+    "update": ("learning_rate", "clip_norm", "clip_high"),
+    "warmstart": ("learning_rate",),
+    "sidecar": ("timeout",),
+}
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML with `base:` inheritance and `key.sub=value` overrides into a checked, frozen Config.
 
@@ -276,6 +298,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     def read(file: Path, seen: tuple[Path, ...]) -> Any:
         if file in seen:
@@ -315,7 +338,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             key, equals, value = item.partition("=")
             if not equals:
                 raise ConfigError(f"override {item!r} is not key=value, for example steps=4")
-            given = OmegaConf.from_dotlist([item])
+            try:
+                given = OmegaConf.from_dotlist([item])
+            except YAMLError as error:
+                raise ConfigError(f"override {item!r} is not YAML ({_first_line(error)}); such as steps=4") from None
             known(OmegaConf.to_container(given), Config, "command line")
             raw = OmegaConf.merge(raw, given)
         known(OmegaConf.to_container(raw, resolve=True), Config, str(path))
@@ -354,18 +380,30 @@ def check_config(c: Config) -> Config:
         c.rollout.temperature,
         "use a positive number (1.0 in the paper)",
     )
+    for section, keys in WHOLE.items():
+        for key, least in keys.items():
+            given = getattr(getattr(c, section) if section else c, key)
+            name = f"{section}.{key}" if section else key
+            for value in given if isinstance(given, list) else [given]:
+                need(value >= least, name, given, f"use {least} or more")
+            need(given != [], name, given, "give at least one size")
+    for section, keys in POSITIVE.items():
+        for key in keys:
+            given = getattr(getattr(c, section), key)
+            need(math.isfinite(given) and given > 0, f"{section}.{key}", given, "use a positive number")
+    divisors = lambda n: ", ".join(str(k) for k in range(1, n + 1) if n % k == 0)  # noqa: E731
     need(
         c.rollout.prompts % c.update.minibatches == 0,
         "update.minibatches",
         c.update.minibatches,
-        f"must divide rollout.prompts={c.rollout.prompts}",
+        f"must divide rollout.prompts={c.rollout.prompts}; use one of {divisors(c.rollout.prompts)}",
     )
     per = c.rollout.prompts // c.update.minibatches
     need(
         c.update.micro_prompts == 0 or per % c.update.micro_prompts == 0,
         "update.micro_prompts",
         c.update.micro_prompts,
-        f"must divide the {per} prompts of a minibatch (0: all at once)",
+        f"must divide the {per} prompts of a minibatch; use 0 (all at once) or one of {divisors(per)}",
     )
     need(0 <= c.credit.lam <= 1, "credit.lam", c.credit.lam, "use a number from 0 to 1 (0.5 in the paper)")
     need(c.credit.lam_decay > 0, "credit.lam_decay", c.credit.lam_decay, "use 1 or more steps")
@@ -400,13 +438,21 @@ def check_config(c: Config) -> Config:
         dict(c.reward.weights),
         "at least one weight must be above 0",
     )
+    need(0 <= c.update.decay <= 1, "update.decay", c.update.decay, "use a share of the run, from 0 to 1")
     need(c.update.dual_clip > 1, "update.dual_clip", c.update.dual_clip, "use a number above 1 (3.0 in the paper)")
+    need(0 < c.update.clip_low < 1, "update.clip_low", c.update.clip_low, "use 0 < clip_low < 1 (0.2 in the paper)")
     need(
-        0 < c.update.clip_low < 1 and c.update.clip_high > 0,
-        "update.clip_low",
-        c.update.clip_low,
-        "use 0 < clip_low < 1, clip_high > 0",
+        c.credit.turn_credit == "scalar" or c.reward.process in ("reduction", "ratio", "log"),
+        "reward.process",
+        c.reward.process,
+        "credit.turn_credit=local gives each question its own gain; use reduction, ratio or log",
     )
+    for term, weight in c.reward.weights.items():
+        need(math.isfinite(weight) and weight >= 0, f"reward.weights.{term}", weight, "use a number from 0 up")
+    need(0 < c.reward.iou < 1, "reward.iou", c.reward.iou, "use a number between 0 and 1 (0.5 in the paper)")
+    need(0 < c.reward.success <= 1, "reward.success", c.reward.success, "use a share of the maximum (0.7 in the paper)")
+    shares = c.warmstart.conversations + c.warmstart.mask_types
+    need(0 <= shares <= 1, "warmstart.mask_types", c.warmstart.mask_types, "with conversations it must stay within 1")
     need(c.simulator.kind in ("oracle", "person"), "simulator.kind", c.simulator.kind, "use oracle or person")
     need(
         max(c.update.token_buckets) >= c.protocol.response_tokens,
@@ -1181,7 +1227,18 @@ def information(reply: str) -> str:
     return f"<information>{reply}</information>\n\n"
 
 
-SOLUTION = "\n\nHere is an earlier attempt to answer the query correctly: {solution}"
+# What a malformed action is told (METHOD.md 1.4).
+TOOL_ERRORS = {
+    "call_json": "The call is not valid JSON.",
+    "call_keys": 'The call needs "name" and "query".',
+    "tool": "Unknown tool; the only one is vlm_tool.",
+    "answer_json": "The answer is not valid JSON.",
+    "answer_keys": 'The answer needs "bbox_2d" with 4 numbers and "point_2d" with 2.',
+    "mask_type": '"mask_type" is "modal" or "amodal".',
+    "nothing": "Nothing to do was found.",
+}
+
+SOLUTION = "\n\nHere is an earlier attempt that solved it: {solution}\n\nAnswer the query correctly."
 GUIDANCE = "\n\nFeedback on an earlier attempt: {guidance}\n\nAnswer the query correctly."
 
 
@@ -1241,15 +1298,15 @@ def parse_action(text: str) -> Action:
     if call is not None:
         request = _read_json(call)
         if not isinstance(request, dict):
-            return Action("invalid", error="The call is not valid JSON.")
+            return Action("invalid", error=TOOL_ERRORS["call_json"])
         if (
             not isinstance(request.get("name"), str)
             or not isinstance(request.get("query"), str)
             or not request["query"].strip()
         ):
-            return Action("invalid", error='The call needs "name" and "query".')
+            return Action("invalid", error=TOOL_ERRORS["call_keys"])
         if request["name"] != "vlm_tool":
-            return Action("invalid", error="Unknown tool; the only one is vlm_tool.")
+            return Action("invalid", error=TOOL_ERRORS["tool"])
         return Action("call", question=request["query"].strip())
     keyframe = _between(text, "keyframe", last=False)
     if keyframe is not None:
@@ -1260,15 +1317,15 @@ def parse_action(text: str) -> Action:
     if answer is not None:
         value = _read_json(answer)
         if not isinstance(value, dict):
-            return Action("invalid", error="The answer is not valid JSON.")
+            return Action("invalid", error=TOOL_ERRORS["answer_json"])
         box, point = _numbers(value.get("bbox_2d"), 4), _numbers(value.get("point_2d"), 2)
         if box is None or point is None:
-            return Action("invalid", error='The answer needs "bbox_2d" with 4 numbers and "point_2d" with 2.')
+            return Action("invalid", error=TOOL_ERRORS["answer_keys"])
         mask_type = value.get("mask_type", "modal")
         if mask_type not in ("modal", "amodal"):
-            return Action("invalid", error='"mask_type" is "modal" or "amodal".')
+            return Action("invalid", error=TOOL_ERRORS["mask_type"])
         return Action("answer", box=box, point=point, mask_type=mask_type)
-    return Action("invalid", error="Nothing to do was found.")
+    return Action("invalid", error=TOOL_ERRORS["nothing"])
 
 
 def well_formed(texts: Sequence[str], *, mask_type: bool = False) -> bool:
@@ -1507,6 +1564,11 @@ class Prompt:
         self.query_end = len(self.row)  # a teacher's guidance goes here
         self.query_position = self.row.position
         self.row.add(speaker.closing())
+        if len(self.row) > speaker.config.prompt_tokens:
+            raise ConfigError(
+                f"protocol.prompt_tokens={speaker.config.prompt_tokens}: the prompt of {sample.id} has {len(self.row)} "
+                "tokens; give at least that, or fewer or smaller frames"
+            )
         self.keyframes: dict[int, int] = {}  # fid -> slot of its high-resolution copy in the bank
         known = sample.masks is not None  # hidden labels: nothing is scored
         shown = zip(self.fids, positions, strict=True)
@@ -1632,8 +1694,10 @@ def stop_automaton(spelling: Sequence[bytes], stops: Sequence[str]) -> tuple[np.
 
 
 def bucket(size: int, buckets: Sequence[int]) -> int:
-    """The smallest bucket that holds `size`: programs are compiled once per bucket."""
-    return next(b for b in sorted(buckets) if b >= size)
+    """The smallest bucket that holds `size`: programs are compiled once per bucket. Raises ConfigError."""
+    if size > max(buckets):
+        raise ConfigError(f"{size} tokens do not fit the buckets {list(buckets)}; give a larger one")
+    return min(b for b in buckets if b >= size)
 
 
 class Lanes(struct.PyTreeNode):
@@ -1969,7 +2033,8 @@ def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def localisation_rewards(
-    frame: int | None, box: Sequence[float] | None, point: Sequence[float] | None, truth: Mapping, *,
+    frame: int | np.integer | None, box: Sequence[float] | Array | None, point: Sequence[float] | Array | None,
+    truth: Mapping, *,
     iou: float = 0.5, box_l1: float = 10, point_l2: float = 100,
 ) -> dict[str, float]:  # fmt: skip
     """The four terms of the trajectory level, each in [0,1] (METHOD.md 3.1).
@@ -2003,8 +2068,10 @@ def turn_gains(counts: Array, asked: Array, *, kind: str = "reduction") -> jax.A
 
     counts [...,Q+1]: candidates before the first question and after each; asked [...,Q]: slots that hold a call,
     well-formed or not. Returns [...,Q], 0 where nothing was asked. reduction: (a-b)/(a-1); ratio: 1-b/a; log:
-    log(a/b)/log(a); the other kinds of `process_reward` use reduction.
+    log(a/b)/log(a); the other kinds of `process_reward` use reduction. Raises ValueError for an unknown kind.
     """
+    if kind not in TURN_KINDS:
+        raise ValueError(f"turn gain {kind!r} is unknown; use one of {', '.join(TURN_KINDS)}")
     counts = jnp.asarray(counts, jnp.float32)
     before, after = counts[..., :-1], counts[..., 1:]
     several = before > 1
@@ -2025,18 +2092,26 @@ def process_reward(
 
     counts [...,Q+1], asked [...,Q], well_formed [...] (the format term), ambiguous [...]: the sample needs a question.
     Without a question: 0 when ambiguous (guessing), else the format term. `linear` costs 0.1 per redundant question;
-    `format` ignores the turns; `parent_tpr` is the parent project's 1-0.3^k, which rewards more calls.
+    `format` ignores the turns; `parent_tpr` is the parent project's term, which rewards calls: on ambiguous samples
+    1-0.3^k with k the calls (at most 10; malformed ones too, which the parent leaves out) and the format term, on
+    others the format term. Raises ValueError for an unknown kind.
     """
+    if kind not in TURN_KINDS:
+        raise ValueError(f"process reward {kind!r} is unknown; use one of {', '.join(TURN_KINDS)}")
     counts, asked = jnp.asarray(counts, jnp.float32), jnp.asarray(asked, bool)
     fmt, ambiguous = jnp.asarray(well_formed, jnp.float32), jnp.asarray(ambiguous, bool)
     if kind == "format":
         return fmt
     questions = asked.sum(-1)
     if kind == "parent_tpr":
-        return jnp.where(questions > 0, 1 - 0.3 ** (questions + fmt), jnp.where(ambiguous, 0.0, fmt))
+        return jnp.where(ambiguous, 1 - 0.3 ** (jnp.minimum(questions, 10) + fmt), fmt)
     gains = turn_gains(counts, asked, kind=kind)
     each = jnp.maximum(questions, 1)
-    first, last = jnp.maximum(counts[..., 0], 1.0), jnp.maximum(counts[..., -1], 1.0)
+    slots = asked.shape[-1]
+    ended = jnp.where(asked.any(-1), slots - jnp.argmax(asked[..., ::-1], -1), 0)  # slot after the last question
+    counts = jnp.broadcast_to(counts, (*ended.shape, slots + 1))
+    last = jnp.take_along_axis(counts, ended[..., None], -1)[..., 0]
+    first, last = jnp.maximum(counts[..., 0], 1.0), jnp.maximum(last, 1.0)
     resolution = jnp.where(first > 1, (first - last) / jnp.maximum(first - 1, 1.0), 0.0)
     if kind == "resolution_x_efficiency":
         earned = resolution * (gains > 0).sum(-1) / each
@@ -2047,17 +2122,23 @@ def process_reward(
     return jnp.where(questions > 0, fmt * earned, jnp.where(ambiguous, 0.0, fmt))
 
 
+def readable_counts(counts: Any) -> bool:
+    """Whether an expert's counts are numbers at all; without any a turn earns the format term only (METHOD.md 2.2)."""
+    whole = lambda x: isinstance(x, int) and not isinstance(x, bool)  # noqa: E731
+    return isinstance(counts, (list, tuple)) and len(counts) > 0 and all(map(whole, counts))
+
+
 def check_counts(counts: Any, initial: int, questions: int) -> tuple[list[int], bool]:
     """The expert's counts made fit for use: `questions + 1` of them, non-increasing, never below 1 (METHOD.md 2.2).
 
     `initial`: the sample's own count, which wins when known (>= 0; 0 marks a sample without a target, all counts 0).
-    Returns (counts, whether the expert's were usable as they came).
+    Returns (counts, whether the expert's were usable as they came). What holds no counts at all gives `initial` over
+    and over: see `readable_counts`.
     """
-    ok = isinstance(counts, (list, tuple)) and all(isinstance(x, int) and not isinstance(x, bool) for x in counts)
-    values = list(counts) if ok else []
+    values = list(counts) if readable_counts(counts) else []
+    ok = len(values) == questions + 1
     if initial == 0:
         return [0] * (questions + 1), ok
-    ok = ok and len(values) == questions + 1
     first = initial if initial > 0 else max(values[0], 1) if values else 1
     out = [first]
     for k in range(1, questions + 1):
@@ -2072,7 +2153,7 @@ class Scores(struct.PyTreeNode):
     terms: dict[str, Array]  # each [P,N], in [0,1]
     counts: Array  # [P,N,Q+1] int32, the last repeated
     asked: Array  # [P,N,Q] bool
-    asked_in: Array  # [P,N,Q] int32: the generation of each question, -2 where nothing was asked
+    asked_in: Array  # [P,N,Q] int32: the generation of each question, -2 where none was asked or its count is unknown
     well_formed: Array  # [P,N] bool
     ambiguous: Array  # [P,N] bool
     valid: Array  # [P,N] bool: False where the segmenter failed
@@ -2143,7 +2224,7 @@ def score(
 ) -> tuple[Scores, list[list[str]], dict[str, float]]:
     """Rewards of every rollout, the expert's guidance for each ("" for none), and what went wrong on the way.
 
-    The expert looks at every dialogue that asked something (METHOD.md 2.2).
+    The expert looks at every dialogue that asked something (METHOD.md 2.2). Without mask_reward that term is 0.
     """
     c = config.reward
     p, n = len(dialogues), len(dialogues[0])
@@ -2152,45 +2233,50 @@ def score(
     counts = np.zeros((p, n, slots + 1), np.int32)
     asked, asked_in = np.zeros((p, n, slots), bool), np.full((p, n, slots), -2, np.int32)
     formed, ambiguous, valid = np.zeros((p, n), bool), np.zeros((p, n), bool), np.ones((p, n), bool)
+    unread = np.zeros((p, n), bool)
     guidance = [["" for _ in row] for row in dialogues]
-    faults = {"counts_repaired": 0, "guidance_refused": 0, "segmenter_failed": 0}
+    faults = {"counts_repaired": 0, "counts_unreadable": 0, "guidance_refused": 0, "segmenter_failed": 0}
     for i, row in enumerate(dialogues):
         for j, d in enumerate(row):
             prompt = d.prompt
-            parts = localise(d, config)
+            parts = localise(d, c)
             for name, value in parts.items():
                 terms[name][i, j] = value
-            raw: list[int] = []
+            raw: Any = [max(prompt.initial_count, 1)]
             if d.questions:
                 diagnosis = expert.diagnose(prompt.graph, prompt.fids, d.questions)
                 raw = diagnosis.counts
-                if diagnosis.guidance and simulator.leaks(diagnosis.guidance, prompt.graph):
+                unread[i, j] = not readable_counts(raw)
+                if unread[i, j]:
+                    faults["counts_unreadable"] += 1
+                elif diagnosis.guidance and simulator.leaks(diagnosis.guidance, prompt.graph):
                     faults["guidance_refused"] += 1
                 else:
                     guidance[i][j] = diagnosis.guidance or ""
             k = min(len(d.questions), slots)
-            used, as_came = check_counts(
-                raw if d.questions else [max(prompt.initial_count, 1)], prompt.initial_count, k
-            )
-            faults["counts_repaired"] += bool(d.questions) and not as_came
+            used, as_came = check_counts(raw, prompt.initial_count, k)
+            faults["counts_repaired"] += bool(d.questions) and not unread[i, j] and not as_came
             counts[i, j] = used + [used[-1]] * (slots - k)
-            asked[i, j, :k], asked_in[i, j, :k] = True, d.asked_in[:k]
+            asked[i, j, :k] = True
+            if not unread[i, j]:
+                asked_in[i, j, :k] = d.asked_in[:k]
             formed[i, j] = d.well_formed
             ambiguous[i, j] = prompt.initial_count > 1
-    if mask_reward is not None and c.weights.get("mask", 0) > 0:
+    if mask_reward is not None:
         terms["mask"], valid = mask_reward(dialogues)
         for i, row in enumerate(dialogues):
             for j, d in enumerate(row):
                 if c.no_target and d.prompt.no_target:
                     terms["mask"][i, j] = terms["iou"][i, j]
         faults["segmenter_failed"] = int((~valid).sum())
-    terms["process"] = np.asarray(process_reward(counts, asked, formed, ambiguous, kind=c.process))
+    process = process_reward(counts, asked, formed, ambiguous, kind=c.process)
+    terms["process"] = np.where(unread, formed, process).astype(np.float32)
     return Scores(terms, counts, asked, asked_in, formed, ambiguous, valid), guidance, faults
 
 
-def localise(d: Dialogue, config: Config) -> dict[str, float]:
+def localise(d: Dialogue, c: RewardSection) -> dict[str, float]:
     """The trajectory terms of one dialogue, no-target samples included (METHOD.md 3.1, 11.4)."""
-    c, answer = config.reward, d.answer
+    answer = d.answer
     if d.prompt.no_target and c.no_target:
         right = d.frame == -1 and answer is not None and not any((*answer.box, *answer.point))
         return dict.fromkeys(("iou", "box", "point", "frame"), float(right))
@@ -2204,6 +2290,12 @@ def localise(d: Dialogue, config: Config) -> dict[str, float]:
 def total_return(scores: Scores, config: Config) -> Array:
     """R [P,N]: the weighted sum of the terms (METHOD.md 3.4, 11.1)."""
     return sum(config.reward.weights.get(name, 0.0) * scores.terms[name] for name in TERMS)
+
+
+def group_spread(values: Array, valid: Array) -> np.ndarray:
+    """Standard deviation [P] (ddof 1, float64) of values [P,N] over each group's valid rows; 0 with fewer than two."""
+    kept = np.ma.masked_array(np.asarray(values, np.float64), ~np.asarray(valid, bool))
+    return np.ma.filled(kept.std(-1, ddof=1), 0.0)
 
 
 # ======================================================================================================
@@ -2222,7 +2314,7 @@ def group_advantages(
     """
     returns = jnp.asarray(returns)
     returns = returns.astype(jnp.promote_types(returns.dtype, jnp.float32))
-    valid = jnp.ones(returns.shape, bool) if valid is None else jnp.asarray(valid, bool)
+    valid = jnp.broadcast_to(True if valid is None else jnp.asarray(valid, bool), returns.shape)
     count = valid.sum(-1, keepdims=True)
     first = jnp.take_along_axis(returns, jnp.argmax(valid, -1)[..., None], -1)
     alone = count <= 1
@@ -2264,9 +2356,11 @@ def turn_advantages(gains: Array, asked: Array, *, eps: float = 1e-6) -> jax.Arr
     gains, asked [P,N,Q] -> [P,N,Q]: (gain - mean) / (std + eps) over the group's questions, std with ddof 1. 0 where
     nothing was asked, and in a group with fewer than two questions.
     """
-    asked = jnp.asarray(asked, bool)
-    gains = jnp.where(asked, jnp.asarray(gains, jnp.float32), 0.0)
+    asked, gains = jnp.asarray(asked, bool), jnp.asarray(gains, jnp.float32)
     count = asked.sum((-2, -1), keepdims=True)
+    # Measured from the largest, so that equal gains are exactly 0 and not what rounding left of their mean.
+    most = jnp.where(asked, gains, -jnp.inf).max((-2, -1), keepdims=True)
+    gains = jnp.where(asked, gains - most, 0.0)
     mean = gains.sum((-2, -1), keepdims=True) / jnp.maximum(count, 1)
     centred = jnp.where(asked, gains - mean, 0.0)
     std = jnp.sqrt((centred**2).sum((-2, -1), keepdims=True) / jnp.maximum(count - 1, 1))
@@ -2355,12 +2449,14 @@ def policy_loss(
     clip_high: float,
     dual_clip: float = 3.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Clipped surrogate with dual clip, mean over the tokens of `mask` (METHOD.md 4.6). All arguments [...,T].
+    """Clipped surrogate with dual clip, mean over the tokens of `mask` (METHOD.md 4.6). All [...,T], broadcast, fp32.
 
     Returns the scalar and stats: ratio, clip_fraction, kl (to the old policy, k3 estimator). Masked tokens touch
     neither value nor gradient, whatever they hold; an empty mask gives 0.
     """
-    mask = jnp.asarray(mask).astype(bool)
+    logp, old_logp, advantages = (jnp.asarray(x, jnp.float32) for x in (logp, old_logp, advantages))
+    shape = jnp.broadcast_shapes(logp.shape, old_logp.shape, advantages.shape, jnp.shape(mask))
+    mask = jnp.broadcast_to(jnp.asarray(mask).astype(bool), shape)  # its sum is the number of tokens
     old_logp = jax.lax.stop_gradient(jnp.where(mask, old_logp, 0.0))
     advantages = jax.lax.stop_gradient(jnp.where(mask, advantages, 0.0))
     change = jnp.clip(jnp.where(mask, logp, 0.0) - old_logp, -20, 20)
@@ -2393,10 +2489,12 @@ def sdpo_loss(
     D = (1-alpha) KL(p_S|m) + alpha KL(p_T|m); alpha 0 is KL(p_T|p_S), 1 is KL(p_S|p_T). Weighted by the detached
     importance ratio, capped at is_clip, then mean over `mask` (METHOD.md 4.10).
     """
-    mask = jnp.asarray(mask).astype(bool)
+    logp, old_logp = jnp.asarray(logp, jnp.float32), jnp.asarray(old_logp, jnp.float32)
+    shape = jnp.broadcast_shapes(logp.shape, old_logp.shape, jnp.shape(mask), student_topk_logp.shape[:-1])
+    mask = jnp.broadcast_to(jnp.asarray(mask).astype(bool), shape)
 
     def with_tail(x):
-        x = jnp.where(mask[..., None], x, -1.0)
+        x = jnp.where(mask[..., None], jnp.asarray(x, jnp.float32), -1.0)
         inside = jnp.minimum(jax.nn.logsumexp(x, -1, keepdims=True), -1e-7)
         return jnp.concatenate([x, jnp.log(-jnp.expm1(inside))], -1)
 
@@ -2409,7 +2507,7 @@ def sdpo_loss(
     else:
         m = jnp.logaddexp(s + math.log(1 - alpha), t + math.log(alpha))
         divergence = (1 - alpha) * kl(s, m) + alpha * kl(t, m)
-    change = jnp.where(mask, jnp.asarray(logp) - jnp.asarray(old_logp), 0.0)
+    change = jnp.where(mask, logp - old_logp, 0.0)
     ratio = jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.clip(change, -20, 20)), is_clip))
     total = jnp.maximum(mask.sum(), 1)
     mean = lambda x: jnp.where(mask, x, 0.0).sum() / total  # noqa: E731
@@ -2685,14 +2783,13 @@ def make_programs(policy: Policy, config: Config) -> tuple[Callable, Callable]:
 
     @jax.jit
     def logprob(params, batch: Batch):
-        """Log-probability and entropy [P,N,T] of every token."""
+        """Log-probability [P,N,T] of every token."""
         prompts = batch.rows.tokens.shape[0]
         params = compute_copy(params, c.policy.dtype)
         micros = in_micros(batch, prompts)
         if len(micros.rows.tokens) == 1:
-            return forward(params, batch)
-        out = jax.lax.map(lambda b: forward(params, b), micros)
-        return jax.tree.map(lambda x: x.reshape(prompts, *x.shape[2:]), out)
+            return forward(params, batch)[0]
+        return jax.lax.map(lambda b: forward(params, b)[0], micros).reshape(batch.rows.tokens.shape)
 
     def micro_loss(params, teacher, batch: Batch, credit: Credit, guided: Guided | None, total):
         params = compute_copy(params, c.policy.dtype)
@@ -2809,7 +2906,7 @@ def token_credit(
     )  # fmt: skip
     if c.update.loss == "sdpo":
         mask = mask & has_context[..., None]
-    spread = lambda x: float(np.where(valid, x, 0).std(axis=-1, ddof=1).mean())  # noqa: E731
+    spread = lambda x: float(group_spread(x, valid).mean())  # noqa: E731
     local = sum(c.reward.weights.get(k, 0.0) * scores.terms[k] for k in TERMS if k != "process")
     counted = weight[mask & has_context[..., None]]
     stats = {
@@ -2821,7 +2918,7 @@ def token_credit(
         if counted.size
         else 0.0,
         "advantage/context_share": float(has_context.mean()),
-        "advantage/zero_spread_groups": float((returns.std(-1) <= 1e-6).mean()),
+        "advantage/zero_spread_groups": float((group_spread(returns, valid) <= 1e-6).mean()),
         "overlong": float(overlong.mean()),
     }
     return Credit(tokens.astype(np.float32), old_logp, mask), stats
@@ -2834,7 +2931,7 @@ def dialogue_row(d: Dialogue, scores: Scores, i: int, j: int, config: Config) ->
     return {
         "id": d.prompt.sample.id,
         "level": d.prompt.sample.ability,
-        "success": bool(scores.terms["iou"][i, j] > 0),
+        "success": localise(d, RewardSection())["iou"] > 0,  # of METHOD.md 11.7, whatever this run rewards
         "frame_ok": bool(scores.terms["frame"][i, j] > 0),
         "counts": scores.counts[i, j, : k + 1].tolist(),
         "asked": [q.attribute if q else None for q in questions],
@@ -2844,7 +2941,7 @@ def dialogue_row(d: Dialogue, scores: Scores, i: int, j: int, config: Config) ->
         "budget": config.protocol.max_turns - 1,
         "format": bool(scores.well_formed[i, j]),
         "reward": float(sum(config.reward.weights.get(t, 0.0) * scores.terms[t][i, j] for t in TERMS)),
-        "terms": {t: float(scores.terms[t][i, j]) for t in TERMS},
+        "terms": {t: float(scores.terms[t][i, j]) for t in TERMS} | ({} if scores.valid[i, j] else {"mask": None}),
         "J": None,
         "F": None,
     }
@@ -2855,10 +2952,14 @@ def dialogue_row(d: Dialogue, scores: Scores, i: int, j: int, config: Config) ->
 # ------------------------------------------------------------------------------------------------------
 
 
+COORDINATE_STEP = 10  # of the embedded tokenizer's grid of coordinates, thousandths of the frame
+
+
 def warmstart_words() -> list[str]:
     """Every word that the embedded tokenizer must know: the world's and the protocol's own."""
     texts = [*PROMPTS["brief"].values(), KEYFRAME_REPLY, NO_TARGET_REPLY, NO_SUCH_FRAME, GUIDANCE]
     texts.append("system user assistant frame amodal modal boxes objects ...(truncated)")
+    texts += [SOLUTION.format(solution=""), *TOOL_ERRORS.values()]  # later: at the end, no token changes its number
     return [*synthetic.VOCABULARY, *re.findall(r"[A-Za-z_']+|[^\sA-Za-z0-9]", " ".join(texts))]
 
 
@@ -2873,7 +2974,7 @@ def build_warmstart_tokenizer() -> Any:
     ]
     tags = ("thinking", "call", "keyframe", "answer", "information")
     literals += [f"<{tag}>" for tag in tags] + [f"</{tag}>" for tag in tags] + [f" </{tag}>" for tag in tags]
-    return weights.build_word_tokenizer(warmstart_words(), literals, frames=64, coordinate_step=10)
+    return weights.build_word_tokenizer(warmstart_words(), literals, frames=64, coordinate_step=COORDINATE_STEP)
 
 
 class SceneTeacher:
@@ -2887,11 +2988,11 @@ class SceneTeacher:
         self.c, self.w, self.speaker = config, config.warmstart, speaker
         encode = speaker.tokenizer.encode
         self.groups = [[encode(f" {v}")[0] for v in synthetic.VALUES[a]] for a in ("color", "shape", "size")]
-        line = range(0, 1001, self.w.coordinate_step)
+        line = range(0, 1001, COORDINATE_STEP)
         self.groups += [[encode(form.format(c))[0] for c in line] for form in ("{}", ", {}")]
 
     def grid(self, values: Iterable[float]) -> list[int]:
-        step = self.w.coordinate_step
+        step = COORDINATE_STEP
         return [min(1000, max(0, round(v / step) * step)) for v in values]
 
     def scene(self, index: int) -> tuple[Transcript, list[list[Transcript]], np.ndarray, np.ndarray, np.ndarray]:
@@ -3082,7 +3183,7 @@ class SceneTeacher:
                 y, x = (np.flatnonzero(mask.any(1 - axis))[0] for axis in (0, 1))
                 at = [synthetic.VALUES[a].index(getattr(obj, a)) for a in ("color", "shape", "size")]
                 corner = self.grid((1000 * x / scene.width, 1000 * y / scene.height))
-                names[row] = *at, *(v // self.w.coordinate_step for v in corner)
+                names[row] = *at, *(v // COORDINATE_STEP for v in corner)
         return np.where((share.max(0) >= 0.1)[:, None], names[top], -1)
 
     def _shape(self, grid: tuple[int, int]) -> tuple[int, int]:
@@ -3230,16 +3331,21 @@ class Run:
 
         new = OmegaConf.to_container(OmegaConf.structured(dataclasses.replace(self.config, run_dir=None)))
         file = self.path / "config.yaml"
-        if file.exists():
+        begun = any((self.path / name).exists() for name in ("checkpoints", "metrics.jsonl", "summary.json"))
+        if file.exists() and begun:  # a start that failed binds nobody
             try:
                 old = OmegaConf.to_container(OmegaConf.load(file))
+                if not isinstance(old, Mapping):
+                    raise ValueError("not a mapping of keys")
             except Exception as error:
                 raise ConfigError(
-                    f"{file}: damaged ({str(error).splitlines()[0]}); remove it or give another run_dir="
+                    f"{file}: damaged ({_first_line(error)}); remove it or give another run_dir="
                 ) from None
-            differing = sorted(k for k in {*_flat(old), *_flat(new)} if _flat(old).get(k) != _flat(new).get(k))
+            # A key that is younger than the run had its default then.
+            was = _flat(OmegaConf.to_container(OmegaConf.structured(Config()))) | _flat(old)
+            differing = sorted(k for k, value in _flat(new).items() if was.get(k) != value)
             if differing:
-                shown = ", ".join(f"{k} ({_flat(old).get(k)} -> {_flat(new).get(k)})" for k in differing[:5])
+                shown = ", ".join(f"{k} ({was.get(k)} -> {_flat(new)[k]})" for k in differing[:5])
                 raise ConfigError(f"run_dir={self.path} belongs to another config: {shown}; give another run_dir=")
         else:
             write_atomically(file, OmegaConf.to_yaml(OmegaConf.create(new)))
@@ -3256,6 +3362,7 @@ class Run:
             if self.stop and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.stop = True
+            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
         signal.signal(signal.SIGINT, ask)
         signal.signal(signal.SIGTERM, ask)
@@ -3310,7 +3417,7 @@ class Run:
         if self._writer is None:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.path / "tensorboard"))
+            self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=row["step"])
         for key, value in _flat(row).items():
             if isinstance(value, (int, float)) and key != "step":
                 self._writer.add_scalar(key.replace(".", "/"), value, row["step"])
@@ -3418,6 +3525,14 @@ def load_policy(path: str | Path, mesh: Mesh | None = None, *, dtype: str | None
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return config, params
+
+
+def load_tokenizer(path: Path) -> weights.Tokenizer:
+    """The tokenizer of a Hugging Face directory. Raises ConfigError."""
+    try:
+        return weights.Tokenizer(path)
+    except Exception as error:  # tokenizers has no error class of its own
+        raise ConfigError(f"{path}: no usable tokenizer.json ({_first_line(error)})") from None
 
 
 def _read_checkpoint(path: Path, shapes: Any, dtype: str | None, specs: Any) -> Any:
@@ -3558,7 +3673,7 @@ def train_warmstart(config: Config, run: Run) -> None:
     else:
         source = resolve_path(config.policy.path)
         policy_config, params = load_policy(source, dtype="float32")
-        tokenizer = weights.Tokenizer(source)
+        tokenizer = load_tokenizer(source)
     write_atomically(run.path / "policy.json", json.dumps(config_json(policy_config), indent=1))
     speaker = Speaker(config.protocol, policy_config, tokenizer)
     teacher = SceneTeacher(config, speaker)
@@ -3581,7 +3696,8 @@ def train_warmstart(config: Config, run: Run) -> None:
             run.log({"step": number, **stats, "learning_rate": rate, "seconds": clock.take()})
             bar.update()
             bar.set_postfix(loss=f"{stats['loss']:.3f}")
-            if number % config.checkpoint.every == 0 or run.stop or number == config.steps:
+            due = config.checkpoint.every and number % config.checkpoint.every == 0
+            if due or run.stop or number == config.steps:
                 run.save(state, number)
             if run.stop:
                 break
@@ -3600,7 +3716,7 @@ class Trainer:
         self.mesh = make_mesh(c.mesh)
         self.source = resolve_path(c.policy.path)
         policy_config, params = load_policy(self.source, self.mesh, dtype="float32")
-        self.tokenizer = weights.Tokenizer(self.source)
+        self.tokenizer = load_tokenizer(self.source)
         if len(self.tokenizer) > policy_config.vocab_size:
             raise ConfigError(
                 f"{self.source}: the tokenizer has {len(self.tokenizer)} tokens, the policy {policy_config.vocab_size}"
@@ -3613,10 +3729,18 @@ class Trainer:
         self.user, self.expert = simulator.load_user(c.simulator.kind), simulator.OracleExpert()
         self.clock = Clock()
         self.train, self.test = open_data(c)
-        self.segmenter = SegmenterClient(
-            c.sidecar.address, segmenter=resolve_path(c.sidecar.segmenter), timeout_s=c.sidecar.timeout,
-            threads=c.sidecar.threads, log_file=run.path / "sidecar.log",
-        )  # fmt: skip
+        if not (self.train[0].privileged or {}).get("scene_graph"):
+            raise ConfigError(
+                f"data.path={c.data.path}: holds no scene graphs, which the exact user and expert read; use the "
+                "synthetic world (`python -m icseg_jax.data generate`)"
+            )
+        try:
+            self.segmenter = SegmenterClient(
+                c.sidecar.address, segmenter=resolve_path(c.sidecar.segmenter), timeout_s=c.sidecar.timeout,
+                threads=c.sidecar.threads, log_file=run.path / "sidecar.log",
+            )  # fmt: skip
+        except ValueError as error:
+            raise ConfigError(f"sidecar.address={c.sidecar.address}: {error}") from None
         self.segmenter.start(wait=False)
         self.mask_reward = MaskReward(self.segmenter, self.mesh)
         self.state = fresh_state(params, c, teacher=needs_teacher(c))
@@ -3657,10 +3781,11 @@ class Trainer:
                 clock=self.clock,
             )
             with self.clock("reward"):
-                scores, guidance, seen = score(dialogues, c, self.expert, self.mask_reward)
+                masks = self.mask_reward if c.reward.weights.get("mask", 0) > 0 else None
+                scores, guidance, seen = score(dialogues, c, self.expert, masks)
             for key, value in seen.items():
                 faults[key] = faults.get(key, 0) + value
-            spread = np.asarray(total_return(scores, c)).std(-1)
+            spread = group_spread(total_return(scores, c), scores.valid)
             last = refill == c.rollout.refills
             kept += [
                 (dialogues[i], jax.tree.map(lambda x, i=i: np.asarray(x)[i], scores), guidance[i], spread[i] > 1e-6)
@@ -3683,7 +3808,7 @@ class Trainer:
             batch, _ = pack(dialogues, c, self.speaker)
         lam = float(step_strength(c.credit, number))
         with clock("logprob"):
-            old_logp, entropy = jax.device_get(self.logprob(self.state.params, shard_batch(self.mesh, batch)))
+            old_logp = jax.device_get(self.logprob(self.state.params, shard_batch(self.mesh, batch)))
 
         contexts = teacher_contexts(dialogues, total_return(scores, c), guidance, c)
         guided: Guided | None = None
@@ -3691,10 +3816,10 @@ class Trainer:
         def teacher_logp() -> tuple[np.ndarray, np.ndarray]:
             with clock("teacher"):
                 view, starts = pack(dialogues, c, self.speaker, contexts=contexts)
-                logp = self.logprob(self.state.teacher, shard_batch(self.mesh, view))[0]
+                logp = self.logprob(self.state.teacher, shard_batch(self.mesh, view))
                 plain = old_logp
                 if c.credit.delta_baseline == "teacher_plain":
-                    plain = np.asarray(self.logprob(self.state.teacher, shard_batch(self.mesh, batch))[0])
+                    plain = np.asarray(self.logprob(self.state.teacher, shard_batch(self.mesh, batch)))
                 return np.asarray(own_tokens(logp, starts, batch.rows.tokens.shape[-1])), plain
 
         credit, levels = token_credit(
@@ -3770,13 +3895,16 @@ class Trainer:
                     row = dialogue_row(d, scores, i, j, c) | (self.track(d) if index in clips else {})
                     rows[decoding].append(row)
                     if index in gallery and decoding == "greedy":
-                        stories.append(self.story(d, row, decoding))
+                        stories.append(self.story(d, row))
             return rows, stories
+
+        from tqdm import tqdm
 
         # Masks and tracks of a batch are made by the sidecar while the next one is played.
         with concurrent.futures.ThreadPoolExecutor(1) as rater:
             rated = []
-            for start in range(0, count, c.evaluate.prompts):
+            starts = range(0, count, c.evaluate.prompts)
+            for start in tqdm(starts, f"evaluate {name or ''}".strip(), unit="batch", dynamic_ncols=True, disable=None):
                 # The last batch is filled up by wrapping round, so that one set of programs serves all.
                 indices = [(start + k) % count for k in range(c.evaluate.prompts)]
                 with clock("data"):
@@ -3811,7 +3939,7 @@ class Trainer:
                 return {}
         return {k: v for k, v in metrics.video_jf(masks, truth).items() if k in ("J", "F")}
 
-    def story(self, d: Dialogue, row: dict, decoding: str) -> dict:
+    def story(self, d: Dialogue, row: dict) -> dict:
         """One dialogue as the report shows it, its pictures beside it."""
         from PIL import Image
 
@@ -3841,23 +3969,25 @@ class Trainer:
                 self.segmenter.register(
                     d.prompt.sample.id, d.frame, d.prompt.image_of(d.frame), d.prompt.sample.truth(position)
                 )
-                drawn = self.segmenter.segment([ask])[0]
                 tag = hashlib.blake2s(repr(d.answer).encode(), digest_size=4).hexdigest()
-                mask = keep(f"{d.frame}_{tag}", np.asarray(drawn).astype(np.uint8) * 255)
+                with contextlib.suppress(SidecarError):  # the story is then told without its mask
+                    drawn = self.segmenter.segment([ask])[0]
+                    mask = keep(f"{d.frame}_{tag}", np.asarray(drawn).astype(np.uint8) * 255)
         turns, asked = [], 0
         for text, action, reply in zip(d.texts, d.actions, d.replies, strict=True):
             is_question = action.kind == "call" or (action.kind == "invalid" and "</call>" in text)
             asked += is_question and bool(reply)
             after = row["counts"][min(asked, len(row["counts"]) - 1)] if is_question else None
             turns.append(
-                {"role": "assistant", "text": text, "kind": action.kind, "frame": action.frame, "count_after": after}
+                {"role": "assistant", "text": text, "kind": action.kind, "frame": action.frame}
+                | {"count_after": None if reply else after}  # the answer shrinks the candidates, not the question
             )
             if reply:
                 turns.append({"role": "user", "text": reply, "kind": "reply", "frame": None, "count_after": after})
         answer = d.answer
         return {
             "id": d.prompt.sample.id, "level": d.prompt.sample.ability, "query": d.prompt.sample.query, "split": "test",
-            "decoding": decoding, "turns": turns, "frames": d.prompt.fids, "images": images, "keyframe": d.frame,
+            "decoding": "greedy", "turns": turns, "frames": d.prompt.fids, "images": images, "keyframe": d.frame,
             "box": list(answer.box) if answer else None, "point": list(answer.point) if answer else None,
             "truth_box": truth_box, "mask": mask, "truth_mask": truth_mask, "counts": row["counts"],
             "success": row["success"], "reward": row["reward"], "optimal": row["optimal"],
@@ -3868,25 +3998,57 @@ EVALUATION = 2**30  # the step under which evaluations fold their random keys, s
 
 
 def open_data(config: Config) -> tuple[data.PreparedDataset, data.PreparedDataset]:
-    """The prepared splits; with `data.generate_*` the synthetic world is made first when it is not there yet."""
+    """The prepared splits; with `data.generate_*` the synthetic world is made first when it is not there yet.
+
+    Raises ConfigError when what is there has other sizes, or too few samples for a step.
+    """
     c = config.data
     path = Path(c.path)
-    if not path.exists() and c.generate_train and c.generate_test:
-        raw = path.with_name(f".{path.name}.raw")
+    generated = bool(c.generate_train and c.generate_test)
+    if generated and not path.exists():
+        raw = path.with_name(f".{path.name}.raw.{os.getpid()}")  # another run may be at it too
         shutil.rmtree(raw, ignore_errors=True)
-        synthetic.write_dataset(raw, train=c.generate_train, test=c.generate_test, seed=c.generate_seed)
-        data.prepare("ambi_rvos", raw, path)
-        shutil.rmtree(raw)
-    return data.load_prepared(path, "train"), data.load_prepared(path, "test")
+        try:
+            synthetic.write_dataset(raw, train=c.generate_train, test=c.generate_test, seed=c.generate_seed)
+            data.prepare("ambi_rvos", raw, path)
+        finally:
+            shutil.rmtree(raw, ignore_errors=True)
+    try:
+        train, test = data.load_prepared(path, "train"), data.load_prepared(path, "test")
+        if generated:
+            train[0], test[0]  # damage shows before the first step
+    except data.DataError as error:
+        if not generated:
+            raise
+        raise ConfigError(
+            f"data.path={path}: damaged ({_first_line(error)}); remove that folder, and this command makes it again"
+        ) from None
+    if generated and (len(train), len(test)) != (c.generate_train, c.generate_test):
+        raise ConfigError(
+            f"data.path={path}: holds {len(train)} and {len(test)} samples where data.generate_train and generate_test "
+            f"say {c.generate_train} and {c.generate_test}; remove that folder or give another data.path="
+        )
+    if len(train) < config.rollout.prompts:
+        raise ConfigError(
+            f"rollout.prompts={config.rollout.prompts}: the training split has {len(train)} samples; use at most that"
+        )
+    return train, test
 
 
 def train_policy(config: Config, run: Run) -> None:
     """stage: rl. Hi-GRPO from the base policy, evaluated before, during and after."""
-    from tqdm import tqdm
-
     begun_at = time.perf_counter()
     compiled = count_compilations()
     trainer = Trainer(config, run)
+    with contextlib.closing(trainer.segmenter):
+        train_on(trainer, begun_at, compiled)
+
+
+def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -> None:
+    """The loop of `train_policy`; begun_at, compiled: when it started, and what XLA has compiled since."""
+    from tqdm import tqdm
+
+    config, run = trainer.config, trainer.run
     trainer.state = run.restore(trainer.state) or trainer.state
     begun = int(trainer.state.step)
     (run.path / "dialogues").mkdir(exist_ok=True)
@@ -3897,6 +4059,7 @@ def train_policy(config: Config, run: Run) -> None:
         for key, value in spent.items():
             seconds[prefix + key] = round(seconds.get(prefix + key, 0.0) + value, 3)
 
+    trainer.segmenter.start()  # waits until it answers: a wrong one is known before the first step
     book({"setup": time.perf_counter() - begun_at})
     if config.evaluate.every and config.evaluate.before and "before" not in summary and begun == 0:
         graphs = [s.privileged["scene_graph"] for s in trainer.test if (s.privileged or {}).get("scene_graph")]
@@ -3951,7 +4114,6 @@ def train_policy(config: Config, run: Run) -> None:
         book({"total": time.perf_counter() - begun_at})
         run.summarise(seconds=seconds)
         print(f"stopped after step {step} of {config.steps}; the same command goes on from there")
-    trainer.segmenter.close()
 
 
 def say_scores(name: str, scores: Mapping[str, Mapping]) -> None:
@@ -3994,15 +4156,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(arguments[0], arguments[1:])
         run = Run(config)
         if run.finished:
-            print(f"{run.path}: this run is finished; see {run.path}/report.html")
+            page = run.path / ("report.html" if config.stage == "rl" else "trained")
+            print(f"{run.path}: this run is finished; see {page}")
             return 0
         run.catch_signals()
         cache_programs()
         {"sft": train_warmstart, "rl": train_policy}[config.stage](config, run)
         return 0
-    except (ConfigError, data.DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ConfigError, data.DataError, SidecarError) as error:
+        print(f"error: {_first_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     finally:
         if run is not None:
             run.close()

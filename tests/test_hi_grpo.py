@@ -112,6 +112,47 @@ def test_counts_are_made_fit(given, initial, questions, counts, usable):
     assert train.check_counts(given, initial, questions) == (counts, usable)
 
 
+@pytest.mark.parametrize("given", [None, [], "3,2,1", 3, [3.0, 2], [True], [None], {"counts": [3]}])
+def test_what_holds_no_counts_is_known(given):
+    assert not train.readable_counts(given)
+    assert train.readable_counts([3, -1]) and train.readable_counts((3,))
+
+
+def test_parent_tpr_by_hand():
+    """1-0.3^k with k the calls, at most 10, and the format term; samples without ambiguity earn the format term."""
+    kind = "parent_tpr"
+    assert float(process([3, 3, 3], 0, kind=kind)) == pytest.approx(0.7)
+    assert float(process([3, 3, 3], 0, kind=kind, formed=False)) == 0.0
+    assert float(process([3] * 14, 13, kind=kind)) == pytest.approx(1 - 0.3**11)
+    assert float(process([1, 1, 1], 2, ambiguous=False, kind=kind)) == 1.0
+
+
+def test_slots_that_were_not_asked_do_not_count():
+    """What stands behind the last question, whatever it is, is not a count."""
+    for kind in train.TURN_KINDS:
+        padded = [float(process([4, 2, rest, rest], 1, kind=kind)) for rest in (0, 1, 2, 9)]
+        assert len(set(padded)) == 1, kind
+
+
+def test_equal_gains_have_no_advantage():
+    for gain, count in ((2 / 3, 7), (2 / 3, 11), (1 / 3, 7), (0.1, 64)):
+        gains = np.full((1, 1, count), gain, np.float32)
+        assert (np.asarray(train.turn_advantages(gains, np.ones(gains.shape, bool))) == 0).all()
+    nothing = train.turn_advantages(np.ones((2, 3, 4)), np.zeros((2, 3, 4), bool))
+    assert (np.asarray(nothing) == 0).all()
+
+
+def test_unknown_kinds_are_refused():
+    for call in (train.turn_gains, lambda c, a, kind: train.process_reward(c, a, a, a, kind=kind)):
+        with pytest.raises(ValueError, match="reduction"):
+            call(np.array([3, 1]), np.array([True]), kind="best")
+
+
+def test_spread_is_that_of_valid_rows():
+    values, valid = np.array([[1.0, 1, 9], [1, 3, 9], [1, 2, 3]]), np.array([[1, 1, 0], [1, 1, 0], [1, 0, 0]], bool)
+    np.testing.assert_allclose(train.group_spread(values, valid), [0, math.sqrt(2), 0])
+
+
 # Against another implementation (tests/golden/README.md)
 
 
@@ -171,8 +212,8 @@ def reference_process(counts, asked, formed, ambiguous, kind):
     k = int(asked.sum())
     if kind == "format":
         return float(formed)
-    if kind == "parent_tpr" and k:
-        return 1 - 0.3 ** (k + formed)
+    if kind == "parent_tpr":
+        return 1 - 0.3 ** (min(k, 10) + formed) if ambiguous else float(formed)
     if not k:
         return 0.0 if ambiguous else float(formed)
     gains = []
@@ -182,7 +223,8 @@ def reference_process(counts, asked, formed, ambiguous, kind):
             gains.append(0.0)
         else:
             gains.append({"ratio": 1 - b / a, "log": np.log(a / b) / np.log(a)}.get(kind, (a - b) / (a - 1)))
-    solved = (counts[0] - counts[-1]) / (counts[0] - 1) if counts[0] > 1 else 0.0
+    last = counts[np.flatnonzero(asked)[-1] + 1]
+    solved = (counts[0] - last) / (counts[0] - 1) if counts[0] > 1 else 0.0
     if kind == "resolution_x_efficiency":
         return formed * solved * sum(g > 0 for g in gains) / k
     if kind == "linear":
@@ -206,7 +248,7 @@ def test_turn_advantages_equal_the_reference(shape):
     rng = np.random.default_rng(shape)
     gains, asked = rng.random(shape), rng.random(shape) < 0.5
     got = np.asarray(train.turn_advantages(gains, asked))
-    np.testing.assert_allclose(got, reference_turns(gains, asked), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got, reference_turns(gains, asked), rtol=1e-5, atol=1e-5)
     turn = rng.integers(-1, 7, (*shape[:2], 11))
     asked_in = np.where(asked, np.arange(shape[2]), -2)
     laid = np.asarray(train.on_question_turns(got, asked_in, turn))
@@ -223,7 +265,7 @@ def test_process_reward_equals_the_reference(kind):
         questions, slots = rng.integers(0, 6), 6
         first = int(rng.integers(1, 9))
         counts = np.minimum.accumulate(np.r_[first, rng.integers(1, 9, slots)])
-        counts[questions + 1 :] = counts[questions]
+        counts[questions + 1 :] = rng.integers(0, 9)  # never read
         asked = np.arange(slots) < questions
         formed, ambiguous = np.array(rng.integers(2) == 1), np.array(first > 1)
         got = float(train.process_reward(counts, asked, formed, ambiguous, kind=kind))
@@ -239,7 +281,79 @@ def test_policy_loss_equals_the_reference(shape):
         mask = rng.random(shape) < keep
         got, _ = train.policy_loss(logp, old, advantages, mask, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
         want = reference_loss(*(x.astype(float) for x in (logp, old, advantages)), mask, 0.2, 0.28, 3)
-        assert float(got) == pytest.approx(want, rel=1e-4, abs=1e-6)
+        assert float(got) == pytest.approx(want, rel=1e-5, abs=1e-6)
+        # Leading axes broadcast: one mask for all is the same mask many times.
+        wide = [np.broadcast_to(x, (3, *shape)) for x in (logp, old, advantages)]
+        again, _ = train.policy_loss(*wide, mask, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+        assert float(again) == pytest.approx(want, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 1, 5), (2, 4, 9)])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_self_distillation_equals_the_reference(shape, alpha):
+    """METHOD.md 4.10, token by token in float64."""
+    rng = np.random.default_rng(len(shape))
+
+    def top(k):
+        full = rng.normal(size=(*shape, 12)) * 2
+        return (full - np.log(np.exp(full).sum(-1, keepdims=True)))[..., :k]
+
+    student, teacher, logp, old = top(5), top(5), -rng.random(shape), -rng.random(shape)
+    mask = rng.random(shape) < 0.7
+    got, _ = train.sdpo_loss(student, teacher, logp, old, mask, alpha=alpha, is_clip=2.0)
+    total = 0.0
+    for at in zip(*np.nonzero(mask), strict=True):
+        s, t = (np.append(np.exp(x[at]), 1 - np.exp(x[at]).sum()) for x in (student, teacher))
+        kl = lambda a, b: float((a * np.log(a / b)).sum())  # noqa: E731
+        m = (1 - alpha) * s + alpha * t
+        each = kl(t, s) if alpha == 0 else kl(s, t) if alpha == 1 else (1 - alpha) * kl(s, m) + alpha * kl(t, m)
+        total += each * min(np.exp(logp[at] - old[at]), 2.0)
+    assert float(got) == pytest.approx(total / max(mask.sum(), 1), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 4, 9)])
+def test_step_level_equals_the_reference(shape):
+    rng = np.random.default_rng(shape)
+    for spread in (0.05, 3.0, 1e4):
+        advantages = rng.normal(size=shape) * rng.integers(0, 2, shape)
+        teacher, student = rng.normal(size=shape) * spread, rng.normal(size=shape) * spread
+        context = rng.random(shape[:-1]) < 0.6
+        got = train.step_weights(advantages, teacher, student, context, clip=0.2)
+        delta = np.clip(np.float32(teacher).astype(float) - np.float32(student), -20, 20)
+        want = np.where(context[..., None], np.clip(np.exp(np.sign(advantages) * delta), 0.8, 1.2), 1)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+        for lam in (0.0, 0.25, 1.0):
+            np.testing.assert_allclose(
+                train.modulate(advantages, got, lam), advantages * ((1 - lam) + lam * want), rtol=1e-5, atol=1e-9
+            )
+
+
+def reference_box_iou(a, b):
+    """Inclusive pixels, counted."""
+    grid = lambda r: {(x, y) for x in range(r[0], r[2] + 1) for y in range(r[1], r[3] + 1)}  # noqa: E731
+    if min(a[2], b[2]) <= max(a[0], b[0]) or min(a[3], b[3]) <= max(a[1], b[1]):
+        return 0.0
+    return len(grid(a) & grid(b)) / len(grid(a) | grid(b))
+
+
+def test_localisation_equals_the_reference():
+    rng = np.random.default_rng(2)
+    for _ in range(200):
+        corners = np.sort(rng.integers(0, 30, (2, 2, 2)), 1)
+        (x1, y1), (x2, y2) = corners[0]
+        box, best = [int(v) for v in (x1, y1, x2, y2)], [int(v) for v in corners[1].ravel()]
+        point, centre = rng.integers(0, 30, (2, 2)).tolist()
+        truth = {"5": {"bbox_2d": best, "point_2d": centre, "area": 1.0, "max_conn_area": 0.7}}
+        got = train.localisation_rewards(5, box, point, truth, iou=0.4, box_l1=5, point_l2=9)
+        inside = box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
+        near = math.dist(point, centre) < 9
+        assert got == {
+            "iou": float(reference_box_iou(box, best) > 0.4),
+            "box": float(np.abs(np.subtract(box, best)).mean() < 5),
+            "point": float(inside and near),
+            "frame": 0.7,
+        }
+        assert set(train.localisation_rewards(6, box, point, truth).values()) == {0.0}
 
 
 def test_levels_by_hand():

@@ -486,7 +486,9 @@ def test_damaged_segmenters(tmp_path, segmenter):
     (["train", "experiments/embedded_sam2.yaml", "image_step=3"], "did you mean image_steps"),
     (["train", "experiments/embedded_sam2.yaml", "image_steps=many"], "image_steps"),
     (["train", "experiments/embedded_sam2.yaml", "image_size=100"], "multiple of 64"),
+    (["train", "experiments/embedded_sam2.yaml", "warmup=0"], "1 or more"),
     (["train", "experiments/embedded_sam2.yaml", "seed"], "key=value"),
+    (["train", "experiments/embedded_sam2_2.yaml", "start={tmp}", "run_dir={tmp}/r"], "no such file"),
 ])
 def test_bad_command_lines(arguments, complaint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
@@ -535,6 +537,14 @@ def test_training_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="another config .differs in seed"):
         sam2_sidecar.train(load_train_config(ROOT / "experiments/embedded_sam2.yaml",
                                              [*small, f"run_dir={tmp_path / 'parts'}", "seed=5"]))
+    further = load_train_config(
+        ROOT / "experiments/embedded_sam2_2.yaml",
+        [*small, f"start={whole}", f"run_dir={tmp_path / 'further'}", f"asset={tmp_path / 'further/asset'}"])
+    sam2_sidecar.train(further)
+    before, after = (load_segmenter(path).model.state_dict() for path in (whole, tmp_path / "further/asset"))
+    changed = {name.split(".")[0] for name in before if not before[name].equal(after[name])}
+    assert {"memory_attention", "sam_mask_decoder"} <= changed
+    assert not changed & {"image_encoder", "complete_mask_decoder", "sam_prompt_encoder"}
     (tmp_path / "parts/checkpoint.pt").write_bytes(b"half a file")
     with pytest.raises(ValueError, match="damaged checkpoint"):
         sam2_sidecar.train(config("parts"))

@@ -217,6 +217,10 @@ def test_leaks_are_found(graphs):
         assert simulator.leaks(f"ask size first . it is {value}", graph)
     assert simulator.leaks("it is at 420", graph) and simulator.leaks("frame 3", [])
     assert not simulator.leaks("ask color first", graph)
+    for told, value in (("it moves to the left", "leftward"), ("it goes upwards", "upward"), ("the circles", "circle"),
+                        ("a red-ish one", "red"), ("look at crosses", "cross")):
+        assert simulator.leaks(told, [value]), told
+    assert simulator.leaks("ask about the third one", []) and not simulator.leaks("stop when one remains", ["one"][:0])
     assert simulator.leaks("the blue one", ["blue"]) and not simulator.leaks("the bluest one", ["blue"])
 
 

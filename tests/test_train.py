@@ -157,8 +157,8 @@ def test_kill_and_resume_repeat_an_uninterrupted_run(place, env, straight):
 
 
 def children(pid):
-    listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout
-    return [int(line) for line in listed.split()]
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in lists for child in file.read_text().split()]
 
 
 def test_terminate_saves_first_and_a_dead_segmenter_does_not_stop_training(place, env):
@@ -202,6 +202,14 @@ def test_the_warm_start_learns_from_random_weights(place, env):
     assert config.hidden_size == 32 and params["embedding"].shape == (config.vocab_size, 32)
 
 
+def test_learning_rate_rises_stays_and_falls():
+    section = train.UpdateSection(learning_rate=1.0, warmup=4, decay=0.5)
+    rates = [train.learning_rate(section, step, 20) for step in range(1, 21)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and set(rates[4:11]) == {1.0}
+    np.testing.assert_allclose(rates[10:], np.arange(10, 0, -1) / 10)
+    assert train.learning_rate(train.UpdateSection(learning_rate=1.0), 20, 20) == 1.0  # the paper's does not fall
+
+
 # Bad input: one clear line each, exit code 2, nothing lost
 
 
@@ -216,6 +224,20 @@ def test_the_warm_start_learns_from_random_weights(place, env):
         (["experiments/embedded.yaml", "rollout=3"], "section"),
         (["experiments/embedded.yaml", "rollout.rollouts=1"], "2 or more"),
         (["experiments/embedded.yaml", "update.minibatches=3"], "must divide rollout.prompts=8"),
+        (["experiments/embedded.yaml", "update.decay=2"], "from 0 to 1"),
+        (["experiments/embedded.yaml", "steps=[a"], "not YAML"),
+        (["experiments/embedded.yaml", "update.minibatches=0"], "update.minibatches=0: use 1 or more"),
+        (["experiments/embedded.yaml", "update.micro_prompts=3"], "one of 1, 2, 4"),
+        (["experiments/embedded.yaml", "rollout.refills=-1"], "0 or more"),
+        (["experiments/embedded.yaml", "rollout.prompts=0"], "rollout.prompts=0"),
+        (["experiments/embedded.yaml", "seed=-1"], "seed=-1"),
+        (["experiments/embedded.yaml", "update.token_buckets=[]"], "at least one size"),
+        (["experiments/embedded.yaml", "update.clip_high=-1"], "update.clip_high=-1"),
+        (["experiments/embedded.yaml", "reward.weights.box=.nan"], "reward.weights.box"),
+        (["experiments/embedded.yaml", "reward.success=5"], "share of the maximum"),
+        (["experiments/embedded.yaml", "credit.turn_credit=local", "reward.process=format"], "reduction, ratio or log"),
+        (["experiments/embedded.yaml", "mesh.fsdp=0"], "mesh.fsdp=0"),
+        (["experiments/embedded.yaml", "sidecar.address=there", "run_dir={tmp}/e"], "sidecar.address=there"),
         (["experiments/embedded.yaml", "update.loss=ppo"], "rlsd, vanilla, sdpo"),
         (["experiments/embedded.yaml", "update.loss=sdpo", "credit.teacher_context=none"], "use guidance"),
         (["experiments/embedded.yaml", "credit.turn_credit=turns"], "scalar, local"),
