@@ -570,7 +570,7 @@ def _unpacked(encoded: dict) -> Callable[[int], np.ndarray] | None:
         try:
             return np.frombuffer(zlib.decompress(encoded["value"]), dtype=np.uint8).reshape(shape).astype(bool)
         except (zlib.error, ValueError) as error:
-            raise DataError(f"the masks of a prepared record are damaged ({error}); prepare the dataset again") from None
+            raise DataError(f"masks of a prepared record are damaged ({error}); prepare the dataset again") from None
 
     return lambda position: stack()[position]
 
