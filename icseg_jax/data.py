@@ -630,7 +630,8 @@ def _write_records(name: str, source: Path, totals: dict[str, int], folder: Path
     def examples(split: str) -> Iterator[tuple[int, dict]]:
         samples = READERS[name](source, split, decode=True, refused=refused[split])
         n = 0
-        for sample in tqdm(samples, f"prepare {split}", totals[split], unit=" samples", disable=None if progress else True):
+        quiet = None if progress else True  # None: quiet where nobody watches
+        for sample in tqdm(samples, f"prepare {split}", totals[split], unit=" samples", disable=quiet):
             yield n, _to_record(sample)
             n += 1
         if n == 0:

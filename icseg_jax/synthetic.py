@@ -958,7 +958,8 @@ def _write_split(root: Path, split: str, count: int, seed: int, progress: bool) 
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     folder = root / f"RVOS_{split.capitalize()}"
     rows = []
-    for aid, index in enumerate(tqdm(rng.permutation(count), desc=f"{split} videos", disable=None if progress else True)):
+    quiet = None if progress else True  # None: quiet where nobody watches
+    for aid, index in enumerate(tqdm(rng.permutation(count), desc=f"{split} videos", disable=quiet)):
         scene = make_scene(int(index), seed=seed, split=split)
         _write_video(folder, scene)
         row = {"id": scene.id, "question": scene.query, "images": [f"{t:05d}" for t in range(scene.n_frames)],
