@@ -1,8 +1,8 @@
 """Measures parts of the method against each other, in one process, so that the ratios hold on a noisy machine.
 
 `python -m icseg_jax.bench advantages [CONFIG] [key=value ...]`
-    From scores to token advantages (all three levels), per token, against a real update of the same config; and the
-    same at 512 prompts x 16 rollouts x 8192 tokens. CONFIG defaults to experiments/embedded.yaml.
+    From scores to token advantages (all three levels), per token, against a real update of the same config; and that
+    arithmetic at 512 prompts x 16 rollouts x 8192 tokens. CONFIG defaults to experiments/embedded.yaml.
 `python -m icseg_jax.bench perception [CONFIG] policy.path=DIR [key=value ...]`
     What a warm-started policy sees in 60 scenes that it was not trained on: words and boxes of demonstrations, each
     token predicted after the true ones. CONFIG defaults to experiments/embedded_warmstart_3.yaml.
@@ -40,16 +40,15 @@ def seconds(call: Callable[[], Any], repeats: int = 5) -> float:
     return statistics.median(spent)
 
 
-def credit_inputs(shape: tuple[int, int, int], questions: int, seed: int = 0) -> tuple:
-    """Arguments of `hierarchical_advantages` after the config: random, of the types a step gives it."""
-    p, n, t = shape
+def random_scores(p: int, n: int, questions: int, seed: int = 0) -> train.Scores:
+    """What rollouts might have earned, [p, n]: all of them asked `questions` times."""
     rng = np.random.default_rng(seed)
-    turn = np.broadcast_to(np.arange(t) * (questions + 2) // t, shape).astype(np.int32)
-    draw = lambda: -rng.random(shape, np.float32)  # noqa: E731
-    return (
-        rng.random((p, n), np.float32) * 6, rng.random((p, n)) < 0.95, rng.random((p, n, questions), np.float32),
-        np.broadcast_to(np.arange(questions, dtype=np.int32), (p, n, questions)), turn, np.ones(shape, bool), draw(),
-        draw(), rng.random((p, n)) < 0.8, np.float32(0.5),
+    counts = np.sort(rng.integers(1, 7, (p, n, questions + 1)), -1)[..., ::-1].astype(np.int32)
+    return train.Scores(
+        terms={term: rng.random((p, n), np.float32) for term in train.TERMS}, counts=counts,
+        asked=np.ones((p, n, questions), bool), well_formed=np.ones((p, n), bool), ambiguous=counts[..., 0] > 1,
+        asked_in=np.broadcast_to(np.arange(questions, dtype=np.int32), (p, n, questions)),
+        valid=rng.random((p, n)) < 0.95,
     )  # fmt: skip
 
 
@@ -78,16 +77,27 @@ def random_batch(config: train.Config, speaker: train.Speaker) -> train.Batch:
 def advantages(config: train.Config) -> dict[str, Any]:
     """Per-token seconds of the three levels against those of an update, and the large shape alone."""
     c = config
+    if c.update.loss == "sdpo":
+        raise train.ConfigError("update.loss=sdpo: has no advantages to measure; use rlsd or vanilla")
     source = train.resolve_path(c.policy.path)
     policy_config, params = train.load_policy(source, dtype="float32")
     speaker = train.Speaker(c.protocol, policy_config, weights.Tokenizer(source))
     questions = c.protocol.max_turns
     batch = random_batch(c, speaker)
     p, n, t = batch.rows.tokens.shape
-    given = credit_inputs((p, n, t), questions)
-    credit = train.Credit(*(np.asarray(x) for x in (given[6], given[6], given[5])))
+    logp = -np.random.default_rng(0).random((2, p, n, t), np.float32)
+    scores, nobody = random_scores(p, n, questions), np.zeros((p, n), bool)
+    contexts = [["told"] * n] * p
+
+    def credit_of(kind: str) -> train.Credit:
+        """All that a step does between its scores and its updates, but the passes of the two policies."""
+        section = dataclasses.replace(c, credit=dataclasses.replace(c.credit, turn_credit=kind))
+        given = dict(old_logp=logp[0], teacher_logp=lambda: (logp[1], logp[0]), lam=0.5)
+        return train.token_credit(batch, scores, contexts, nobody, section, **given)[0]
+
     _, update = train.make_programs(train.Policy(policy_config, c.policy.remat), c)
     state = [train.fresh_state(params, c, teacher=False)]
+    credit = credit_of("scalar")
 
     def one_update() -> Any:
         state[0], stats = update(state[0], batch, credit, None, np.float32(0.0))
@@ -97,14 +107,27 @@ def advantages(config: train.Config) -> dict[str, Any]:
     out: dict[str, Any] = {"device": jax.devices()[0].device_kind}
     out["update"] = {"shape": [p, n, t], "per_token": updating}
     for kind in ("scalar", "local"):
-        section = dataclasses.replace(c.credit, turn_credit=kind)
-        spent = seconds(lambda section=section: train.hierarchical_advantages(section, *given), 20)
+        spent = seconds(lambda kind=kind: credit_of(kind).advantages, 20)
         each = spent / (p * n * t)
         out[kind] = {"per_token": each, "share_of_update": each / updating}
-    large = jax.device_put(credit_inputs(LARGE, questions))
-    spent = seconds(lambda: train.hierarchical_advantages(c.credit, *large), 3)
-    out["large"] = {"shape": list(LARGE), "seconds": spent}
+    out["large"] = {"shape": list(LARGE), "seconds": seconds(large_call(c, questions), 3)}
     return out
+
+
+def large_call(c: train.Config, questions: int) -> Callable[[], Any]:
+    """Returns, gains and token advantages of LARGE on the device."""
+    p, n, t = LARGE
+    rng = np.random.default_rng(0)
+    draw = lambda: -rng.random((p, n, t), np.float32)  # noqa: E731
+    scores = jax.device_put(random_scores(p, n, questions))
+    turn = np.broadcast_to(np.arange(t) * (questions + 2) // t, (p, n, t)).astype(np.int32)
+    tokens = jax.device_put((turn, np.ones((p, n, t), bool), draw(), draw(), rng.random((p, n)) < 0.8))
+
+    def call() -> Any:
+        returns, gains = train.total_return(scores, c), train.turn_gains(scores.counts, scores.asked)
+        return train.hierarchical_advantages(c.credit, returns, scores.valid, gains, scores.asked_in, *tokens, 0.5)
+
+    return call
 
 
 def perception(config: train.Config, batches: int = 3) -> dict[str, Any]:

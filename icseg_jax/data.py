@@ -718,6 +718,7 @@ class PreparedDataset(Sequence):
         if split not in made["splits"]:
             raise DataError(f"{folder} has no split {split!r}; it has {', '.join(made['splits'])}")
         self.refused: list[tuple[str, str]] = [tuple(pair) for pair in made["splits"][split]["refused"]]
+        self.source = made["source"]  # the folder it was prepared from
         self._command = _prepare_command(folder, made["name"], made["source"])
         self._features = _features(encoded=True)
         try:

@@ -4023,7 +4023,8 @@ def open_data(config: Config) -> tuple[data.PreparedDataset, data.PreparedDatase
         raise ConfigError(
             f"data.path={path}: damaged ({_first_line(error)}); remove that folder, and this command makes it again"
         ) from None
-    if generated and (len(train), len(test)) != (c.generate_train, c.generate_test):
+    made_here = Path(train.source).name.startswith(f".{path.name}.raw.")
+    if generated and made_here and (len(train), len(test)) != (c.generate_train, c.generate_test):
         raise ConfigError(
             f"data.path={path}: holds {len(train)} and {len(test)} samples where data.generate_train and generate_test "
             f"say {c.generate_train} and {c.generate_test}; remove that folder or give another data.path="
@@ -4103,6 +4104,7 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
             seconds=seconds,
             steps=config.steps,
             seed=config.seed,
+            peak_memory_gb={"trainer": peak_memory("self"), "sidecar": peak_memory(trainer.segmenter.pid)},
             finished=True,
             sidecar_failures=trainer.segmenter.failures,
         )
@@ -4172,6 +4174,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if run is not None:
             run.close()
+
+
+def peak_memory(process: int | str | None) -> float | None:
+    """The most memory that a process has held, in GB; None where the system does not say (it is Linux that does)."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9, 3)
+    return None
 
 
 def count_compilations() -> dict[str, float]:

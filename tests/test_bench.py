@@ -24,5 +24,7 @@ def test_the_shipped_base_sees(capsys):
 
 
 def test_bad_input_is_one_line(capsys):
+    assert bench.main(["advantages", "update.loss=sdpo"]) == 2
+    assert capsys.readouterr().err.startswith("error: update.loss=sdpo: ")
     assert bench.main(["speed"]) == 2
     assert capsys.readouterr().err == "error: unknown measurement 'speed'; known: advantages, perception\n"

@@ -334,6 +334,57 @@ def test_overlong_and_failed_rows(world, played, scored):
     np.testing.assert_allclose(failed.advantages[0], want[:, None] * (on & ~one[0][:, None]), atol=1e-6)
 
 
+@pytest.mark.parametrize(("refills", "lively"), [(0, 2), (3, 4), (1, 3)])
+def test_groups_without_spread_are_replaced(world, scored, monkeypatch, refills, lively):
+    """METHOD.md 4.7: at most `refills` times; the lively groups come first, and what is missing is filled up."""
+    config = train.load_config(CONFIG, [*SMALL, f"rollout.refills={refills}", "reward.weights.mask=0"])
+    spread = iter([[1, 0, 1, 0], [0, 0, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]])
+
+    def score(dialogues, c, expert, masks):
+        assert masks is None
+        iou = np.array(next(spread), np.float32)[:, None] * np.arange(ROLLOUTS, dtype=np.float32)
+        terms = {**{t: np.zeros_like(iou) for t in train.TERMS}, "iou": iou}
+        return scored[0].replace(terms=terms), [[""] * ROLLOUTS] * PROMPTS, {"seen": 1}
+
+    drawn = []
+
+    class Still(train.Trainer):
+        def __init__(self):
+            self.config, self.clock, self.user, self.expert, self.mask_reward = config, train.Clock(), None, None, None
+            self.cast, self.state = (lambda params: params), types.SimpleNamespace(params=None)
+            self.sampler = types.SimpleNamespace(play=lambda params, prompts, *_, **__: prompts)
+
+        def training_prompts(self, step, refill):
+            drawn.append(refill)
+            return [f"{refill}-{k}" for k in range(PROMPTS)]
+
+    monkeypatch.setattr(train, "score", score)
+    dialogues, scores, _, faults = Still().collect(0)
+    with_spread = ["0-0", "0-2", "1-3", "2-0"][:lively]
+    assert dialogues == [*with_spread, *["0-1", "0-3"][: PROMPTS - lively]]
+    assert faults["refills"] == drawn[-1] <= refills and faults["seen"] == len(drawn)
+    assert (np.asarray(scores.terms["iou"]).std(-1) > 0).sum() == lively
+
+
+def test_the_baseline_may_be_the_teacher_without_context(world, played, scored):
+    """credit.delta_baseline: what the guided teacher is compared with decides the weights, whoever it is."""
+    scores, guidance, batch, _ = scored
+    old, none = np.asarray(batch.rows.logp), np.zeros((PROMPTS, ROLLOUTS), bool)
+    contexts = train.teacher_contexts(played, train.total_return(scores, world.config), guidance, world.config)
+    made = {}
+    for name, plain in (("student", old), ("teacher", old + 0.1), ("far", old + 5.0)):
+        credit, _ = train.token_credit(
+            batch, scores, contexts, none, world.config, old_logp=old,
+            teacher_logp=lambda plain=plain: (old + 0.1, plain), lam=0.5,
+        )  # fmt: skip
+        made[name] = np.asarray(credit.advantages)
+    assert not np.array_equal(made["student"], made["teacher"])
+    want = credit_of(world, played, scored, lam=0.0, shift=0.0)[0]
+    np.testing.assert_array_equal(made["teacher"], want)  # it agrees with itself: weight 1
+    told = np.abs(made["far"]) < np.abs(want)
+    assert told.any() and (want[told] > 0).all()  # what the guided teacher likes less earns less
+
+
 def test_a_query_without_target_wants_both_halves(world):
     def earned(frame, box, point, section=train.RewardSection()):  # noqa: B008
         d = train.Dialogue(world.prompts([0])[0])

@@ -1,5 +1,6 @@
 """The real command at a tiny size: runs, kills, resumes, and what it says to bad input (train.py sections 1, 9, 10)."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ TINY = [
     "rollout.least_prompts=2",
     "update.minibatches=2",
     "evaluate.prompts=2",
+    "credit.sync_interval=3",
 ]
 
 
@@ -92,7 +94,9 @@ def test_a_run_leaves_all_it_promises(straight):
     assert summary["finished"] and summary["seconds"]["total"] > 0
     metrics = rows(folder)
     assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    assert 0.1 < summary["peak_memory_gb"]["trainer"] < 6 and summary["peak_memory_gb"]["sidecar"] > 0.1
     needed = {"loss", "ratio", "clip_fraction", "kl", "entropy", "gradient_norm", "sampler_difference/mean", "lam",
+              "sampler_difference/p99",
               "advantage/trajectory_spread", "advantage/turn_spread", "advantage/step_spread"}  # fmt: skip
     for row in metrics:
         assert needed | {f"reward/{t}" for t in train.TERMS} <= set(row)
@@ -119,6 +123,54 @@ def test_checkpoints_and_exports_are_policies(straight):
     assert config == other
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(restored), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_the_teacher_is_synced_at_its_interval(straight):
+    """credit.sync_interval=3: after step 3 it is the student, after step 4 it is the student of step 3."""
+    folder, _ = straight
+    config = dataclasses.replace(train.load_config(folder / "config.yaml"), run_dir=str(folder))
+    _, params = train.load_policy(train.resolve_path(config.policy.path), dtype="float32")
+    like = train._parts(train.fresh_state(params, config, teacher=True))
+    kept = train.Run(config)
+    third, fourth = (kept.checkpointer().load_checkpointables(step, like) for step in (3, 4))
+    kept.close()
+
+    def equal(a, b):
+        return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+    assert equal(third["params"], third["rest"]["teacher"]) and equal(third["params"], fourth["rest"]["teacher"])
+    assert not equal(fourth["params"], third["params"])
+
+
+def test_a_world_of_another_size_is_not_taken_for_this_one(place, tmp_path):
+    config = train.load_config(
+        "experiments/embedded.yaml", ["data.generate_train=9", "data.generate_test=4", f"data.path={tmp_path}/world"]
+    )
+    made = train.open_data(config)
+    assert [len(split) for split in made] == [9, 4] and [p.name for p in tmp_path.iterdir()] == ["world"]
+    grown = train.load_config("experiments/embedded.yaml", [f"data.path={tmp_path}/world", "data.generate_train=12"])
+    with pytest.raises(train.ConfigError, match="holds 9 and 4 samples"):
+        train.open_data(grown)
+    with pytest.raises(train.ConfigError, match="rollout.prompts=8: the training split has 6 samples"):
+        train.open_data(train.load_config("experiments/embedded.yaml", [f"data.path={place}/world"]))
+
+
+def test_a_failed_start_binds_nobody(tmp_path):
+    first = train.load_config("experiments/embedded.yaml", ["seed=3", f"run_dir={tmp_path}/run"])
+    train.Run(first).close()
+    again = train.load_config("experiments/embedded.yaml", ["seed=4", f"run_dir={tmp_path}/run"])
+    kept = train.Run(again)
+    kept.log({"step": 1})
+    kept.close()
+    with pytest.raises(train.ConfigError, match="seed .4 -> 3"):
+        train.Run(first)
+    # A key that is younger than the run stands at its default.
+    file = tmp_path / "run" / "config.yaml"
+    old = yaml.safe_load(file.read_text())
+    del old["update"]["weight_decay"], old["credit"]["lam"]
+    file.write_text(yaml.safe_dump(old))
+    with pytest.raises(train.ConfigError, match=r"belongs to another config: update.weight_decay \(0.01 -> 0.0\);"):
+        train.Run(again)
 
 
 def wait_for_rows(folder, count, process, limit=400):
