@@ -7,11 +7,15 @@ at the terminal may answer instead. Whatever a user says passes `sanitise` befor
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from icseg_jax.synthetic import ASKABLE, MAX_OPTIONS, VALUES, optimal_questions
 
@@ -154,6 +158,16 @@ def _target(graph: dict) -> dict | None:
     return next((obj for obj in graph["objects"] if obj["oid"] == graph["target"]), None)
 
 
+def describe_target(sample: Any) -> str:
+    """Every attribute of a sample's target in words, "" without one: what an oracle would add to the query."""
+    graph = (sample.privileged or {}).get("scene_graph")
+    target = _target(graph) if graph else None
+    if target is None:
+        return ""
+    column = next((entry["col"] for entry in target["per_frame"] if entry["col"]), None)
+    return " ".join(filter(None, (target["color"], target["shape"], target["size"], target["motion"]["dir"], column)))
+
+
 def _for_a_person(obj: dict, shown: Sequence[int]) -> str:
     """What an object is and where it is in each shown frame."""
     centers = {entry["f"]: entry["center"] for entry in obj["per_frame"]}
@@ -161,16 +175,42 @@ def _for_a_person(obj: dict, shown: Sequence[int]) -> str:
     return f"{obj['size']} {obj['color']} {obj['shape']}, {obj['motion']['dir']} ({path})"
 
 
-def load_user(kind: str) -> OracleUser | PersonUser:
-    """The user that a config names: "oracle" or "person". Raises ValueError for another."""
-    if kind == "oracle":
-        return OracleUser()
-    if kind == "person":
-        return PersonUser()
-    raise ValueError(f"simulator: user {kind!r} is unknown; use oracle or person")
+class ErringUser:
+    """A user who sometimes errs (METHOD.md 7, A8): wrong with probability `flip`, "please clarify" with `refuse`.
+
+    A function of (seed, sample, question): asked the same again, the same is answered.
+    """
+
+    def __init__(self, user: OracleUser | PersonUser, *, flip: float, refuse: float, seed: int = 0):
+        self.user, self.flip, self.refuse, self.seed = user, flip, refuse, seed
+        self.workers = user.workers
+
+    def answer(self, graph: dict, shown: Sequence[int], question: str) -> str:
+        """What the user says, or in place of it another answer that the question allows."""
+        reply, parsed = self.user.answer(graph, shown, question), parse_question(question, graph["query"])
+        if parsed is None or reply == CLARIFY:
+            return reply
+        told = repr((self.seed, graph["video"], graph["query"], question)).encode()
+        rng = np.random.default_rng(int.from_bytes(hashlib.blake2s(told, digest_size=8).digest(), "big"))
+        if rng.random() < self.refuse:
+            return CLARIFY
+        if rng.random() >= self.flip:
+            return reply
+        allowed = {"what": VALUES[parsed.attribute], "yesno": ("yes", "no"), "choice": (*parsed.options, NEITHER)}
+        return str(rng.choice([value for value in allowed[parsed.kind] if value != reply]))
 
 
-def answer_all(user: OracleUser | PersonUser, requests: Sequence[tuple[dict, Sequence[int], str]]
+def load_user(kind: str, *, flip: float = 0.0, refuse: float = 0.0, seed: int = 0
+              ) -> OracleUser | PersonUser | ErringUser:
+    """The user that a config names: "oracle" or "person", erring or not. Raises ValueError for another."""
+    users = {"oracle": OracleUser, "person": PersonUser}
+    if kind not in users:
+        raise ValueError(f"simulator: user {kind!r} is unknown; use oracle or person")
+    user = users[kind]()
+    return ErringUser(user, flip=flip, refuse=refuse, seed=seed) if flip or refuse else user
+
+
+def answer_all(user: OracleUser | PersonUser | ErringUser, requests: Sequence[tuple[dict, Sequence[int], str]]
                ) -> list[str]:
     """Answers to (graph, shown, question) requests, in order; several at a time when the user takes several.
     """

@@ -209,11 +209,14 @@ class SidecarSection:
     address: str | None = None  # a sidecar on another machine instead of one per host
     timeout: float = 60.0  # seconds per request
     threads: int = 1
+    prompting: str = "joint"  # box and point together, or sequential: box first, then the point (METHOD.md 5.2)
 
 
 @dataclass(frozen=True)
 class SimulatorSection:
     kind: str = "oracle"  # oracle | person
+    flip: float = 0.0  # share of answers that are wrong
+    refuse: float = 0.0  # share of questions that get no answer
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,12 @@ class EvaluateSection:
     clips: int = 32  # samples whose video masks are scored
     gallery: int = 24  # dialogues kept with pictures
     before: bool = True  # evaluate before training too
+    # What is other at test than in training (METHOD.md 7, A5, A6, A8); null: the same
+    max_turns: int | None = None  # protocol.max_turns
+    clarify: list[str] | None = None  # protocol.clarify
+    flip: float | None = None  # simulator.flip
+    refuse: float | None = None  # simulator.refuse
+    describe: bool = False  # the target's description follows the query: the upper bound
 
 
 @dataclass(frozen=True)
@@ -453,6 +462,18 @@ def check_config(c: Config) -> Config:
     need(0 < c.reward.success <= 1, "reward.success", c.reward.success, "use a share of the maximum (0.7 in the paper)")
     shares = c.warmstart.conversations + c.warmstart.mask_types
     need(0 <= shares <= 1, "warmstart.mask_types", c.warmstart.mask_types, "with conversations it must stay within 1")
+    for key, given in (
+        ("simulator.flip", c.simulator.flip),
+        ("simulator.refuse", c.simulator.refuse),
+        ("evaluate.flip", c.evaluate.flip),
+        ("evaluate.refuse", c.evaluate.refuse),
+    ):
+        need(given is None or 0 <= given <= 1, key, given, "use a probability, from 0 to 1")
+    turns = c.evaluate.max_turns
+    works = f"use 1 to protocol.max_turns={c.protocol.max_turns}"
+    need(turns is None or 1 <= turns <= c.protocol.max_turns, "evaluate.max_turns", turns, works)
+    kinds = ("joint", "sequential")
+    need(c.sidecar.prompting in kinds, "sidecar.prompting", c.sidecar.prompting, f"use one of {', '.join(kinds)}")
     need(c.simulator.kind in ("oracle", "person"), "simulator.kind", c.simulator.kind, "use oracle or person")
     need(
         max(c.update.token_buckets) >= c.protocol.response_tokens,
@@ -1919,10 +1940,14 @@ class Sampler:
 
     def play(
         self, params: Any, prompts: Sequence[Prompt], temperatures: Sequence[float], user: Any, *, seed: int, step: int,
-        clock: Clock,
+        clock: Clock, max_turns: int | None = None,
     ) -> list[list[Dialogue]]:  # fmt: skip
-        """Dialogues [P][N], rollout n at temperatures[n]. A dialogue depends on (seed, step, sample, rollout) only."""
+        """Dialogues [P][N], rollout n at temperatures[n]. A dialogue depends on (seed, step, sample, rollout) only.
+
+        max_turns: tool calls, at most and by default protocol.max_turns.
+        """
         c, speaker = self.c, self.speaker
+        calls = min(max_turns or c.protocol.max_turns, c.protocol.max_turns)
         n = len(temperatures)
         out = [[Dialogue(prompt) for _ in range(n)] for prompt in prompts]
         grid: list[list[Dialogue | None]] = [list(row) for row in out]
@@ -1937,7 +1962,7 @@ class Sampler:
 
         with clock("prefill"):
             lanes = jax.block_until_ready(self.begin(params, prompts, n))
-        for turn in range(c.protocol.max_turns + 1):
+        for turn in range(calls + 1):
             with clock("decode"):
                 budget = per_row(
                     lambda d: min(c.protocol.action_tokens, c.protocol.response_tokens - len(d.row)), 0, np.int32
@@ -1959,7 +1984,7 @@ class Sampler:
                                 logp[i, j, :k].tolist(),
                                 speaker,
                                 finished=bool(finished[i, j]),
-                                last=turn == c.protocol.max_turns,
+                                last=turn == calls,
                             )
                 talking = [(i, d) for i, row in enumerate(grid) for d in row if live(d)]
             with clock("simulator"):
@@ -3726,7 +3751,14 @@ class Trainer:
         self.sampler = Sampler(c, self.policy, self.speaker, self.mesh)
         self.logprob, self.update = make_programs(self.policy, c)
         self.cast = jax.jit(functools.partial(compute_copy, dtype=c.policy.dtype))
-        self.user, self.expert = simulator.load_user(c.simulator.kind), simulator.OracleExpert()
+        user = functools.partial(simulator.load_user, c.simulator.kind, seed=c.seed)
+        self.user = user(flip=c.simulator.flip, refuse=c.simulator.refuse)
+        own = lambda at_test, common: common if at_test is None else at_test  # noqa: E731
+        flip, refuse = own(c.evaluate.flip, c.simulator.flip), own(c.evaluate.refuse, c.simulator.refuse)
+        self.test_user = user(flip=flip, refuse=refuse)
+        clarify = own(c.evaluate.clarify, c.protocol.clarify)
+        self.test_speaker = Speaker(dataclasses.replace(c.protocol, clarify=clarify), policy_config, self.tokenizer)
+        self.expert = simulator.OracleExpert()
         self.clock = Clock()
         self.train, self.test = open_data(c)
         if not (self.train[0].privileged or {}).get("scene_graph"):
@@ -3737,7 +3769,7 @@ class Trainer:
         try:
             self.segmenter = SegmenterClient(
                 c.sidecar.address, segmenter=resolve_path(c.sidecar.segmenter), timeout_s=c.sidecar.timeout,
-                threads=c.sidecar.threads, log_file=run.path / "sidecar.log",
+                threads=c.sidecar.threads, log_file=run.path / "sidecar.log", prompting=c.sidecar.prompting,
             )  # fmt: skip
         except ValueError as error:
             raise ConfigError(f"sidecar.address={c.sidecar.address}: {error}") from None
@@ -3749,6 +3781,13 @@ class Trainer:
     def prompt(self, sample: data.Sample, anchor: int | None = None) -> Prompt:
         shown = data.sample_frames(len(sample.frames), self.config.protocol.frames, anchor=anchor)
         return Prompt(sample, shown, self.speaker)
+
+    def test_prompt(self, sample: data.Sample) -> Prompt:
+        """As `evaluate` asks for it. A described query keeps its scene graph: what is counted stays the same."""
+        if self.config.evaluate.describe:
+            sample = dataclasses.replace(sample, query=f"{sample.query} {simulator.describe_target(sample)}".strip())
+        shown = data.sample_frames(len(sample.frames), self.config.protocol.frames)
+        return Prompt(sample, shown, self.test_speaker)
 
     def training_prompts(self, step: int, refill: int) -> list[Prompt]:
         """The prompts of a step: a function of (seed, step, refill). One shown frame surely holds the target."""
@@ -3908,10 +3947,11 @@ class Trainer:
                 # The last batch is filled up by wrapping round, so that one set of programs serves all.
                 indices = [(start + k) % count for k in range(c.evaluate.prompts)]
                 with clock("data"):
-                    prompts = [self.prompt(self.test[i]) for i in indices]
+                    prompts = [self.test_prompt(self.test[i]) for i in indices]
                 dialogues = self.sampler.play(
-                    params, prompts, list(decodings.values()), self.user, seed=c.seed, step=EVALUATION, clock=clock
-                )
+                    params, prompts, list(decodings.values()), self.test_user, seed=c.seed, step=EVALUATION,
+                    clock=clock, max_turns=c.evaluate.max_turns,
+                )  # fmt: skip
                 rated.append(rater.submit(rate, indices[: count - start], dialogues))
             with clock("reward"):
                 done = [part.result() for part in rated]

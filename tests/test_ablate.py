@@ -22,7 +22,7 @@ def test_every_row_of_the_paper_ships():
     """METHOD.md section 7, as far as it is about training: one short file per row, each saying what it is."""
     folders = {p.parent.name for p in ROWS}
     assert folders == {"levels", "losses", "contexts", "teacher", "strength", "process", "groups", "turns", "asking",
-                       "frames"}  # fmt: skip
+                       "frames", "user"}  # fmt: skip
     levels = {p.stem for p in ROWS if p.parent.name == "levels"}
     assert levels == {"full", "grpo", "no_trajectory", "no_turn", "no_step", "turn_local"}
     for row in ROWS:

@@ -137,6 +137,18 @@ def test_greedy_rows_are_equal_and_stand_beside_sampled_ones(world):
         assert row[0] == row[2]
 
 
+def test_fewer_turns_at_test(world):
+    """evaluate.max_turns: with one tool call a question is the last thing that can be said."""
+    rows = world.sampler.play(
+        world.params, world.prompts(range(PROMPTS)), (1.0,) * ROLLOUTS, simulator.OracleUser(), seed=7, step=0,
+        clock=train.Clock(), max_turns=1,
+    )  # fmt: skip
+    assert all(sum(a.kind in ("call", "keyframe") for a in d.actions[:-1]) <= 1 for d in itertools.chain(*rows))
+    free = itertools.chain(*world.play(range(PROMPTS)))
+    for short, d in zip(itertools.chain(*rows), free, strict=True):
+        assert short.texts == d.texts[: len(short.texts)]  # the same dialogue, cut
+
+
 def test_rows_never_outgrow_their_budget(world):
     """Whatever is said and shown, a dialogue that ran out of tokens still fits the row it is packed into."""
     tight = train.load_config(
