@@ -54,31 +54,6 @@ def graphs(scenes):
     ("please clarify", None),
     ("", None),
 ])
-def test_an_erring_user_errs_as_often_as_told_and_always_alike():
-    graphs = [synthetic.scene_graph(synthetic.make_scene(i, seed=4, level="medium")) for i in range(120)]
-    asked = [(g, [0, 3, 7, 11], f"What {a} is the target?") for g in graphs for a in ("color", "shape", "size")]
-    exact = simulator.load_user("oracle")
-    truth = [exact.answer(*request) for request in asked]
-    for flip, refuse in ((0.3, 0.0), (0.0, 0.4), (1.0, 0.0), (0.5, 1.0)):
-        user = simulator.load_user("oracle", flip=flip, refuse=refuse, seed=1)
-        said = [user.answer(*request) for request in asked]
-        assert said == [user.answer(*request) for request in asked]
-        refused = np.mean([s == simulator.CLARIFY for s in said])
-        wrong = np.mean([s not in (t, simulator.CLARIFY) for s, t in zip(said, truth, strict=True)])
-        assert abs(refused - refuse) < 0.1 and abs(wrong - flip * (1 - refuse)) < 0.1
-        for (graph, _, question), s in zip(asked, said, strict=True):
-            attribute = simulator.parse_question(question, graph["query"]).attribute
-            assert s in (*VALUES[attribute], simulator.CLARIFY)
-    liar = simulator.load_user("oracle", flip=1.0)
-    yes = [(liar.answer(g, [0], "Is it red?"), exact.answer(g, [0], "Is it red?")) for g in graphs]
-    assert all({a, b} == {"yes", "no"} for a, b in yes if b != simulator.CLARIFY)
-    # An expert who sees wrong answers still counts, and advises without falling over.
-    for graph in graphs[:20]:
-        lied = [(q, liar.answer(graph, [0], q)) for q in ("What color is the target?", "What size is the target?")]
-        counts = simulator.OracleExpert().diagnose(graph, [0], lied).counts
-        assert len(counts) == 3 and counts == sorted(counts, reverse=True) and min(counts) >= 1
-
-
 def test_questions_are_understood(text, expected):
     assert parse_question(text) == expected
 
@@ -300,3 +275,28 @@ def test_a_person_answers_at_the_terminal(graphs, monkeypatch, capsys):
     assert isinstance(simulator.load_user("oracle"), OracleUser)
     with pytest.raises(ValueError, match="use oracle or person"):
         simulator.load_user("robot")
+
+
+def test_an_erring_user_errs_as_often_as_told_and_always_alike():
+    graphs = [synthetic.scene_graph(synthetic.make_scene(i, seed=4, level="medium")) for i in range(120)]
+    asked = [(g, [0, 3, 7, 11], f"What {a} is the target?") for g in graphs for a in ("color", "shape", "size")]
+    exact = simulator.load_user("oracle")
+    truth = [exact.answer(*request) for request in asked]
+    for flip, refuse in ((0.3, 0.0), (0.0, 0.4), (1.0, 0.0), (0.5, 1.0)):
+        user = simulator.load_user("oracle", flip=flip, refuse=refuse, seed=1)
+        said = [user.answer(*request) for request in asked]
+        assert said == [user.answer(*request) for request in asked]
+        refused = np.mean([s == simulator.CLARIFY for s in said])
+        wrong = np.mean([s not in (t, simulator.CLARIFY) for s, t in zip(said, truth, strict=True)])
+        assert abs(refused - refuse) < 0.1 and abs(wrong - flip * (1 - refuse)) < 0.1
+        for (graph, _, question), s in zip(asked, said, strict=True):
+            attribute = simulator.parse_question(question, graph["query"]).attribute
+            assert s in (*VALUES[attribute], simulator.CLARIFY)
+    liar = simulator.load_user("oracle", flip=1.0)
+    yes = [(liar.answer(g, [0], "Is it red?"), exact.answer(g, [0], "Is it red?")) for g in graphs]
+    assert all({a, b} == {"yes", "no"} for a, b in yes if b != simulator.CLARIFY)
+    # An expert who sees wrong answers still counts, and advises without falling over.
+    for graph in graphs[:20]:
+        lied = [(q, liar.answer(graph, [0], q)) for q in ("What color is the target?", "What size is the target?")]
+        counts = simulator.OracleExpert().diagnose(graph, [0], lied).counts
+        assert len(counts) == 3 and counts == sorted(counts, reverse=True) and min(counts) >= 1
