@@ -788,9 +788,10 @@ class SegmenterClient:
             try:
                 if wait:
                     self._await_ready()
-            except _Lost:
+            except _Lost as error:
                 self._stop()
-                raise
+                where = f" at {self.address}" if self.address else ""
+                raise SidecarError(f"the sidecar{where} did not start: {error}") from None
 
     def register(self, video: str, frame: int, image: UInt8[np.ndarray, "h w 3"],
                  truth: Bool[np.ndarray, "h w"] | None = None) -> None:

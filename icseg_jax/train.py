@@ -307,7 +307,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     def read(file: Path, seen: tuple[Path, ...]) -> Any:
         if file in seen:
@@ -349,7 +348,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
                 raise ConfigError(f"override {item!r} is not key=value, for example steps=4")
             try:
                 given = OmegaConf.from_dotlist([item])
-            except YAMLError as error:
+            except OmegaConfBaseException:
+                raise
+            except Exception as error:  # yaml's own errors
                 raise ConfigError(f"override {item!r} is not YAML ({_first_line(error)}); such as steps=4") from None
             known(OmegaConf.to_container(given), Config, "command line")
             raw = OmegaConf.merge(raw, given)
@@ -3342,11 +3343,14 @@ class Run:
             ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            self._same_config()
+        except BaseException as error:
+            self._lock.close()
+            if not isinstance(error, BlockingIOError):
+                raise
             raise ConfigError(
                 f"run_dir={self.path}: another run is writing here; wait for it or give another run_dir="
             ) from None
-        self._same_config()
         self.metrics_file = self.path / "metrics.jsonl"
         self.stop = False
         self._writer = None

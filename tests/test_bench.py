@@ -7,10 +7,10 @@ from icseg_jax import bench
 
 def test_credit_is_a_small_part_of_an_update(capsys, monkeypatch):
     monkeypatch.setattr(bench, "LARGE", (4, 4, 64))
-    small = ["rollout.prompts=2", "rollout.rollouts=2"]
+    small = ["rollout.prompts=4"]
     assert bench.main(["advantages", "experiments/embedded.yaml", *small]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["update"]["shape"] == [1, 2, 288] and told["large"]["shape"] == [4, 4, 64]
+    assert told["update"]["shape"] == [2, 8, 288] and told["large"]["shape"] == [4, 4, 64]
     for kind in ("scalar", "local"):
         assert 0 < told[kind]["share_of_update"] < 0.01
 

@@ -538,6 +538,7 @@ def test_training_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="another config .differs in seed"):
         sam2_sidecar.train(load_train_config(ROOT / "experiments/embedded_sam2.yaml",
                                              [*small, f"run_dir={tmp_path / 'parts'}", "seed=5"]))
+    monkeypatch.setattr(sam2_sidecar, "_save_checkpoint", save)
     further = load_train_config(
         ROOT / "experiments/embedded_sam2_2.yaml",
         [*small, f"start={whole}", f"run_dir={tmp_path / 'further'}", f"asset={tmp_path / 'further/asset'}"])

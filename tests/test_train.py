@@ -292,7 +292,7 @@ def test_learning_rate_rises_stays_and_falls():
         (["experiments/embedded.yaml", "evaluate.max_turns=9"], "1 to protocol.max_turns=6"),
         (["experiments/embedded.yaml", "sidecar.prompting=both"], "joint, sequential"),
         (["experiments/embedded.yaml", "mesh.fsdp=0"], "mesh.fsdp=0"),
-        (["experiments/embedded.yaml", "sidecar.address=there", "run_dir={tmp}/e"], "sidecar.address=there"),
+        (["experiments/embedded.yaml", "sidecar.address=tcp://there", "run_dir={tmp}/e"], "sidecar.address=tcp"),
         (["experiments/embedded.yaml", "update.loss=ppo"], "rlsd, vanilla, sdpo"),
         (["experiments/embedded.yaml", "update.loss=sdpo", "credit.teacher_context=none"], "use guidance"),
         (["experiments/embedded.yaml", "credit.turn_credit=turns"], "scalar, local"),
