@@ -88,7 +88,7 @@ def test_table_is_mean_and_deviation_over_finished_seeds(tmp_path):
     assert table["grpo"]["seeds"] == [0] and table["grpo"]["sampled"]["success_ambiguous"]["std"] is None
     assert table["full"]["seconds_per_step"] == pytest.approx(4.0)  # medians 3 and 5: the compiling step is outside
     text = (tmp_path / "table.md").read_text()
-    assert "| full | 2 of 2 |  | 0.60 ± 0.14 |" in text and "| grpo | 1 of 2 |  | 0.25 |" in text  # no overall success given
+    assert "| full | 2 of 2 |  | 0.60 ± 0.14 |" in text and "| grpo | 1 of 2 |  | 0.25 |" in text
     assert json.loads((tmp_path / "table.json").read_text()) == table
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
     assert {p.name for p in tmp_path.iterdir()} == {"full", "grpo", "table.md", "table.json", "table.png"}
