@@ -68,7 +68,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from icseg_jax import data, metrics, simulator, synthetic, weights
-from icseg_jax.sam2_sidecar import SegmenterClient, SidecarError
+from icseg_jax.sam2_sidecar import SegmenterClient, SidecarError, parse_address
 
 Array = jax.Array | np.ndarray | np.generic
 
@@ -473,6 +473,11 @@ def check_config(c: Config) -> Config:
     turns = c.evaluate.max_turns
     works = f"use 1 to protocol.max_turns={c.protocol.max_turns}"
     need(turns is None or 1 <= turns <= c.protocol.max_turns, "evaluate.max_turns", turns, works)
+    if c.sidecar.address is not None:
+        try:
+            parse_address(c.sidecar.address)
+        except ValueError as error:
+            raise ConfigError(f"sidecar.address={c.sidecar.address}: {error}") from None
     kinds = ("joint", "sequential")
     need(c.sidecar.prompting in kinds, "sidecar.prompting", c.sidecar.prompting, f"use one of {', '.join(kinds)}")
     need(c.simulator.kind in ("oracle", "person"), "simulator.kind", c.simulator.kind, "use oracle or person")
@@ -3770,13 +3775,10 @@ class Trainer:
                 f"data.path={c.data.path}: holds no scene graphs, which the exact user and expert read; use the "
                 "synthetic world (`python -m icseg_jax.data generate`)"
             )
-        try:
-            self.segmenter = SegmenterClient(
-                c.sidecar.address, segmenter=resolve_path(c.sidecar.segmenter), timeout_s=c.sidecar.timeout,
-                threads=c.sidecar.threads, log_file=run.path / "sidecar.log", prompting=c.sidecar.prompting,
-            )  # fmt: skip
-        except ValueError as error:
-            raise ConfigError(f"sidecar.address={c.sidecar.address}: {error}") from None
+        self.segmenter = SegmenterClient(
+            c.sidecar.address, segmenter=resolve_path(c.sidecar.segmenter), timeout_s=c.sidecar.timeout,
+            threads=c.sidecar.threads, log_file=run.path / "sidecar.log", prompting=c.sidecar.prompting,
+        )  # fmt: skip
         self.segmenter.start(wait=False)
         self.mask_reward = MaskReward(self.segmenter, self.mesh)
         self.state = fresh_state(params, c, teacher=needs_teacher(c))
