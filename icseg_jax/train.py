@@ -27,8 +27,8 @@ Where this departs from the released scripts, or chooses where they are silent (
  4. A sixth reward term, the SAM2 mask IoU. `reward.weights.mask: 0` leaves the paper's five.
  5. The key frame is the last valid one before the answer; answers may span lines (the format term stays strict).
  6. Frame -1 with the zero answer is scored on no-target samples. `reward.no_target`.
- 7. The clarification prompt is used on every sample, so that over-asking is trained against and measured.
-    `protocol.clarify`: levels that get it.
+ 7. The clarification prompt may be used on clear queries too, so that over-asking is trained against and measured;
+    the embedded runs do. `protocol.clarify`: levels that get it.
  8. Clips are 0.2/0.2 under `rlsd`; the asymmetric pair belongs to `vanilla`. `update.clip_low`, `clip_high`.
  9. Zero-spread groups are dropped and refilled at most `rollout.refills` times; the release's filter may be inert.
 10. Rollouts that ran out of tokens are masked out of the loss but stay in the group's statistics.
@@ -3923,6 +3923,8 @@ class Trainer:
 
     def evaluate(self, name: str | None = None) -> dict[str, dict]:
         """Greedy and sampled scores on the test split (METHOD.md 11.7); with a name, the gallery is kept under it."""
+        from tqdm import tqdm
+
         c, clock = self.config, self.clock
         params = self.cast(self.state.params)
         count = min(c.evaluate.samples or len(self.test), len(self.test))
@@ -3942,8 +3944,6 @@ class Trainer:
                     if index in gallery and decoding == "greedy":
                         stories.append(self.story(d, row))
             return rows, stories
-
-        from tqdm import tqdm
 
         # Masks and tracks of a batch are made by the sidecar while the next one is played.
         with concurrent.futures.ThreadPoolExecutor(1) as rater:
