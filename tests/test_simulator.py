@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -300,3 +301,16 @@ def test_an_erring_user_errs_as_often_as_told_and_always_alike():
         lied = [(q, liar.answer(graph, [0], q)) for q in ("What color is the target?", "What size is the target?")]
         counts = simulator.OracleExpert().diagnose(graph, [0], lied).counts
         assert len(counts) == 3 and counts == sorted(counts, reverse=True) and min(counts) >= 1
+
+
+def test_a_described_target_is_named_in_full():
+    for index in range(20):
+        scene = synthetic.make_scene(index, seed=6, level="medium")
+        graph = synthetic.scene_graph(scene)
+        told = simulator.describe_target(types.SimpleNamespace(privileged={"scene_graph": graph})).split()
+        target = next(obj for obj in graph["objects"] if obj["oid"] == graph["target"])
+        assert told[:4] == [target["color"], target["shape"], target["size"], target["motion"]["dir"]]
+        assert set(told[4:]) <= set(VALUES["column"])
+    nobody = graph | {"target": -1}
+    assert simulator.describe_target(types.SimpleNamespace(privileged={"scene_graph": nobody})) == ""
+    assert simulator.describe_target(types.SimpleNamespace(privileged=None)) == ""
