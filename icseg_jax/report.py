@@ -513,7 +513,8 @@ def _talk(dialogue: Dialogue) -> Iterable[tuple[Turn, str, str]]:
         elif turn.kind == "answer" and dialogue.box and dialogue.point:
             box, point = (" ".join(f"{v:g}" for v in values) for values in (dialogue.box, dialogue.point))
             said = f"Box {box}, point {point}." if any(dialogue.box) else "Nothing to mark."
-        yield turn, _clean(thinking, 500), _clean(said, 500) or "(nothing)"
+        thought = [_clean(line, 200) for line in thinking[:2000].splitlines()]
+        yield turn, "\n".join([line for line in thought if line][:10]), _clean(said, 500) or "(nothing)"
 
 
 def _verdict(dialogue: Dialogue) -> str:
@@ -601,7 +602,8 @@ def _draw_side(
         if y > limit:
             draw.text((x, y), "…", LIGHT.muted, _font(26))
             break
-        for line in _wrap(thinking, _font(19), chat, 3):
+        thought = [part for line in thinking.splitlines() for part in _wrap(line, _font(19), chat, 3)]
+        for line in thought[:8]:
             draw.text((x, y), line, LIGHT.muted, _font(19))
             y += 27
         y += 6 if thinking else 0
@@ -1231,7 +1233,7 @@ h4 small { color: var(--muted); font-weight: 400 }
 .said { align-self: flex-start; background: var(--tone); color: var(--on); border-bottom-left-radius: 4px }
 .code { font: .78rem/1.5 ui-monospace, SFMono-Regular, Menlo, monospace }
 .user { align-self: flex-end; background: var(--bubble); border-bottom-right-radius: 4px }
-.thinking { color: var(--muted); font-size: .78rem; line-height: 1.4; padding-left: 9px;
+.thinking { color: var(--muted); font-size: .78rem; line-height: 1.4; padding-left: 9px; white-space: pre-line;
   border-left: 2px solid var(--line) }
 .count { color: var(--muted); font-size: .8rem; display: flex; align-items: center; flex-wrap: wrap;
   gap: 8px }

@@ -520,21 +520,31 @@ def describe(obj: Object, frame: int, width: int = WIDTH) -> str:
     return " ".join(obj.value(attribute, frame, width) for attribute in ASKABLE)
 
 
-def think(candidates: Sequence[Object], frame: int, width: int = WIDTH) -> str:
-    """The candidates from left to right in `frame` (the first shown), and each attribute's number of values.
+COORDINATE_STEP = 10  # thousandths of the frame; texts round places to it, as the embedded tokenizer does
 
-    "blue circle small leftward middle ; green circle large still left ; differ color 2 size 2 motion 2 column
-    2"; one candidate: "... ; one left"; none: "no match".
+
+def placed(obj: Object, frame: int, width: int = WIDTH) -> str:
+    """`describe` after where the (complete) object's left edge is in `frame`: "340 blue circle small leftward middle".
+
+    The number is what tells alike objects apart: a list without it skips one or says one twice.
+    """
+    left = max(0.0, 1000 * (obj.centers[frame, 0] - obj.radius) / width)
+    return f"{round(left / COORDINATE_STEP) * COORDINATE_STEP} {describe(obj, frame, width)}"
+
+
+def think(candidates: Sequence[Object], frame: int, width: int = WIDTH) -> str:
+    """The candidates by their left edges in `frame` (the first shown), and each attribute's number of values.
+
+    One to a line, then "differ color 2 size 2 motion 2 column 2"; after one candidate "one left"; none: "no match".
     """
     if not candidates:
         return "no match"
-    ordered = sorted(candidates, key=lambda o: o.centers[frame, 0])
-    listed = " ; ".join(describe(o, frame, width) for o in ordered)
+    ordered = sorted(candidates, key=lambda o: o.centers[frame, 0] - o.radius)
+    listed = "\n".join(placed(o, frame, width) for o in ordered)
     if len(ordered) == 1:
-        return f"{listed} ; one left"
+        return f"{listed}\none left"
     kinds = {a: len({o.value(a, frame, width) for o in ordered}) for a in ASKABLE}
-    return f"{listed} ; differ " + " ".join(f"{a} {n}" for a, n in kinds.items() if n > 1)
-
+    return f"{listed}\ndiffer " + " ".join(f"{a} {n}" for a, n in kinds.items() if n > 1)
 
 
 def scene_graph(scene: Scene) -> dict:
@@ -848,7 +858,7 @@ def _dialogue(scene: Scene, graph: dict, user, shown: Sequence[int], rng: np.ran
         return [Turn("keyframe", thinking, 0, 0, frame=-1), Turn("answer", thinking, 0, 0)]
     chosen = scene.object(int(rng.choice(left)))
     if len(left) > 1:
-        thinking += " ; guess " + describe(chosen, shown[0], scene.width)
+        thinking += "\nguess\n" + placed(chosen, shown[0], scene.width)
     named = " ".join(chosen.value(attribute) for attribute in ("color", "shape", "size"))
     return [*turns,
             Turn("keyframe", thinking, len(left), len(left), frame=_key_frame(scene, chosen, shown, rng),

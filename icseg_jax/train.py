@@ -1526,10 +1526,10 @@ class Speaker:
     # What the policy says, in the form that demonstrations teach and `parse_action` reads.
 
     def call(self, thinking: str, question: str) -> str:
-        return f"<thinking> {thinking} </thinking><call> {json.dumps({'name': 'vlm_tool', 'query': question})} </call>"
+        return f"<thinking>\n{thinking} </thinking><call> {json.dumps({'name': 'vlm_tool', 'query': question})} </call>"
 
     def keyframe(self, thinking: str, fid: int) -> str:
-        return f"<thinking> {thinking} </thinking><keyframe> {fid} </keyframe>"
+        return f"<thinking>\n{thinking} </thinking><keyframe> {fid} </keyframe>"
 
     def answer(self, thinking: str, box: Sequence[int], point: Sequence[int], mask_type: str | None = None) -> str:
         value = {"bbox_2d": list(box), "point_2d": list(point)} | ({"mask_type": mask_type} if mask_type else {})
@@ -2983,7 +2983,7 @@ def dialogue_row(d: Dialogue, scores: Scores, i: int, j: int, config: Config) ->
 # ------------------------------------------------------------------------------------------------------
 
 
-COORDINATE_STEP = 10  # of the embedded tokenizer's grid of coordinates, thousandths of the frame
+COORDINATE_STEP = synthetic.COORDINATE_STEP  # of the embedded tokenizer's grid, thousandths of the frame
 
 
 def warmstart_words() -> list[str]:
@@ -3112,7 +3112,7 @@ class SceneTeacher:
                     row.add([*speaker.tokenizer.encode(reply), speaker.tokenizer.end_of_turn], trained=True)
                     speaker.observe(row, rounds[number + 1][0], ended=True)
             named = " ".join(scene.object(oid).value(a, shown[0], scene.width) for a in ("color", "shape", "size"))
-            finish(row, synthetic.describe(scene.object(oid), shown[0], scene.width) + " ; one left", named, oid, fid)
+            finish(row, synthetic.think([scene.object(oid)], shown[0], scene.width), named, oid, fid)
             return row
 
         def grounding(slot: int | None) -> Transcript:
@@ -3148,12 +3148,12 @@ class SceneTeacher:
             row.add(speaker.tokenizer.encode(("objects rightward", "objects downward")[axis]))
             row.add(speaker.closing())
             words = []
-            for obj in sorted(scene.objects, key=lambda o: o.centers[shown[0], axis]):
+            for obj in sorted(scene.objects, key=lambda o: o.centers[shown[0], axis] - o.radius):
                 found = truth(obj.oid).get(str(shown[0]))
                 place = '], "point_2d": [' + json.dumps(self.grid(found["point_2d"]))[1:-1] if found else ""
-                words.append(synthetic.describe(obj, shown[0], scene.width) + place)
-            text = " ; ".join(words)
-            row.add([*speaker.tokenizer.encode(f" {text}"), speaker.tokenizer.end_of_turn], trained=True)
+                words.append(synthetic.placed(obj, shown[0], scene.width) + place)
+            text = "\n".join(words)
+            row.add([*speaker.tokenizer.encode(f"\n{text}"), speaker.tokenizer.end_of_turn], trained=True)
             return row
 
         makers: list[Callable[[], Transcript | None]] = []
@@ -3534,16 +3534,22 @@ class Clock:
 
 
 def load_policy(path: str | Path, mesh: Mesh | None = None, *, dtype: str | None = None) -> tuple[PolicyConfig, Any]:
-    """A Hugging Face Qwen3-VL directory (config.json and safetensors suffice) or one of our checkpoints.
+    """A Hugging Face Qwen3-VL directory (config.json and safetensors suffice), one of our checkpoints or a run.
 
     Returns (PolicyConfig, params); `dtype` None keeps the stored type. With a mesh each tensor goes straight to its
-    shards. Raises ConfigError, one line, for a missing or damaged file or a tensor of another shape.
+    shards. Of a run directory it is the latest checkpoint. Raises ConfigError, one line, for a missing or damaged file
+    or a tensor of another shape.
     """
     path = resolve_path(str(path))
     if not path.is_dir():
         raise ConfigError(
             f"policy.path={path}: no such directory; a Hugging Face Qwen3-VL directory or a run's checkpoint works"
         )
+    if (path / "policy.json").is_file():
+        steps = [int(p.name) for p in path.glob("checkpoints/*") if p.name.isdigit()]
+        if not steps:
+            raise ConfigError(f"{path}/checkpoints: holds no checkpoint yet; a Hugging Face Qwen3-VL directory works")
+        path = path / "checkpoints" / str(max(steps))
     checkpoint = (path / "_CHECKPOINT_METADATA").exists()
     file = path.parent.parent / "policy.json" if checkpoint else path / "config.json"
     raw = read_json(file)
@@ -3561,6 +3567,51 @@ def load_policy(path: str | Path, mesh: Mesh | None = None, *, dtype: str | None
     return config, params
 
 
+def import_policy(source: str | Path, path: str | Path) -> None:
+    """`weights import`: a Hugging Face directory as one of our checkpoints, in its own type, whole or not at all.
+
+    `path`/checkpoints/0 holds the parameters, `path` what else the directory had (config.json, tokenizer, processor),
+    which `export_policy` gives back. Raises ConfigError when `path` is there already or the source is damaged.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    source, path = resolve_path(str(source)), Path(path).resolve()
+    if path.exists():
+        raise ConfigError(f"{path}: is there already; give a new directory")
+    config, params = load_policy(source)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        (temporary / "checkpoints").mkdir(parents=True)
+        weights.copy_companions(source, temporary)
+        shutil.copyfile(source / "config.json", temporary / "config.json")
+        write_atomically(temporary / "policy.json", json.dumps(config_json(config), indent=1))
+        ocp.save_checkpointables(temporary / "checkpoints" / "0", {"params": params})
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"{path}: can not be written ({error.strerror}); give another directory") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def export_policy(source: str | Path, path: str | Path) -> None:
+    """`weights export`: what `load_policy` reads as a Hugging Face directory, in the stored type.
+
+    Raises ConfigError when the source is damaged or `path` is no place for a policy.
+    """
+    source = resolve_path(str(source))
+    config, params = load_policy(source)
+    # What goes along lies beside an imported checkpoint, and where a run took its policy from.
+    places = [source, source.parent.parent]
+    for folder in list(places):
+        with contextlib.suppress(ConfigError):
+            places.append(resolve_path(load_config(folder / "config.yaml").policy.path))
+    beside = next((p for p in places if (p / "config.json").is_file()), None)
+    try:
+        save_policy(path, config, params, source=beside)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
 def load_tokenizer(path: Path) -> weights.Tokenizer:
     """The tokenizer of a Hugging Face directory. Raises ConfigError."""
     try:
@@ -3574,9 +3625,12 @@ def _read_checkpoint(path: Path, shapes: Any, dtype: str | None, specs: Any) -> 
 
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     specs = jax.tree.map(lambda _: one, shapes) if specs is None else specs
-    place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, dtype or "float32", sharding=spec)  # noqa: E731
+    place = lambda x, kind, spec: jax.ShapeDtypeStruct(x.shape, dtype or kind, sharding=spec)  # noqa: E731
     try:
-        return ocp.load_checkpointables(path.resolve(), {"params": jax.tree.map(place, shapes, specs)})["params"]
+        stored = ocp.checkpointables_metadata(path.resolve()).metadata["params"]
+        kinds = jax.tree.map(lambda x, like: like.dtype, shapes, stored)
+        wanted = jax.tree.map(place, shapes, kinds, specs)
+        return ocp.load_checkpointables(path.resolve(), {"params": wanted})["params"]
     except Exception as error:
         raise ConfigError(f"{path}: can not be restored ({_first_line(error)}); give an undamaged checkpoint") from None
 

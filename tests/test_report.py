@@ -68,8 +68,8 @@ def make_dialogue(run, index, rng, trained, decoding="greedy"):
     def say(role, kind, text, frame=None, count_after=None):
         turns.append({"role": role, "kind": kind, "text": text, "frame": frame, "count_after": count_after})
 
-    listed = " ; ".join(
-        f"{name} {'square' if k % 2 else 'circle'} small leftward middle" for k, name in enumerate(names)
+    listed = "\n".join(
+        f"{200 * k} {name} {'square' if k % 2 else 'circle'} small leftward middle" for k, name in enumerate(names)
     )
     for question, answer, left in (
         [("What size is the target?", "small", count)] * (not trained)
@@ -79,7 +79,7 @@ def make_dialogue(run, index, rng, trained, decoding="greedy"):
         say(
             "assistant",
             "call",
-            f"<thinking> {listed} ; differ color {count} </thinking> <call> {call} </call>",
+            f"<thinking>\n{listed}\ndiffer color {count} </thinking> <call> {call} </call>",
         )
         say("user", "call", f"<information>{answer}</information>\n\n", count_after=left)
         counts.append(left)

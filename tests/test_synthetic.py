@@ -280,21 +280,26 @@ def test_every_text_is_made_of_the_vocabulary(train, test, n_more):
             for turn in demonstration.turns:
                 texts += [turn.thinking, turn.question or "", turn.reply or ""]
         used.update(word for text in texts for word in words(text))
-    assert used <= known, used - known
+    places = {str(x) for x in range(0, 1001, synthetic.COORDINATE_STEP)}  # the tokenizer has them anyway
+    assert used <= known | places, used - known - places
     # What only a policy's own questions bring about, and numbers of frames that were not shown here.
-    unused = "neither yes no please clarify not none attribute seven".split() + [str(n) for n in range(12)]
+    unused = "neither yes no please clarify not none attribute seven ;".split() + [str(n) for n in range(12)]
     assert known - used <= set(unused)
 
 
 def test_thinking_lists_candidates_from_left_to_right(train):
     scene = next(scene for scene in train if scene.level == "difficult")
     candidates = [scene.object(oid) for oid in scene.candidates]
-    *listed, differ = synthetic.think(candidates, 0).split(" ; ")
-    ordered = sorted(candidates, key=lambda o: o.centers[0, 0])
-    assert listed == [" ".join(o.value(a, 0, 128) for a in ASKABLE) for o in ordered]
+    *listed, differ = synthetic.think(candidates, 0).splitlines()
+    edges = {o.oid: max(0.0, o.centers[0, 0] - o.radius) / 128 * 1000 for o in candidates}
+    ordered = sorted(candidates, key=lambda o: edges[o.oid])
+    places, words = zip(*(line.split(" ", 1) for line in listed), strict=True)
+    assert words == tuple(" ".join(o.value(a, 0, 128) for a in ASKABLE) for o in ordered)
+    assert all(abs(int(x) - edges[o.oid]) <= 5 for x, o in zip(places, ordered, strict=True))
+    assert all(int(x) % synthetic.COORDINATE_STEP == 0 for x in places)
     counts = {a: len({o.value(a, 0, 128) for o in candidates}) for a in ASKABLE}
     assert differ == "differ " + " ".join(f"{a} {n}" for a, n in counts.items() if n > 1)
-    assert synthetic.think(candidates[:1], 0) == synthetic.describe(candidates[0], 0) + " ; one left"
+    assert synthetic.think(candidates[:1], 0) == synthetic.placed(candidates[0], 0) + "\none left"
     assert synthetic.think([], 0) == "no match"
 
 
@@ -348,7 +353,7 @@ def test_noisy_and_guided_demonstrations(train):
             assert scene.target in left and len(left) == turn.count_after
         keyframe = demonstration.turns[-2]
         if len(left) > 1:
-            guess = " ; guess " + synthetic.describe(scene.object(keyframe.oid), 1)
+            guess = "\nguess\n" + synthetic.placed(scene.object(keyframe.oid), 1)
             assert keyframe.thinking.endswith(guess) and keyframe.oid in left
     needless = [any(t.kind == "call" for t in d.turns) for s, d in plain if s.level == "clear"]
     assert 0.15 < np.mean(needless) < 0.35
