@@ -535,16 +535,18 @@ def placed(obj: Object, frame: int, width: int = WIDTH) -> str:
 def think(candidates: Sequence[Object], frame: int, width: int = WIDTH) -> str:
     """The candidates by their left edges in `frame` (the first shown), and each attribute's number of values.
 
-    One to a line, then "differ color 2 size 2 motion 2 column 2"; after one candidate "one left"; none: "no match".
+    One to a line, then "; differ color 2 size 2 motion 2 column 2"; after one candidate "; one left"; none: "no match".
+    Whether another follows is one token, a new line or a semicolon: were it the next number or a word, a likeliest
+    word would win against places of which each is unlikely, and lists that are read greedily would be too short.
     """
     if not candidates:
         return "no match"
     ordered = sorted(candidates, key=lambda o: o.centers[frame, 0] - o.radius)
-    listed = "\n".join(placed(o, frame, width) for o in ordered)
+    listed = "".join(f"\n{placed(o, frame, width)}" for o in ordered)
     if len(ordered) == 1:
-        return f"{listed}\none left"
+        return f"{listed} ; one left"
     kinds = {a: len({o.value(a, frame, width) for o in ordered}) for a in ASKABLE}
-    return f"{listed}\ndiffer " + " ".join(f"{a} {n}" for a, n in kinds.items() if n > 1)
+    return f"{listed} ; differ " + " ".join(f"{a} {n}" for a, n in kinds.items() if n > 1)
 
 
 def scene_graph(scene: Scene) -> dict:
@@ -858,7 +860,7 @@ def _dialogue(scene: Scene, graph: dict, user, shown: Sequence[int], rng: np.ran
         return [Turn("keyframe", thinking, 0, 0, frame=-1), Turn("answer", thinking, 0, 0)]
     chosen = scene.object(int(rng.choice(left)))
     if len(left) > 1:
-        thinking += "\nguess\n" + placed(chosen, shown[0], scene.width)
+        thinking += " ; guess\n" + placed(chosen, shown[0], scene.width)
     named = " ".join(chosen.value(attribute) for attribute in ("color", "shape", "size"))
     return [*turns,
             Turn("keyframe", thinking, len(left), len(left), frame=_key_frame(scene, chosen, shown, rng),

@@ -249,6 +249,11 @@ class MeshSection:
 
 
 @dataclass(frozen=True)
+class ProfileSection:
+    steps: str | None = None  # for example 3..5: these steps' JAX profiler trace is written to run_dir/profile
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = "run"
     stage: str = "rl"  # rl | sft (the supervised warm start)
@@ -268,6 +273,7 @@ class Config:
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     mesh: MeshSection = MeshSection()
+    profile: ProfileSection = ProfileSection()
 
 
 TERMS = ("iou", "box", "point", "frame", "process", "mask")
@@ -397,6 +403,10 @@ def check_config(c: Config) -> Config:
             for value in given if isinstance(given, list) else [given]:
                 need(value >= least, name, given, f"use {least} or more")
             need(given != [], name, given, "give at least one size")
+    try:
+        profiled(c)
+    except ValueError:
+        need(False, "profile.steps", c.profile.steps, f"use first..last from 1 to steps={c.steps}, for example 3..5")
     for section, keys in POSITIVE.items():
         for key in keys:
             given = getattr(getattr(c, section), key)
@@ -495,6 +505,16 @@ def check_config(c: Config) -> Config:
     )
     need(c.mesh.data == -1 or c.mesh.data >= 1, "mesh.data", c.mesh.data, "use -1 (what is left) or a count of devices")
     return c
+
+
+def profiled(c: Config) -> range:
+    """The steps of `profile.steps`. Raises ValueError."""
+    if c.profile.steps is None:
+        return range(0)
+    first, last = map(int, c.profile.steps.split(".."))
+    if not 1 <= first <= last <= c.steps:
+        raise ValueError
+    return range(first, last + 1)
 
 
 def resolve_path(path: str) -> Path:
@@ -1525,15 +1545,20 @@ class Speaker:
 
     # What the policy says, in the form that demonstrations teach and `parse_action` reads.
 
+    @staticmethod
+    def thought(text: str) -> str:
+        lead = "" if text.startswith("\n") else " "
+        return f"<thinking>{lead}{text} </thinking>"
+
     def call(self, thinking: str, question: str) -> str:
-        return f"<thinking>\n{thinking} </thinking><call> {json.dumps({'name': 'vlm_tool', 'query': question})} </call>"
+        return f"{self.thought(thinking)}<call> {json.dumps({'name': 'vlm_tool', 'query': question})} </call>"
 
     def keyframe(self, thinking: str, fid: int) -> str:
-        return f"<thinking>\n{thinking} </thinking><keyframe> {fid} </keyframe>"
+        return f"{self.thought(thinking)}<keyframe> {fid} </keyframe>"
 
     def answer(self, thinking: str, box: Sequence[int], point: Sequence[int], mask_type: str | None = None) -> str:
         value = {"bbox_2d": list(box), "point_2d": list(point)} | ({"mask_type": mask_type} if mask_type else {})
-        return f"<thinking> {thinking} </thinking><answer> {json.dumps(value)} </answer>"
+        return f"{self.thought(thinking)}<answer> {json.dumps(value)} </answer>"
 
     def patches(self, image: np.ndarray, grid: tuple[int, int], method: str) -> np.ndarray:
         """uint8 [h,w,3] -> [patches, C*t*p*p] at the grid's size (METHOD.md 1.1, 1.5)."""
@@ -3152,8 +3177,8 @@ class SceneTeacher:
                 found = truth(obj.oid).get(str(shown[0]))
                 place = '], "point_2d": [' + json.dumps(self.grid(found["point_2d"]))[1:-1] if found else ""
                 words.append(synthetic.placed(obj, shown[0], scene.width) + place)
-            text = "\n".join(words)
-            row.add([*speaker.tokenizer.encode(f"\n{text}"), speaker.tokenizer.end_of_turn], trained=True)
+            text = "".join(f"\n{w}" for w in words)
+            row.add([*speaker.tokenizer.encode(text), speaker.tokenizer.end_of_turn], trained=True)
             return row
 
         makers: list[Callable[[], Transcript | None]] = []
@@ -4171,10 +4196,19 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
         )
         say_scores("before", before)
     bar = tqdm(total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True, disable=None)
-    step = begun
+    step, traced = begun, profiled(config)
+    tracing = False
     while step < config.steps and not run.stop:
+        if step + 1 in traced and not tracing:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # every Python call, otherwise
+            jax.profiler.start_trace(run.path / "profile", profiler_options=options)
+            tracing = True
         row = trainer.step()
         step = row["step"]
+        if tracing and (step + 1 not in traced or run.stop):
+            jax.profiler.stop_trace()
+            tracing = False
         book(row["seconds"])
         if config.evaluate.every and step % config.evaluate.every == 0 and step < config.steps:
             during = trainer.evaluate()

@@ -79,7 +79,7 @@ def make_dialogue(run, index, rng, trained, decoding="greedy"):
         say(
             "assistant",
             "call",
-            f"<thinking>\n{listed}\ndiffer color {count} </thinking> <call> {call} </call>",
+            f"<thinking>\n{listed} ; differ color {count} </thinking> <call> {call} </call>",
         )
         say("user", "call", f"<information>{answer}</information>\n\n", count_after=left)
         counts.append(left)

@@ -283,14 +283,15 @@ def test_every_text_is_made_of_the_vocabulary(train, test, n_more):
     places = {str(x) for x in range(0, 1001, synthetic.COORDINATE_STEP)}  # the tokenizer has them anyway
     assert used <= known | places, used - known - places
     # What only a policy's own questions bring about, and numbers of frames that were not shown here.
-    unused = "neither yes no please clarify not none attribute seven ;".split() + [str(n) for n in range(12)]
+    unused = "neither yes no please clarify not none attribute seven".split() + [str(n) for n in range(12)]
     assert known - used <= set(unused)
 
 
 def test_thinking_lists_candidates_from_left_to_right(train):
     scene = next(scene for scene in train if scene.level == "difficult")
     candidates = [scene.object(oid) for oid in scene.candidates]
-    *listed, differ = synthetic.think(candidates, 0).splitlines()
+    listed, differ = synthetic.think(candidates, 0).split(" ; ")
+    listed = listed.removeprefix("\n").split("\n")
     edges = {o.oid: max(0.0, o.centers[0, 0] - o.radius) / 128 * 1000 for o in candidates}
     ordered = sorted(candidates, key=lambda o: edges[o.oid])
     places, words = zip(*(line.split(" ", 1) for line in listed), strict=True)
@@ -299,7 +300,7 @@ def test_thinking_lists_candidates_from_left_to_right(train):
     assert all(int(x) % synthetic.COORDINATE_STEP == 0 for x in places)
     counts = {a: len({o.value(a, 0, 128) for o in candidates}) for a in ASKABLE}
     assert differ == "differ " + " ".join(f"{a} {n}" for a, n in counts.items() if n > 1)
-    assert synthetic.think(candidates[:1], 0) == synthetic.placed(candidates[0], 0) + "\none left"
+    assert synthetic.think(candidates[:1], 0) == f"\n{synthetic.placed(candidates[0], 0)} ; one left"
     assert synthetic.think([], 0) == "no match"
 
 
@@ -353,7 +354,7 @@ def test_noisy_and_guided_demonstrations(train):
             assert scene.target in left and len(left) == turn.count_after
         keyframe = demonstration.turns[-2]
         if len(left) > 1:
-            guess = "\nguess\n" + synthetic.placed(scene.object(keyframe.oid), 1)
+            guess = " ; guess\n" + synthetic.placed(scene.object(keyframe.oid), 1)
             assert keyframe.thinking.endswith(guess) and keyframe.oid in left
     needless = [any(t.kind == "call" for t in d.turns) for s, d in plain if s.level == "clear"]
     assert 0.15 < np.mean(needless) < 0.35

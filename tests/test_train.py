@@ -27,7 +27,7 @@ TINY = [
 ]
 
 
-EVERY = ["checkpoint.every=1", "evaluate.every=2", "evaluate.clips=2"]
+EVERY = ["checkpoint.every=1", "evaluate.every=2", "evaluate.clips=2", "profile.steps=2..2"]
 
 
 def command(*arguments, module="train"):
@@ -83,7 +83,7 @@ def test_a_run_leaves_all_it_promises(straight):
         "policy.json",
     ):
         assert (folder / name).exists(), name
-    assert list((folder / "tensorboard").iterdir())
+    assert list((folder / "tensorboard").iterdir()) and list((folder / "profile").rglob("*.xplane.pb"))
     summary = json.loads((folder / "summary.json").read_text())
     words = {"success", "success_ambiguous", "success_clear", "jf", "questions_ambiguous", "questions_clear", "reward",
              "resolved_rate", "redundant_question_rate", "regret", "asked", "format_rate"}  # fmt: skip
@@ -292,6 +292,8 @@ def test_learning_rate_rises_stays_and_falls():
         (["experiments/embedded.yaml", "evaluate.max_turns=9"], "1 to protocol.max_turns=6"),
         (["experiments/embedded.yaml", "sidecar.prompting=both"], "joint, sequential"),
         (["experiments/embedded.yaml", "mesh.fsdp=0"], "mesh.fsdp=0"),
+        (["experiments/embedded.yaml", "profile.steps=5..3"], "first..last"),
+        (["experiments/embedded.yaml", "profile.steps=3"], "first..last"),
         (["experiments/embedded.yaml", "sidecar.address=tcp://there", "run_dir={tmp}/e"], "sidecar.address=tcp"),
         (["experiments/embedded.yaml", "update.loss=ppo"], "rlsd, vanilla, sdpo"),
         (["experiments/embedded.yaml", "update.loss=sdpo", "credit.teacher_context=none"], "use guidance"),
