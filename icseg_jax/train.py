@@ -1745,6 +1745,27 @@ def stop_automaton(spelling: Sequence[bytes], stops: Sequence[str]) -> tuple[np.
     return table, done
 
 
+COMPILED: list[dict[str, str]] = []  # every program compiled in this process, in order: its name and the shapes
+
+
+class Program:
+    """jax.jit that writes down what it is compiled for: shapes that keep changing are what makes a run slow."""
+
+    def __init__(self, name: str, function: Callable, **options: Any):
+        self.name, self.jitted, self.known = name, jax.jit(function, **options), set()
+
+    def __call__(self, *args: Any, **static: Any) -> Any:
+        # The first argument is the parameters or what holds them: the same in every call.
+        leaves = jax.tree.leaves(args[1:] if isinstance(args[0], (Mapping, TrainState)) else args)
+        shapes = tuple((str(np.result_type(x)), np.shape(x)) for x in leaves)
+        key = (shapes, *static.items())
+        if key not in self.known:
+            self.known.add(key)
+            text = [f"{kind}{list(shape)}" for kind, shape in shapes]
+            COMPILED.append({"program": self.name, "shapes": " ".join(text), **{k: str(v) for k, v in static.items()}})
+        return self.jitted(*args, **static)
+
+
 def bucket(size: int, buckets: Sequence[int]) -> int:
     """The smallest bucket that holds `size`: programs are compiled once per bucket. Raises ConfigError."""
     if size > max(buckets):
@@ -1784,11 +1805,8 @@ class Sampler:
         self.allowed = jnp.asarray(allowed)
         self.ends = jnp.asarray([tokenizer.end_of_turn, tokenizer.end_of_text])
         for name in ("encode", "insert", "prefill", "extend", "decode", "commit", "pick", "keys"):
-            setattr(
-                self,
-                name,
-                jax.jit(getattr(self, f"_{name}"), static_argnames=("length",) if name == "commit" else None),
-            )
+            static = ("length",) if name == "commit" else None
+            setattr(self, name, Program(name, getattr(self, f"_{name}"), static_argnames=static))
 
     # Device programs
 
@@ -2837,7 +2855,6 @@ def make_programs(policy: Policy, config: Config) -> tuple[Callable, Callable]:
         size = math.gcd(size, prompts)
         return jax.tree.map(lambda x: x.reshape(prompts // size, len(x) // (prompts // size), *x.shape[1:]), tree)
 
-    @jax.jit
     def logprob(params, batch: Batch):
         """Log-probability [P,N,T] of every token."""
         prompts = batch.rows.tokens.shape[0]
@@ -2890,7 +2907,6 @@ def make_programs(policy: Policy, config: Config) -> tuple[Callable, Callable]:
         stats["entropy"] = jnp.where(credit.mask, entropy, 0).sum() / total
         return loss, stats
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, batch: Batch, credit: Credit, guided: Guided | None, rate):
         """One optimiser step (METHOD.md 4.6, 4.10)."""
         prompts = batch.rows.tokens.shape[0]
@@ -2916,7 +2932,7 @@ def make_programs(policy: Policy, config: Config) -> tuple[Callable, Callable]:
             state = state.replace(teacher=jax.tree.map(follow, state.teacher, state.params))
         return state, stats
 
-    return logprob, update
+    return Program("logprob", logprob), Program("update", update, donate_argnums=0)
 
 
 def needs_teacher(c: Config) -> bool:
@@ -3470,9 +3486,12 @@ class Run:
         return rows
 
     def log(self, row: dict) -> None:
-        """One JSON object per step, and the same numbers as TensorBoard events."""
+        """One JSON object per step, the same numbers as TensorBoard events, and what was compiled since the last."""
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        with (self.path / "programs.jsonl").open("a") as file:
+            file.writelines(json.dumps({"step": row["step"], **program}) + "\n" for program in COMPILED)
+        COMPILED.clear()
         if self._writer is None:
             from tensorboardX import SummaryWriter
 

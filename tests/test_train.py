@@ -103,6 +103,11 @@ def test_a_run_leaves_all_it_promises(straight):
         assert row["sampler_difference/max"] < 1e-3
         assert row["segmenter_failed"] == 0
     assert "evaluate" in metrics[1]
+    # Nothing is compiled twice for the same shapes, and nothing that an earlier step had.
+    programs = [json.loads(line) for line in (folder / "programs.jsonl").read_text().splitlines()]
+    assert {"encode", "prefill", "decode", "extend", "logprob", "update"} <= {p["program"] for p in programs}
+    kinds = [(p["program"], p["shapes"], p.get("length")) for p in programs]
+    assert len(kinds) == len(set(kinds)) <= 20 and all(p["step"] <= 2 for p in programs)
     assert "before" in done.stdout and "after" in done.stdout
 
 
