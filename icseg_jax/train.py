@@ -1757,7 +1757,7 @@ class Program:
     def __call__(self, *args: Any, **static: Any) -> Any:
         # The first argument is the parameters or what holds them: the same in every call.
         leaves = jax.tree.leaves(args[1:] if isinstance(args[0], (Mapping, TrainState)) else args)
-        shapes = tuple((str(np.result_type(x)), np.shape(x)) for x in leaves)
+        shapes = tuple((str(getattr(x, "dtype", type(x).__name__)), np.shape(x)) for x in leaves)
         key = (shapes, *static.items())
         if key not in self.known:
             self.known.add(key)
