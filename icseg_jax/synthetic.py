@@ -188,6 +188,33 @@ def requery(scene: Scene, rng: np.random.Generator) -> Scene:
         initial_count=len(candidates), max_count=int(worst), optimal_expected=expected, best_first=best)
 
 
+def imagine(scene: Scene, rng: np.random.Generator) -> Scene:
+    """Two to six other objects in the scene's stead, all of which the query fits, for dialogues about a list that is
+    given as text: what comes after a list is read there, not seen.
+    """
+    worst = math.inf
+    while math.isinf(worst):  # alike in everything
+        n = int(rng.integers(2, 7))
+        values = {a: rng.permutation(len(VALUES[a]))[: int(rng.integers(1, 4))] for a in ASKABLE}
+        said = _pick(rng, ("color", "shape", "size", "motion"))
+        values[said] = values[said][:1]
+        objects = []
+        for oid in range(1, n + 1):
+            row = {a: VALUES[a][int(rng.choice(values[a]))] for a in ASKABLE if a != "column"}
+            radius = int(rng.integers(SIZES[row["size"]][0], SIZES[row["size"]][1] + 1))
+            center = rng.integers(radius, scene.width - radius, 2).astype(float)
+            while min(abs(center[0] - scene.width * k / 3) for k in (1, 2)) <= DEAD_ZONE * scene.width + 1:
+                center[0] = rng.integers(radius, scene.width - radius)
+            still = np.broadcast_to(center, (scene.n_frames, 2))
+            objects.append(Object(oid=oid, radius=radius, z=oid, centers=still, **row))
+        worst, expected, best = optimal_questions([attributes_of(o, QUERY_FRAME, scene.width) for o in objects])
+    mentioned = {said: VALUES[said][int(values[said][0])]}
+    return replace(
+        scene, objects=tuple(objects), query=_query_text(rng, mentioned, scene.mask_type), mentioned=mentioned,
+        level="difficult", candidates=tuple(range(1, n + 1)), target=int(rng.integers(n)) + 1, initial_count=n,
+        max_count=int(worst), optimal_expected=expected, best_first=best, visible=np.ones((n, scene.n_frames)))
+
+
 def attributes_of(obj: Object, frame: int = QUERY_FRAME, width: int = WIDTH) -> dict[str, str]:
     """Every askable attribute of an object, the column in this frame."""
     return {attribute: obj.value(attribute, frame, width) for attribute in ASKABLE}
@@ -523,29 +550,39 @@ def describe(obj: Object, frame: int, width: int = WIDTH) -> str:
 COORDINATE_STEP = 10  # thousandths of the frame; texts round places to it, as the embedded tokenizer does
 
 
+def place(obj: Object, frame: int, width: int = WIDTH) -> int:
+    """Where the (complete) object's left edge is in `frame`, in thousandths."""
+    left = max(0.0, 1000 * (obj.centers[frame, 0] - obj.radius) / width)
+    return round(left / COORDINATE_STEP) * COORDINATE_STEP
+
+
 def placed(obj: Object, frame: int, width: int = WIDTH) -> str:
-    """`describe` after where the (complete) object's left edge is in `frame`: "340 blue circle small leftward middle".
+    """`describe` after `place`: "340 blue circle small leftward middle".
 
     The number is what tells alike objects apart: a list without it skips one or says one twice.
     """
-    left = max(0.0, 1000 * (obj.centers[frame, 0] - obj.radius) / width)
-    return f"{round(left / COORDINATE_STEP) * COORDINATE_STEP} {describe(obj, frame, width)}"
+    return f"{place(obj, frame, width)} {describe(obj, frame, width)}"
 
 
-def think(candidates: Sequence[Object], frame: int, width: int = WIDTH) -> str:
+def think(candidates: Sequence[Object], frame: int, width: int = WIDTH, before: Sequence[Object] = ()) -> str:
     """The candidates by their left edges in `frame` (the first shown), and each attribute's number of values.
 
     One to a line, then "; differ color 2 size 2 motion 2 column 2"; after one candidate "; one left"; none: "no match".
+    `before`: the candidates of the turn before; those that the answer ruled out are listed as "520 no", so that going
+    through a list and comparing are two things.
     Whether another follows is one token, a new line or a semicolon: were it the next number or a word, a likeliest
     word would win against places of which each is unlikely, and lists that are read greedily would be too short.
     """
     if not candidates:
         return "no match"
-    ordered = sorted(candidates, key=lambda o: o.centers[frame, 0] - o.radius)
-    listed = "".join(f"\n{placed(o, frame, width)}" for o in ordered)
-    if len(ordered) == 1:
+    kept = {o.oid for o in candidates}
+    listed = "".join(
+        f"\n{placed(o, frame, width)}" if o.oid in kept else f"\n{place(o, frame, width)} no"
+        for o in sorted(before or candidates, key=lambda o: o.centers[frame, 0] - o.radius)
+    )
+    if len(kept) == 1:
         return f"{listed} ; one left"
-    kinds = {a: len({o.value(a, frame, width) for o in ordered}) for a in ASKABLE}
+    kinds = {a: len({o.value(a, frame, width) for o in candidates}) for a in ASKABLE}
     return f"{listed} ; differ " + " ".join(f"{a} {n}" for a, n in kinds.items() if n > 1)
 
 
@@ -844,6 +881,12 @@ def _dialogue(scene: Scene, graph: dict, user, shown: Sequence[int], rng: np.ran
 
     turns: list[Turn] = []
     left, needless = list(scene.candidates), 0
+    before: list[int] = []
+
+    def thought() -> str:
+        now, earlier = ([scene.object(oid) for oid in oids] for oids in (left, before))
+        return think(now, shown[0], scene.width, earlier)
+
     while len(turns) < BUDGET and left:
         attribute = _decide(scene, left, shown[0], rng, skill, plan, needless)
         if attribute is None:
@@ -852,10 +895,9 @@ def _dialogue(scene: Scene, graph: dict, user, shown: Sequence[int], rng: np.ran
         question = QUESTIONS[attribute].format(fid=shown[0])
         reply = user.answer(graph, shown, question)
         after = simulator.consistent(graph, shown, left, question, reply)
-        thinking = think([scene.object(oid) for oid in left], shown[0], scene.width)
-        turns.append(Turn("call", thinking, len(left), len(after), question=question, reply=reply))
-        left = after
-    thinking = think([scene.object(oid) for oid in left], shown[0], scene.width)
+        turns.append(Turn("call", thought(), len(left), len(after), question=question, reply=reply))
+        before, left = left, after
+    thinking = thought()
     if not left:
         return [Turn("keyframe", thinking, 0, 0, frame=-1), Turn("answer", thinking, 0, 0)]
     chosen = scene.object(int(rng.choice(left)))

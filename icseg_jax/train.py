@@ -187,6 +187,7 @@ class UpdateSection:
 class WarmstartSection:
     scenes: int = 32  # scenes per step
     rows: int = 2  # packed rows per scene
+    practice: int = 0  # further rows, of dialogues about lists that are given: reading, without seeing
     row_tokens: int = 224
     keyframes: int = 2  # distinct high-resolution frames per scene
     learning_rate: float = 0.01  # of Muon with consistent RMS: updates of 0.2 times this
@@ -291,7 +292,7 @@ WHOLE = {
     | {"action_tokens": 1, "observation_tokens": 1},
     "rollout": {"prompts": 1, "refills": 0, "cache_buckets": 1, "observation_buckets": 1, "least_prompts": 1},
     "update": {"warmup": 0, "minibatches": 1, "micro_prompts": 0, "token_buckets": 1},
-    "warmstart": {"scenes": 1, "rows": 1, "row_tokens": 1, "keyframes": 1, "warmup": 0},
+    "warmstart": {"scenes": 1, "rows": 1, "practice": 0, "row_tokens": 1, "keyframes": 1, "warmup": 0},
     "sidecar": {"threads": 1},
     "evaluate": {"every": 0, "prompts": 1, "samples": 0, "clips": 0, "gallery": 0},
     "checkpoint": {"every": 0, "keep": 1},
@@ -3139,6 +3140,22 @@ class SceneTeacher:
                     finish(row, turn.thinking, named, turn.oid, fid)
             return row
 
+        def practice() -> Transcript:
+            """A dialogue about objects that are not in the picture. The first list is given, the end left out."""
+            demo = synthetic.demonstrate(synthetic.imagine(scene, rng), shown, rng, skill=w.skill)
+            row = Transcript(prefix.position)
+            speaker.query(row, demo.query, demo.guidance)
+            *calls, keyframe, _ = demo.turns
+            spoken = [speaker.call(turn.thinking, turn.question) for turn in calls]
+            spoken.append(speaker.keyframe(keyframe.thinking, 0).removesuffix(" 0 </keyframe>"))  # whichever shows it
+            given, semicolon, spoken[0] = spoken[0].partition(" ;")
+            row.add(speaker.tokenizer.encode(given))
+            for number, text in enumerate(spoken):
+                row.add(speaker.tokenizer.encode(semicolon + text if number == 0 else text), trained=True)
+                if number < len(calls):
+                    speaker.observe(row, information(calls[number].reply))
+            return row
+
         def talk() -> Transcript | None:
             rounds, oid = synthetic.conversation(scene, rng)
             row = Transcript(prefix.position)
@@ -3223,6 +3240,13 @@ class SceneTeacher:
                 best = min(fitting, key=lambda j: room[j])
                 rows[best].append(segment)
                 room[best] -= len(segment)
+        for _ in range(w.practice):
+            rows.append([])
+            left = w.row_tokens
+            for segment in (practice() for _ in range(6)):
+                if len(segment) <= left:
+                    rows[-1].append(segment)
+                    left -= len(segment)
         frames = np.zeros((self.c.protocol.frames, *self._shape(speaker.frame_grid)), np.float32)
         for i, picture in enumerate(pictures):
             frames[i] = speaker.frame_patches(picture)

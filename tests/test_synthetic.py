@@ -302,6 +302,8 @@ def test_thinking_lists_candidates_from_left_to_right(train):
     assert differ == "differ " + " ".join(f"{a} {n}" for a, n in counts.items() if n > 1)
     assert synthetic.think(candidates[:1], 0) == f"\n{synthetic.placed(candidates[0], 0)} ; one left"
     assert synthetic.think([], 0) == "no match"
+    later, differ = synthetic.think(ordered[1:], 0, before=candidates).split(" ; ")
+    assert later.startswith(f"\n{places[0]} no\n") and later.count("\n") == len(ordered)
 
 
 def test_a_skilled_demonstration_is_optimal(test):
@@ -327,6 +329,18 @@ def test_a_skilled_demonstration_is_optimal(test):
     assert abs(np.mean(asked) - np.mean(optimum)) < 0.05
 
 
+def test_imagined_objects_fit_their_query_and_can_be_told_apart(train):
+    rng = np.random.default_rng(0)
+    known = set(synthetic.VOCABULARY) | {str(x) for x in range(0, 1001, synthetic.COORDINATE_STEP)}
+    for scene in train[:100]:
+        about = synthetic.imagine(scene, rng)
+        assert 2 <= len(about.objects) <= 6 and about.candidates == tuple(o.oid for o in about.objects)
+        assert all(o.value(a) == v for o in about.objects for a, v in about.mentioned.items())
+        demonstration = synthetic.demonstrate(about, SHOWN, rng, skill=1.0)
+        assert demonstration.turns[-1].oid == about.target
+        assert set(words(" ".join(turn.thinking for turn in demonstration.turns))) <= known
+
+
 def test_noisy_and_guided_demonstrations(train):
     rng = np.random.default_rng(0)
     shown = [1, 3, 7, 11]  # as when training anchors a sample in frame 1
@@ -347,9 +361,11 @@ def test_noisy_and_guided_demonstrations(train):
         assert len(calls) <= synthetic.BUDGET
         assert sum(turn.count_before == 1 for turn in calls) <= synthetic.MAX_NEEDLESS
         # What it sees is right even when what it does is not: the target is never filtered out.
-        left = list(scene.candidates)
+        left, before = list(scene.candidates), []
         for turn in calls:
-            assert turn.thinking == synthetic.think([scene.object(oid) for oid in left], 1)
+            now, earlier = ([scene.object(oid) for oid in oids] for oids in (left, before))
+            assert turn.thinking == synthetic.think(now, 1, before=earlier)
+            before = left
             left = simulator.consistent(synthetic.scene_graph(scene), shown, left, turn.question, turn.reply)
             assert scene.target in left and len(left) == turn.count_after
         keyframe = demonstration.turns[-2]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -257,6 +258,24 @@ def test_the_warm_start_learns_from_random_weights(place, env):
     assert len(losses) == 8 and losses[-1] < losses[0]
     config, params = train.load_policy(place / "sft" / "trained")
     assert config.hidden_size == 32 and params["embedding"].shape == (config.vocab_size, 32)
+
+
+def test_practice_gives_the_first_list_and_trains_what_follows():
+    config = train.load_config("experiments/embedded_warmstart_5.yaml", ["policy.path=asset:embedded_base"])
+    source = train.resolve_path(config.policy.path)
+    tokenizer = train.weights.Tokenizer(source)
+    policy_config = train.PolicyConfig.from_json(json.loads((source / "config.json").read_text()))
+    teacher = train.SceneTeacher(config, train.Speaker(config.protocol, policy_config, tokenizer))
+    rows = [row for scene in range(4) for row in teacher.scene(scene)[1][1:]]
+    assert len(rows) == 8 and all(rows)
+    for row in rows:
+        assert sum(map(len, row)) <= config.warmstart.row_tokens
+        for segment in row:
+            first = segment.trained.index(True)
+            given = tokenizer.decode(segment.tokens[:first])
+            taught = tokenizer.decode([t for t, ok in zip(segment.tokens, segment.trained, strict=True) if ok])
+            assert re.search(r"<thinking>(\n\d+( [a-z]+){5}){2,6}$", given)
+            assert taught.startswith(" ; differ") and taught.endswith("<keyframe>") and "<information>" not in taught
 
 
 def test_learning_rate_rises_stays_and_falls():
