@@ -189,12 +189,12 @@ def requery(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def imagine(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Two to six other objects in the scene's stead, all of which the query fits, for dialogues about a list that is
+    """One to six other objects in the scene's stead, all of which the query fits, for dialogues about a list that is
     given as text: what comes after a list is read there, not seen.
     """
     worst = math.inf
     while math.isinf(worst):  # alike in everything
-        n = int(rng.integers(2, 7))
+        n = int(rng.integers(1, 7))
         values = {a: rng.permutation(len(VALUES[a]))[: int(rng.integers(1, 4))] for a in ASKABLE}
         said = _pick(rng, ("color", "shape", "size", "motion"))
         values[said] = values[said][:1]

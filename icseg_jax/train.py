@@ -3141,18 +3141,23 @@ class SceneTeacher:
             return row
 
         def practice() -> Transcript:
-            """A dialogue about objects that are not in the picture. The first list is given, the end left out."""
-            demo = synthetic.demonstrate(synthetic.imagine(scene, rng), shown, rng, skill=w.skill)
+            """A dialogue of a good asker about objects that are not in the picture.
+
+            The first list is given, and so is what is asked: only reading is taught here, habits of asking are not.
+            """
+            demo = synthetic.demonstrate(synthetic.imagine(scene, rng), shown, rng, skill=1.0)
             row = Transcript(prefix.position)
             speaker.query(row, demo.query, demo.guidance)
             *calls, keyframe, _ = demo.turns
             spoken = [speaker.call(turn.thinking, turn.question) for turn in calls]
-            spoken.append(speaker.keyframe(keyframe.thinking, 0).removesuffix(" 0 </keyframe>"))  # whichever shows it
-            given, semicolon, spoken[0] = spoken[0].partition(" ;")
-            row.add(speaker.tokenizer.encode(given))
+            spoken.append(speaker.keyframe(keyframe.thinking, -1))
             for number, text in enumerate(spoken):
-                row.add(speaker.tokenizer.encode(semicolon + text if number == 0 else text), trained=True)
+                thought, end, act = text.partition(" </thinking>")
+                given, semicolon, thought = thought.partition(" ;") if number == 0 else ("", "", thought)
+                row.add(speaker.tokenizer.encode(given))
+                row.add(speaker.tokenizer.encode(semicolon + thought), trained=True)
                 if number < len(calls):
+                    row.add(speaker.tokenizer.encode(end + act))
                     speaker.observe(row, information(calls[number].reply))
             return row
 
