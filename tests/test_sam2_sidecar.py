@@ -131,9 +131,9 @@ def test_tracks_a_clip_both_ways(client):
         prompt = prompt_of_mask(truth[best])
         masks = client.track(synthetic.render(scene, range(scene.n_frames)), best, prompt.box, prompt.point)
         scores.append([overlap(mask, seen) for mask, seen in zip(masks, truth, strict=True)])
-        assert scores[-1][best] > 0.7
-    assert np.mean(scores) >= 0.8
-    assert np.mean(scores, 0)[[0, -1]].min() > 0.6
+        assert scores[-1][best] > 0.5
+    assert np.mean(scores) >= 0.85
+    assert np.mean(scores, 0)[[0, -1]].min() > 0.8
 
 
 def test_complete_masks_are_other_masks(client):
