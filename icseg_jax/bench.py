@@ -6,6 +6,9 @@
 `python -m icseg_jax.bench perception [CONFIG] policy.path=DIR [key=value ...]`
     What a warm-started policy sees in 60 scenes that it was not trained on: words and boxes of demonstrations, each
     token predicted after the true ones. CONFIG defaults to experiments/embedded_warmstart_3.yaml.
+`python -m icseg_jax.bench reading [CONFIG] policy.path=DIR [key=value ...]`
+    How it writes lists of candidates: first ones, which must be seen, and later ones, which follow from the list
+    before and the answer. CONFIG defaults to experiments/embedded_warmstart_7.yaml.
 
 Prints one JSON object.
 """
@@ -135,17 +138,10 @@ def perception(config: train.Config, batches: int = 3) -> dict[str, Any]:
 
     Words include choices that a demonstration makes at random (what to ask, whom to guess): 1 is out of reach.
     """
-    source = train.resolve_path(config.policy.path)
-    policy_config, params = train.load_policy(source, dtype="float32")
-    tokenizer, policy = weights.Tokenizer(source), train.Policy(policy_config, False)
-    scenes = train.SceneTeacher(config, train.Speaker(config.protocol, policy_config, tokenizer))
+    logits_of, scenes, tokenizer = teacher_forced(config)
     words = {a: np.array([tokenizer.encode(f" {v}")[0] for v in values]) for a, values in synthetic.VALUES.items()}
     line = range(0, 1001, train.COORDINATE_STEP)
     forms = [np.array([tokenizer.encode(form.format(v))[0] for v in line]) for form in ("{}", ", {}")]
-
-    @jax.jit
-    def logits_of(batch: train.Batch) -> jax.Array:
-        return policy.apply({"params": params}, train.predict(policy, params, batch), method=train.Policy.head)
 
     right: dict[str, list] = {a: [] for a in words}
     errors: list[np.ndarray] = []
@@ -176,9 +172,65 @@ def perception(config: train.Config, batches: int = 3) -> dict[str, Any]:
     }
 
 
+def reading(config: train.Config, batches: int = 3) -> dict[str, Any]:
+    """Share of right tokens in the lists of thinking, the truth before them given; later lists can be read.
+
+    more: whether another line follows; place: its number (on a first list it may be one off); ruled_out: whether the
+    answer before excludes it; differ: the attributes that differ among those left.
+    """
+    logits_of, scenes, tokenizer = teacher_forced(config)
+    hits: dict[tuple[str, str], list[bool]] = {}
+    no = tokenizer.encode(" no")[0]
+    for k in range(batches):
+        batch, _ = scenes.batch(10**5 + k)
+        said, tokens = np.asarray(logits_of(batch)).argmax(-1), batch.rows.tokens
+        for row in np.ndindex(tokens.shape[:2]):
+            words = [tokenizer.decode([t]) for t in tokens[row]]
+            turn, thinking, ended = 0, False, False
+            for t in range(2, len(words)):
+                word, before = words[t], words[t - 1]
+                if batch.rows.segment[row][t] != batch.rows.segment[row][t - 1]:
+                    turn, thinking = 0, False
+                if word in ("<thinking>", " </thinking>"):
+                    thinking, ended = word == "<thinking>", False
+                    turn += thinking
+                if not (thinking and batch.rows.trained[row][t]):
+                    continue
+                right, kind = bool(said[row][t] == tokens[row][t]), None
+                if word in ("\n", " ;") and not ended:
+                    kind, ended = "more", word == " ;"
+                elif before == "\n" and not ended and word.isdigit():
+                    kind = "place"
+                elif turn > 1 and words[t - 2] == "\n" and before.isdigit() and not ended:
+                    kind, right = "ruled_out", bool((said[row][t] == no) == (word == " no"))
+                elif ended and word.strip() in synthetic.ASKABLE:
+                    kind = "differ"
+                if kind:
+                    hits.setdefault(("first" if turn == 1 else "later", kind), []).append(right)
+    out: dict[str, Any] = {}
+    for (where, kind), values in sorted(hits.items()):
+        out.setdefault(where, {})[kind] = {"right": round(float(np.mean(values)), 3), "of": len(values)}
+    return out
+
+
+def teacher_forced(config: train.Config) -> tuple[Callable, train.SceneTeacher, weights.Tokenizer]:
+    """(batch -> logits of its rows, the demonstrations, the tokenizer) of the policy in the config."""
+    source = train.resolve_path(config.policy.path)
+    policy_config, params = train.load_policy(source, dtype="float32")
+    tokenizer, policy = weights.Tokenizer(source), train.Policy(policy_config, False)
+    scenes = train.SceneTeacher(config, train.Speaker(config.protocol, policy_config, tokenizer))
+
+    @jax.jit
+    def logits_of(batch: train.Batch) -> jax.Array:
+        return policy.apply({"params": params}, train.predict(policy, params, batch), method=train.Policy.head)
+
+    return logits_of, scenes, tokenizer
+
+
 MEASUREMENTS = {
     "advantages": (advantages, "experiments/embedded.yaml"),
     "perception": (perception, "experiments/embedded_warmstart_3.yaml"),
+    "reading": (reading, "experiments/embedded_warmstart_7.yaml"),
 }
 
 

@@ -26,8 +26,19 @@ def test_the_shipped_base_sees(capsys):
     assert told["counted"]["boxes"] > 100 and max(told["corner_errors"].values()) < 30
 
 
+def test_reading_counts_what_lists_hold(capsys):
+    """The shipped base was taught another form of list, so only that every kind is found and counted."""
+    assert bench.main(["reading", "policy.path=asset:embedded_base", "warmstart.scenes=4"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told) == {"first", "later"}
+    for kinds in told.values():
+        assert set(kinds) <= {"more", "place", "ruled_out", "differ"} and "more" in kinds
+        assert all(0 <= kind["right"] <= 1 and kind["of"] > 0 for kind in kinds.values())
+    assert told["later"]["place"]["of"] == told["later"]["ruled_out"]["of"] > 20
+
+
 def test_bad_input_is_one_line(capsys):
     assert bench.main(["advantages", "update.loss=sdpo"]) == 2
     assert capsys.readouterr().err.startswith("error: update.loss=sdpo: ")
     assert bench.main(["speed"]) == 2
-    assert capsys.readouterr().err == "error: unknown measurement 'speed'; known: advantages, perception\n"
+    assert capsys.readouterr().err == "error: unknown measurement 'speed'; known: advantages, perception, reading\n"
