@@ -3640,51 +3640,6 @@ def load_policy(path: str | Path, mesh: Mesh | None = None, *, dtype: str | None
     return config, params
 
 
-def import_policy(source: str | Path, path: str | Path) -> None:
-    """`weights import`: a Hugging Face directory as one of our checkpoints, in its own type, whole or not at all.
-
-    `path`/checkpoints/0 holds the parameters, `path` what else the directory had (config.json, tokenizer, processor),
-    which `export_policy` gives back. Raises ConfigError when `path` is there already or the source is damaged.
-    """
-    from orbax.checkpoint import v1 as ocp
-
-    source, path = resolve_path(str(source)), Path(path).resolve()
-    if path.exists():
-        raise ConfigError(f"{path}: is there already; give a new directory")
-    config, params = load_policy(source)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        (temporary / "checkpoints").mkdir(parents=True)
-        weights.copy_companions(source, temporary)
-        shutil.copyfile(source / "config.json", temporary / "config.json")
-        write_atomically(temporary / "policy.json", json.dumps(config_json(config), indent=1))
-        ocp.save_checkpointables(temporary / "checkpoints" / "0", {"params": params})
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ConfigError(f"{path}: can not be written ({error.strerror}); give another directory") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def export_policy(source: str | Path, path: str | Path) -> None:
-    """`weights export`: what `load_policy` reads as a Hugging Face directory, in the stored type.
-
-    Raises ConfigError when the source is damaged or `path` is no place for a policy.
-    """
-    source = resolve_path(str(source))
-    config, params = load_policy(source)
-    # What goes along lies beside an imported checkpoint, and where a run took its policy from.
-    places = [source, source.parent.parent]
-    for folder in list(places):
-        with contextlib.suppress(ConfigError):
-            places.append(resolve_path(load_config(folder / "config.yaml").policy.path))
-    beside = next((p for p in places if (p / "config.json").is_file()), None)
-    try:
-        save_policy(path, config, params, source=beside)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
 def load_tokenizer(path: Path) -> weights.Tokenizer:
     """The tokenizer of a Hugging Face directory. Raises ConfigError."""
     try:

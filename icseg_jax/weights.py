@@ -1,9 +1,9 @@
 """Weight files and tokenizers: what stands between a directory on disk and the method's arrays and token ids.
 
 `read_params` and `write_params` carry Hugging Face Qwen3-VL safetensors to our parameter tree and back, byte
-for byte, one tensor at a time; `python -m icseg_jax.weights import|export` does so between whole directories
-and our checkpoints. `Tokenizer` wraps a `tokenizers` JSON (Qwen's byte-level BPE or the embedded word-level
-one) without importing transformers, which would pull in torch. `build_word_tokenizer` makes the embedded one.
+for byte, one tensor at a time. `Tokenizer` wraps a `tokenizers` JSON (Qwen's byte-level BPE or the embedded
+word-level one) without importing transformers, which would pull in torch. `build_word_tokenizer` makes the
+embedded one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import struct
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -528,7 +527,9 @@ def write_params(path: str | Path, params: Any, config: Mapping[str, Any], *, so
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         if source is not None:
-            copy_companions(Path(source), temporary)
+            for file in sorted(Path(source).iterdir()):
+                if file.is_file() and _matches(file.name, COMPANIONS):
+                    shutil.copyfile(file, temporary / file.name)
         main = np.dtype(max(leaves.values(), key=lambda value: value.size).dtype).name
         (temporary / "config.json").write_text(json.dumps(_with_dtype(config, main), indent=2) + "\n")
         # A directory can not be renamed over a full one: the earlier one steps aside first and is never lost.
@@ -545,13 +546,6 @@ def write_params(path: str | Path, params: Any, config: Mapping[str, Any], *, so
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(earlier, ignore_errors=True)
-
-
-def copy_companions(source: Path, to: Path) -> None:
-    """Copies tokenizer, template and processor files."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and _matches(file.name, COMPANIONS):
-            shutil.copyfile(file, to / file.name)
 
 
 def _progress(total: int, what: str) -> tqdm:
@@ -612,34 +606,3 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         if {"dtype", "torch_dtype"} & set(out[key]):
             out[key] = {k: v for k, v in out[key].items() if k != "torch_dtype"} | {"dtype": dtype}
     return out
-
-
-USAGE = """usage: python -m icseg_jax.weights import|export SOURCE OUT
-
-  import  a Hugging Face Qwen3-VL directory -> one of our checkpoints, in its own type
-  export  one of our checkpoints, or a run (its latest) -> a Hugging Face Qwen3-VL directory
-OUT must be new; an earlier export is replaced. Import and export again give the same bytes."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, or 2 on bad input."""
-    from icseg_jax import train  # only the command knows the policy
-
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if arguments else 2
-    commands = {"import": train.import_policy, "export": train.export_policy}
-    try:
-        if len(arguments) != 3 or arguments[0] not in commands:
-            raise train.ConfigError(f"{' '.join(arguments)[:200]!r}: import or export, a source and a new directory")
-        commands[arguments[0]](*arguments[1:])
-    except train.ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(arguments[2])
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

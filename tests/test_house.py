@@ -17,10 +17,9 @@ ENTRY_POINTS = {"train", "evaluate", "ablate", "dryrun", "bench"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def imports(path: Path, commands: bool = True) -> Iterator[str]:
-    """Every module that a file imports, by its full name; without `commands`, but for what its `main` hands over to."""
-    parts = [part for part in ast.parse(path.read_text()).body if commands or getattr(part, "name", "") != "main"]
-    for node in (node for part in parts for node in ast.walk(part)):
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, by its full name."""
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -33,7 +32,7 @@ def imports(path: Path, commands: bool = True) -> Iterator[str]:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_only_entry_points_import_the_method(path: Path) -> None:
     if path.stem not in ENTRY_POINTS:
-        assert "icseg_jax.train" not in set(imports(path, commands=False))
+        assert "icseg_jax.train" not in set(imports(path))
 
 
 def test_no_module_of_ours_loads_torch_or_tensorflow() -> None:

@@ -451,7 +451,7 @@ def test_images_stay_inside_the_run(tmp_path):
     (run / "link.png").symlink_to(tmp_path / "secret.png")
     (run / "loop.png").symlink_to(run / "loop.png")
     (run / "cut.png").write_bytes((run / "in.png").read_bytes()[:40])
-    assert report._open_image(run, "in.png", "RGB") is not None
+    assert np.asarray(report._open_image(run, "in.png", "RGB")).tolist() == np.full((4, 4, 3), 9).tolist()
     for name in (
         "../secret.png",
         str(tmp_path / "secret.png"),

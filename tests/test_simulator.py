@@ -66,7 +66,7 @@ def test_restating_the_query_is_no_question():
     assert parse_question("What color is the target?", "find the blue thing") == Question("color", "what")
     query = "track the one in the left at frame 0"
     assert parse_question("Is the target left in frame 0?", query) is None
-    assert parse_question("Is the target left in frame 7?", query) is not None
+    assert parse_question("Is the target left in frame 7?", query) == Question("column", "yesno", ("left",), 7)
     assert parse_question("Is it the blue circle?", "the blue circle") is None
 
 
