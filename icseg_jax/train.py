@@ -3232,26 +3232,23 @@ class SceneTeacher:
             queue = [*shorts, *makers]
         else:
             queue = [makers[0], *shorts[:3], *makers[1:], shorts[3]]
-        rows: list[list[Transcript]] = [[] for _ in range(w.rows)]
-        room = [w.row_tokens] * w.rows
-        for make in queue:
-            if max(room) < 40:
-                continue
-            segment = make()
-            if segment is None:
-                continue
-            fitting = [j for j in range(w.rows) if room[j] >= len(segment)]
+        rows: list[list[Transcript]] = [[] for _ in range(w.rows + w.practice)]
+        room = [w.row_tokens] * len(rows)
+
+        def put(segment: Transcript, among: range) -> None:
+            """Into the fullest of these rows that has room for it; left out where none has."""
+            fitting = [j for j in among if room[j] >= len(segment)]
             if fitting:
                 best = min(fitting, key=lambda j: room[j])
                 rows[best].append(segment)
                 room[best] -= len(segment)
-        for _ in range(w.practice):
-            rows.append([])
-            left = w.row_tokens
-            for segment in (practice() for _ in range(6)):
-                if len(segment) <= left:
-                    rows[-1].append(segment)
-                    left -= len(segment)
+
+        for make in queue:
+            if max(room[: w.rows]) >= 40 and (segment := make()) is not None:
+                put(segment, range(w.rows))
+        for row in range(w.rows, len(rows)):
+            for _ in range(6):
+                put(practice(), range(row, row + 1))
         frames = np.zeros((self.c.protocol.frames, *self._shape(speaker.frame_grid)), np.float32)
         for i, picture in enumerate(pictures):
             frames[i] = speaker.frame_patches(picture)
