@@ -37,8 +37,8 @@ COLUMNS = (
     ("regret", "regret", -1),
     ("format_rate", "format", 1),
     ("reward", "reward", 1),
+    *((f"terms/{term}", f"R {term}", 1) for term in train.TERMS),
 )
-TERM_COLUMNS = tuple((f"terms/{term}", f"R {term}", 1) for term in train.TERMS)
 DECODINGS = ("sampled", "greedy")
 
 
@@ -96,7 +96,7 @@ def gather(out: Path, rows: Sequence[str], seeds: Sequence[int]) -> dict:
         entry["seconds_per_step"] = statistics.mean(speed) if speed else None
         for decoding in DECODINGS:
             entry[decoding] = {}
-            for name, *_ in (*COLUMNS, *TERM_COLUMNS):
+            for name, *_ in COLUMNS:
                 values = [look_up(s["after"].get(decoding, {}), name) for _, s in done]
                 values = [v for v in values if v is not None]
                 entry[decoding][name] = {
@@ -113,11 +113,11 @@ def markdown(table: dict, planned: int) -> str:
     lines = []
     for decoding in DECODINGS:
         lines += [f"## {decoding}", ""]
-        titles = ["row", "seeds", *(title for _, title, _ in (*COLUMNS, *TERM_COLUMNS)), "s/step"]
+        titles = ["row", "seeds", *(title for _, title, _ in COLUMNS), "s/step"]
         lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
         for row, entry in table.items():
             cells = [row, f"{len(entry['seeds'])} of {planned}"]
-            for name, *_ in (*COLUMNS, *TERM_COLUMNS):
+            for name, *_ in COLUMNS:
                 cell = entry[decoding][name]
                 spread = "" if cell["std"] is None else f" ± {cell['std']:.2f}"
                 cells.append("" if cell["mean"] is None else f"{cell['mean']:.2f}{spread}")
@@ -137,7 +137,7 @@ def draw(table: dict, path: Path) -> None:
     if not rows:
         return
     across = 5
-    down = -(-len(COLUMNS) // across)
+    down = -(-(len(COLUMNS) + 1) // across)
     figure = Figure(figsize=(3.1 * across + 0.9, (0.62 + 0.3 * len(rows)) * down + 0.4), layout="constrained")
     panels = figure.subplots(down, across, sharey=True).reshape(-1)
     for axes, (name, title, sense) in zip(panels, COLUMNS, strict=False):
@@ -151,8 +151,13 @@ def draw(table: dict, path: Path) -> None:
         axes.set_title(f"{title} {({1: '(more is better)', -1: '(less is better)'}).get(sense, '')}", fontsize=9)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
+    axes = panels[len(COLUMNS)]
+    axes.barh([y + 0.2 for y in range(len(rows))], [table[row]["seconds_per_step"] or 0 for row in rows], 0.6,
+              color=LIGHT.muted)  # fmt: skip
+    axes.set_title("seconds a step", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
-    for axes in panels[len(COLUMNS) :]:
+    for axes in panels[len(COLUMNS) + 1 :]:
         axes.set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     part = path.with_name(f".{path.name}.part.png")

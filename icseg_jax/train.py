@@ -26,13 +26,17 @@ Where this departs from the released scripts, or chooses where they are silent (
  3. The teacher sees the expert's guidance only, never a sibling's solution. `credit.teacher_context`.
  4. A sixth reward term, the SAM2 mask IoU. `reward.weights.mask: 0` leaves the paper's five.
  5. The key frame is the last valid one before the answer; answers may span lines (the format term stays strict).
+    `protocol.keyframe: first` is the parent project's reward.
  6. Frame -1 with the zero answer is scored on no-target samples. `reward.no_target`.
  7. The clarification prompt may be used on clear queries too, so that over-asking is trained against and measured;
     the embedded runs do. `protocol.clarify`: levels that get it.
- 8. Clips are 0.2/0.2 under `rlsd`; the asymmetric pair belongs to `vanilla`. `update.clip_low`, `clip_high`.
+ 8. Clips are 0.2/0.2 under `rlsd`; the asymmetric pair (0.2/0.28) belongs to `vanilla`. `update.clip_low`, `clip_high`.
  9. Zero-spread groups are dropped and refilled at most `rollout.refills` times; the release's filter may be inert.
 10. Rollouts that ran out of tokens are masked out of the loss but stay in the group's statistics.
     `update.mask_overlong`.
+11. Who asks nothing of an ambiguous query earns no process reward, even with a lucky guess. `reward.no_question`.
+12. The step level weighs all that a rollout says, not its questions only. `credit.weigh`.
+13. The parent's process term (`reward.process: parent_tpr`) counts malformed calls too.
 """
 
 from __future__ import annotations
@@ -107,6 +111,7 @@ class ProtocolSection:
     frame_size: int = 448  # pixels, square (METHOD.md 1.1)
     keyframe_size: int = 864  # pixels of the high-resolution key frame
     max_turns: int = 6  # tool calls: at most max_turns - 1 questions and the key frame
+    keyframe: str = "last"  # the valid key frame that counts: last before the answer | first
     prompts: str = "full"  # full | brief: how much the system prompt explains
     clarify: list[str] = field(default_factory=lambda: ["simple", "medium", "difficult"])  # abilities that may ask
     prompt_tokens: int = 2176  # longest prompt
@@ -137,6 +142,8 @@ class RewardSection:
     process: str = (
         "reduction"  # METHOD.md 3.3: reduction | ratio | log | resolution_x_efficiency | linear | format | parent_tpr
     )
+    redundant_cost: float = 0.1  # process: linear; taken off for each question that shrinks nothing
+    no_question: str = "zero"  # process term of a guess at an ambiguous query: zero | format (the format term)
     success: float = 0.7  # share of the maximum return from which a rollout counts as a solution
     no_target: bool = True  # score frame -1 with the zero answer on no-target samples
 
@@ -148,11 +155,12 @@ class CreditSection:
     lam_start: int = 1  # step until which it stays there
     lam_decay: int = 100  # steps over which it then falls to 0
     weight_clip: float = 0.2  # a token's weight stays within 1 -+ this
+    weigh: str = "all"  # whose tokens are weighed: all | questions (the generations that asked)
     vanilla_on_nonnegative_adv: bool = False  # weigh the tokens of failures only
     normalize_weight_by_seq_mean: bool = False  # divide the weights of a rollout by their mean
     delta_baseline: str = "student"  # what the teacher is compared with: student | teacher_plain (it without context)
     teacher_context: str = "guidance"  # what it is told: guidance | solution | solution_else_guidance | both | none
-    teacher_update: str = "sync"  # how it follows the student: sync | ema
+    teacher_update: str | None = None  # how it follows the student: sync | ema; null: ema under sdpo, else sync
     sync_interval: int = 10  # sync: steps between copies
     ema_rate: float = 0.05  # ema: share of the student after each update
     guidance_tokens: int = 1024  # room for what the teacher is told; what is longer is cut at its end
@@ -162,7 +170,7 @@ class CreditSection:
 
 @dataclass(frozen=True)
 class UpdateSection:
-    learning_rate: float = 1e-6
+    learning_rate: float | None = None  # null: 1e-5 under sdpo, else 1e-6
     warmup: int = 10  # steps
     decay: float = 0.0  # last share of the run in which the learning rate falls to 0; the paper's stays
     weight_decay: float = 0.01
@@ -174,7 +182,7 @@ class UpdateSection:
     micro_prompts: int = 0  # prompts whose activations live at a time; 0: the whole minibatch
     share_prefix: bool = True  # run each prompt once per group, in the update too
     clip_low: float = 0.2
-    clip_high: float = 0.2  # the released scripts clip higher, at 0.28 or 0.30, under vanilla
+    clip_high: float | None = None  # null: 0.28 under vanilla (the released 8B script: 0.30), else 0.2
     dual_clip: float = 3.0
     sdpo_top_k: int = 100  # sdpo: tokens compared one by one; the rest is one bucket
     sdpo_alpha: float = 0.5  # sdpo: 0 is KL(teacher|student), 1 KL(student|teacher), between them Jensen-Shannon
@@ -278,6 +286,7 @@ class Config:
 
 
 TERMS = ("iou", "box", "point", "frame", "process", "mask")
+LEVELS = ("simple", "medium", "difficult", "clear", "none")
 TURN_KINDS = ("reduction", "ratio", "log", "resolution_x_efficiency", "linear", "format", "parent_tpr")
 LOSSES = ("rlsd", "vanilla", "sdpo")
 CONTEXTS = ("guidance", "solution", "solution_else_guidance", "both", "none")
@@ -369,7 +378,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         config = OmegaConf.to_object(OmegaConf.merge(schema, raw))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}") from None
-    return check_config(config)
+    return check_config(settled(config))
+
+
+def settled(c: Config) -> Config:
+    """The config with the defaults that depend on `update.loss` filled in (METHOD.md 4.6, 4.10, 5.1)."""
+    loss = c.update.loss
+    update = {"learning_rate": 1e-5 if loss == "sdpo" else 1e-6, "clip_high": 0.28 if loss == "vanilla" else 0.2}
+    credit = {"teacher_update": "ema" if loss == "sdpo" else "sync"}
+    missing = lambda section, defaults: {k: v for k, v in defaults.items() if getattr(section, k) is None}  # noqa: E731
+    return dataclasses.replace(
+        c,
+        update=dataclasses.replace(c.update, **missing(c.update, update)),
+        credit=dataclasses.replace(c.credit, **missing(c.credit, credit)),
+    )
 
 
 def check_config(c: Config) -> Config:
@@ -429,12 +451,20 @@ def check_config(c: Config) -> Config:
     need(0 <= c.credit.lam <= 1, "credit.lam", c.credit.lam, "use a number from 0 to 1 (0.5 in the paper)")
     need(c.credit.lam_decay > 0, "credit.lam_decay", c.credit.lam_decay, "use 1 or more steps")
     need(0 <= c.credit.weight_clip < 1, "credit.weight_clip", c.credit.weight_clip, "use a number from 0 to below 1")
+    need(c.data.name == "ambi_rvos", "data.name", c.data.name, "use ambi_rvos")
+    for name, levels in (("protocol.clarify", c.protocol.clarify), ("evaluate.clarify", c.evaluate.clarify or [])):
+        for level in set(levels) - set(LEVELS):  # other datasets have levels of their own; a slip of the pen is refused
+            close = difflib.get_close_matches(level, LEVELS, 1, 0.75)
+            need(not close, name, levels, f"no query is {level!r}; closest is {close and close[0]}")
     for key, given, kinds in (
         ("update.loss", c.update.loss, LOSSES),
         ("credit.teacher_context", c.credit.teacher_context, CONTEXTS),
         ("credit.teacher_update", c.credit.teacher_update, ("sync", "ema")),
         ("credit.delta_baseline", c.credit.delta_baseline, ("student", "teacher_plain")),
         ("credit.turn_credit", c.credit.turn_credit, ("scalar", "local")),
+        ("credit.weigh", c.credit.weigh, ("all", "questions")),
+        ("reward.no_question", c.reward.no_question, ("zero", "format")),
+        ("protocol.keyframe", c.protocol.keyframe, ("last", "first")),
     ):
         need(given in kinds, key, given, f"use one of {', '.join(kinds)}")
     need(
@@ -444,7 +474,14 @@ def check_config(c: Config) -> Config:
         "update.loss=sdpo distils a teacher that is told something; use guidance",
     )
     need(0 < c.credit.ema_rate <= 1, "credit.ema_rate", c.credit.ema_rate, "use 0 < rate <= 1 (0.05 in the paper)")
-    need(c.credit.turn_weight >= 0, "credit.turn_weight", c.credit.turn_weight, "use 0 or more (0.5 here)")
+    for key, given in (
+        ("credit.turn_weight", c.credit.turn_weight),
+        ("reward.redundant_cost", c.reward.redundant_cost),
+        ("update.weight_decay", c.update.weight_decay),
+    ):
+        need(math.isfinite(given) and given >= 0, key, given, "use a number from 0 up")
+    for key, given in (("update.beta1", c.update.beta1), ("update.beta2", c.update.beta2)):
+        need(0 <= given < 1, key, given, "use a number from 0 to below 1")
     need(c.credit.guidance_tokens >= 16, "credit.guidance_tokens", c.credit.guidance_tokens, "use 16 or more")
     need(c.update.sdpo_top_k >= 1, "update.sdpo_top_k", c.update.sdpo_top_k, "use 1 or more (100 in the paper)")
     need(0 <= c.update.sdpo_alpha <= 1, "update.sdpo_alpha", c.update.sdpo_alpha, "use a number from 0 to 1")
@@ -1654,7 +1691,7 @@ class Dialogue:
         self.questions: list[tuple[str, str]] = []  # (question, answer) of every call; a malformed one asks ""
         self.asked_in: list[int] = []  # and the generation it was made in
         self.end: str | None = None  # answered | stopped | overlong | turns
-        self.frame: int | None = None  # last valid key frame; -1: no target
+        self.frame: int | None = None  # the valid key frame that counts; -1: no target
         self.answer: Action | None = None
 
     def say(self, ids: list[int], logp: list[float], speaker: Speaker, *, finished: bool, last: bool) -> None:
@@ -1696,15 +1733,16 @@ class Dialogue:
         if action.kind == "call":
             self._ask(action.question, reply)
             text = information(reply)
-        elif action.kind == "keyframe" and action.frame == -1:
-            self.frame, text = -1, NO_TARGET_REPLY
-        elif action.kind == "keyframe" and action.frame in self.prompt.fids:
-            self.frame, text = action.frame, KEYFRAME_REPLY
-            slot = self.prompt.keyframes.setdefault(action.frame, len(self.prompt.keyframes))
+        elif action.kind == "keyframe" and (action.frame == -1 or action.frame in self.prompt.fids):
+            text = NO_TARGET_REPLY if action.frame == -1 else KEYFRAME_REPLY
+            if self.frame is None or speaker.config.keyframe == "last":
+                self.frame = action.frame
         elif action.kind == "keyframe":
             text = NO_SUCH_FRAME.format(frames=self.prompt.fids)
         else:
             text = action.error or ""
+        if text == KEYFRAME_REPLY:
+            slot = self.prompt.keyframes.setdefault(action.frame, len(self.prompt.keyframes))
         self.replies[-1] = text
         said = len(self.row)
         speaker.observe(self.row, text, slot)
@@ -2161,20 +2199,24 @@ def turn_gains(counts: Array, asked: Array, *, kind: str = "reduction") -> jax.A
 
 
 def process_reward(
-    counts: Array, asked: Array, well_formed: Array, ambiguous: Array, *, kind: str = "reduction"
-) -> jax.Array:
+    counts: Array, asked: Array, well_formed: Array, ambiguous: Array, *, kind: str = "reduction",
+    redundant_cost: float = 0.1,
+) -> jax.Array:  # fmt: skip
     """The turn level's term R_proc in [0,1] (METHOD.md 3.3).
 
-    counts [...,Q+1], asked [...,Q], well_formed [...] (the format term), ambiguous [...]: the sample needs a question.
-    Without a question: 0 when ambiguous (guessing), else the format term. `linear` costs 0.1 per redundant question;
-    `format` ignores the turns; `parent_tpr` is the parent project's term, which rewards calls: on ambiguous samples
-    1-0.3^k with k the calls (at most 10; malformed ones too, which the parent leaves out) and the format term, on
-    others the format term. Raises ValueError for an unknown kind.
+    counts [...,Q+1], asked [...,Q], well_formed [...] (the format term), ambiguous [...]: the sample needs a question;
+    leading axes broadcast. Without a question: 0 when ambiguous (guessing), else the format term. `linear` takes
+    `redundant_cost` off for each question that shrinks nothing; `format` ignores the turns; `parent_tpr` is the parent
+    project's term, which rewards calls: on ambiguous samples 1-0.3^k with k the calls (at most 10; malformed ones too,
+    which the parent leaves out) and the format term, on others the format term. Raises ValueError for an unknown kind.
     """
     if kind not in TURN_KINDS:
         raise ValueError(f"process reward {kind!r} is unknown; use one of {', '.join(TURN_KINDS)}")
     counts, asked = jnp.asarray(counts, jnp.float32), jnp.asarray(asked, bool)
     fmt, ambiguous = jnp.asarray(well_formed, jnp.float32), jnp.asarray(ambiguous, bool)
+    lead = jnp.broadcast_shapes(counts.shape[:-1], asked.shape[:-1], fmt.shape, ambiguous.shape)
+    counts, asked = (jnp.broadcast_to(x, (*lead, x.shape[-1])) for x in (counts, asked))
+    fmt, ambiguous = jnp.broadcast_to(fmt, lead), jnp.broadcast_to(ambiguous, lead)
     if kind == "format":
         return fmt
     questions = asked.sum(-1)
@@ -2184,14 +2226,13 @@ def process_reward(
     each = jnp.maximum(questions, 1)
     slots = asked.shape[-1]
     ended = jnp.where(asked.any(-1), slots - jnp.argmax(asked[..., ::-1], -1), 0)  # slot after the last question
-    counts = jnp.broadcast_to(counts, (*ended.shape, slots + 1))
     last = jnp.take_along_axis(counts, ended[..., None], -1)[..., 0]
     first, last = jnp.maximum(counts[..., 0], 1.0), jnp.maximum(last, 1.0)
     resolution = jnp.where(first > 1, (first - last) / jnp.maximum(first - 1, 1.0), 0.0)
     if kind == "resolution_x_efficiency":
         earned = resolution * (gains > 0).sum(-1) / each
     elif kind == "linear":
-        earned = jnp.maximum(resolution - 0.1 * (asked & (gains <= 0)).sum(-1), 0.0)
+        earned = jnp.maximum(resolution - redundant_cost * (asked & (gains <= 0)).sum(-1), 0.0)
     else:
         earned = gains.sum(-1) / each
     return jnp.where(questions > 0, fmt * earned, jnp.where(ambiguous, 0.0, fmt))
@@ -2201,6 +2242,9 @@ def readable_counts(counts: Any) -> bool:
     """Whether an expert's counts are numbers at all; without any a turn earns the format term only (METHOD.md 2.2)."""
     whole = lambda x: isinstance(x, int) and not isinstance(x, bool)  # noqa: E731
     return isinstance(counts, (list, tuple)) and len(counts) > 0 and all(map(whole, counts))
+
+
+MOST = 10**6  # more candidates than any scene holds: an expert's count is cut there
 
 
 def check_counts(counts: Any, initial: int, questions: int) -> tuple[list[int], bool]:
@@ -2214,7 +2258,7 @@ def check_counts(counts: Any, initial: int, questions: int) -> tuple[list[int], 
     ok = len(values) == questions + 1
     if initial == 0:
         return [0] * (questions + 1), ok
-    first = initial if initial > 0 else max(values[0], 1) if values else 1
+    first = initial if initial > 0 else min(max(values[0], 1), MOST) if values else 1
     out = [first]
     for k in range(1, questions + 1):
         value = values[k] if k < len(values) else out[-1]
@@ -2310,7 +2354,9 @@ def score(
     formed, ambiguous, valid = np.zeros((p, n), bool), np.zeros((p, n), bool), np.ones((p, n), bool)
     unread = np.zeros((p, n), bool)
     guidance = [["" for _ in row] for row in dialogues]
-    faults = {"counts_repaired": 0, "counts_unreadable": 0, "guidance_refused": 0, "segmenter_failed": 0}
+    faults = dict.fromkeys(
+        ("diagnosed", "counts_repaired", "counts_unreadable", "guidance_refused", "segmenter_failed"), 0
+    )
     for i, row in enumerate(dialogues):
         for j, d in enumerate(row):
             prompt = d.prompt
@@ -2319,6 +2365,7 @@ def score(
                 terms[name][i, j] = value
             raw: Any = [max(prompt.initial_count, 1)]
             if d.questions:
+                faults["diagnosed"] += 1
                 diagnosis = expert.diagnose(prompt.graph, prompt.fids, d.questions)
                 raw = diagnosis.counts
                 unread[i, j] = not readable_counts(raw)
@@ -2329,7 +2376,7 @@ def score(
                 else:
                     guidance[i][j] = diagnosis.guidance or ""
             k = min(len(d.questions), slots)
-            used, as_came = check_counts(raw, prompt.initial_count, k)
+            used, as_came = check_counts(raw, 0 if prompt.no_target else prompt.initial_count, k)
             faults["counts_repaired"] += bool(d.questions) and not unread[i, j] and not as_came
             counts[i, j] = used + [used[-1]] * (slots - k)
             asked[i, j, :k] = True
@@ -2344,8 +2391,9 @@ def score(
                 if c.no_target and d.prompt.no_target:
                     terms["mask"][i, j] = terms["iou"][i, j]
         faults["segmenter_failed"] = int((~valid).sum())
-    process = process_reward(counts, asked, formed, ambiguous, kind=c.process)
-    terms["process"] = np.where(unread, formed, process).astype(np.float32)
+    process = process_reward(counts, asked, formed, ambiguous, kind=c.process, redundant_cost=c.redundant_cost)
+    format_only = unread | (~asked.any(-1) if c.no_question == "format" else False)
+    terms["process"] = np.where(format_only, formed, process).astype(np.float32)
     return Scores(terms, counts, asked, asked_in, formed, ambiguous, valid), guidance, faults
 
 
@@ -2422,7 +2470,8 @@ def modulate(advantages: Array, weights: Array, lam: Array | float) -> jax.Array
 
     Written so that lam 0, and a weight of 1, leave A as it is to the last bit.
     """
-    return jnp.asarray(advantages) * (1 + lam * (weights - 1))
+    weights = jnp.asarray(weights)
+    return jnp.asarray(advantages) * jnp.where(weights == 1, 1.0, (1 - lam) + lam * weights)
 
 
 def turn_advantages(gains: Array, asked: Array, *, eps: float = 1e-6) -> jax.Array:
@@ -2478,6 +2527,8 @@ def hierarchical_advantages(
         turns = turn_advantages(gains, (asked_in >= 0) & valid[..., None])
         tokens = tokens + c.turn_weight * on_question_turns(turns, asked_in, turn) * mask
     weight = step_weights(tokens, logp_teacher, logp_student, has_context, clip=c.weight_clip)
+    if c.weigh == "questions":
+        weight = jnp.where(on_question_turns(asked_in >= 0, asked_in, turn) > 0, weight, 1.0)
     if c.vanilla_on_nonnegative_adv:
         weight = jnp.where(tokens >= 0, 1.0, weight)
     if c.normalize_weight_by_seq_mean:
@@ -2982,6 +3033,11 @@ def token_credit(
     spread = lambda x: float(group_spread(x, valid).mean())  # noqa: E731
     local = sum(c.reward.weights.get(k, 0.0) * scores.terms[k] for k in TERMS if k != "process")
     counted = weight[mask & has_context[..., None]]
+    # What the guidance changed: Delta over the weighed tokens by the sign of their advantage and by what was said.
+    delta = np.asarray(told, np.float32) - np.asarray(plain, np.float32)
+    weighed = mask & has_context[..., None] if weighs else np.zeros_like(mask)
+    asking = np.asarray(on_question_turns(scores.asked_in >= 0, scores.asked_in, batch.rows.turn)) > 0
+    over = lambda where: float(delta[weighed & where].mean()) if (weighed & where).any() else 0.0  # noqa: E731
     stats = {
         "advantage/trajectory_spread": spread(local),
         "advantage/turn_spread": spread(c.reward.weights.get("process", 0.0) * scores.terms["process"]),
@@ -2991,6 +3047,10 @@ def token_credit(
         if counted.size
         else 0.0,
         "advantage/context_share": float(has_context.mean()),
+        "advantage/delta_positive": over(tokens > 0),
+        "advantage/delta_negative": over(tokens < 0),
+        "advantage/delta_questions": over(asking),
+        "advantage/delta_others": over(~asking),
         "advantage/zero_spread_groups": float((group_spread(returns, valid) <= 1e-6).mean()),
         "overlong": float(overlong.mean()),
     }
@@ -3443,7 +3503,7 @@ class Run:
                     f"{file}: damaged ({_first_line(error)}); remove it or give another run_dir="
                 ) from None
             # A key that is younger than the run had its default then.
-            was = _flat(OmegaConf.to_container(OmegaConf.structured(Config()))) | _flat(old)
+            was = _flat(OmegaConf.to_container(OmegaConf.structured(settled(Config())))) | _flat(old)
             differing = sorted(k for k, value in _flat(new).items() if was.get(k) != value)
             if differing:
                 shown = ", ".join(f"{k} ({was.get(k)} -> {_flat(new)[k]})" for k in differing[:5])
@@ -3909,16 +3969,16 @@ class Trainer:
                 scores, guidance, seen = score(dialogues, c, self.expert, masks)
             for key, value in seen.items():
                 faults[key] = faults.get(key, 0) + value
-            spread = group_spread(total_return(scores, c), scores.valid)
+            # Without a reward gradient (sdpo) a group of equal returns teaches as well as any.
+            lively = (group_spread(total_return(scores, c), scores.valid) > 1e-6) | (c.update.loss == "sdpo")
             last = refill == c.rollout.refills
             kept += [
-                (dialogues[i], jax.tree.map(lambda x, i=i: np.asarray(x)[i], scores), guidance[i], spread[i] > 1e-6)
+                (dialogues[i], jax.tree.map(lambda x, i=i: np.asarray(x)[i], scores), guidance[i], lively[i])
                 for i in range(len(prompts))
             ]
-            lively = [k for k in kept if k[3]]
-            if len(lively) >= c.rollout.prompts or last:
+            if sum(k[3] for k in kept) >= c.rollout.prompts or last:
                 break
-        chosen = (lively + [k for k in kept if not k[3]])[: c.rollout.prompts]
+        chosen = sorted(kept, key=lambda k: not k[3])[: c.rollout.prompts]
         faults["refills"] = refill
         scores = jax.tree.map(lambda *x: np.stack(x), *[k[1] for k in chosen])
         return [k[0] for k in chosen], scores, [k[2] for k in chosen], faults
@@ -3946,6 +4006,10 @@ class Trainer:
                     plain = np.asarray(self.logprob(self.state.teacher, shard_batch(self.mesh, batch)))
                 return np.asarray(own_tokens(logp, starts, batch.rows.tokens.shape[-1])), plain
 
+        room = c.credit.guidance_tokens - len(self.speaker.closing())
+        told = [len(self.speaker.tokenizer.encode(text)) for row in contexts for text in row if text]
+        faults["context_cut"] = sum(length > room for length in told) / max(len(told), 1)
+
         credit, levels = token_credit(
             batch, scores, contexts, np.array([[d.end == "overlong" for d in row] for row in dialogues]), c,
             old_logp=old_logp, teacher_logp=teacher_logp if needs_teacher(c) else None, lam=lam,
@@ -3969,7 +4033,7 @@ class Trainer:
                 self.state = self.state.replace(teacher=jax.tree.map(jnp.copy, self.state.params))
         gap = np.abs(old_logp - batch.rows.logp)[batch.rows.trained]
         rows = [dialogue_row(d, scores, i, j, c) for i, row in enumerate(dialogues) for j, d in enumerate(row)]
-        told = metrics.dialogue_summary(rows)
+        summary = metrics.dialogue_summary(rows)
         words = (
             "success",
             "success_ambiguous",
@@ -3986,7 +4050,7 @@ class Trainer:
         return {
             "step": number,
             **stats,
-            **{word: told[word] for word in words},
+            **{word: summary[word] for word in words},
             **{f"reward/{t}": float(scores.terms[t].mean()) for t in TERMS},
             **levels,
             "lam": lam,

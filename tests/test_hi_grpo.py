@@ -106,6 +106,10 @@ def test_invalid_rows_are_outside_the_statistics():
         ("3,2,1", 3, 2, [3, 3, 3], False),
         ([True, 2, 1], 3, 2, [3, 3, 3], False),
         ([5, 5, 5], 0, 2, [0, 0, 0], True),  # no target
+        ([4, 2, 1], -1, 2, [4, 2, 1], True),  # the sample's own count is not known
+        ([-3, 2], -1, 1, [1, 1], False),
+        (None, -1, 1, [1, 1], False),
+        ([10**30, 1], -1, 1, [train.MOST, 1], False),  # no count at all, but a number
     ],
 )
 def test_counts_are_made_fit(given, initial, questions, counts, usable):
@@ -272,6 +276,30 @@ def test_process_reward_equals_the_reference(kind):
         assert got == pytest.approx(reference_process(counts, asked, formed, ambiguous, kind), rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", train.TURN_KINDS)
+def test_leading_axes_broadcast(kind):
+    """Every mixture of [P,N], [N] and [] gives what single rows give."""
+    counts = np.minimum.accumulate(np.random.default_rng(1).integers(1, 9, (2, 3, 5)), -1)
+    asked = np.arange(4) < np.array([2, 0, 4])[:, None]  # [N,Q]
+    formed, ambiguous = np.array([[True], [False]]), np.array(True)
+    got = np.asarray(train.process_reward(counts, asked, formed, ambiguous, kind=kind))
+    gains = np.asarray(train.turn_gains(counts, asked, kind=kind))
+    assert got.shape == (2, 3) and gains.shape == (2, 3, 4)
+    for i, j in np.ndindex(2, 3):
+        want = reference_process(counts[i, j], asked[j], formed[i, 0], ambiguous, kind)
+        assert got[i, j] == pytest.approx(want, rel=1e-5, abs=1e-6)
+        np.testing.assert_allclose(gains[i, j], train.turn_gains(counts[i, j], asked[j], kind=kind), rtol=1e-6)
+    one = train.process_reward(counts[0, 0], asked, formed, ambiguous, kind=kind)
+    assert one.shape == (2, 3)
+
+
+def test_redundant_questions_cost_what_is_set():
+    asked = np.ones(3, bool)
+    for cost, want in ((0.0, 1.0), (0.1, 0.9), (0.4, 0.6), (2.0, 0.0)):
+        args = (np.array([4, 2, 2, 1]), asked, np.array(True), np.array(True))
+        assert float(train.process_reward(*args, kind="linear", redundant_cost=cost)) == pytest.approx(want)
+
+
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 1, 5), (2, 4, 9)])
 def test_policy_loss_equals_the_reference(shape):
     rng = np.random.default_rng(shape)
@@ -328,6 +356,18 @@ def test_step_level_equals_the_reference(shape):
             )
 
 
+def test_small_weights_are_exact():
+    """(1 - lam) + lam * w, not 1 + lam * (w - 1), which loses what is small."""
+    weights = np.geomspace(1e-6, 5, 41).astype(np.float32)
+    for lam in (0.5, 0.999, 1.0):
+        got = train.modulate(np.full(41, -3.0, np.float32), weights, lam)
+        want = -3 * ((1 - lam) + lam * weights.astype(float))
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+        assert (np.asarray(got) < 0).all()
+    wide = train.step_weights(np.array([1.0]), np.array([-50.0]), np.zeros(1), np.array(True), clip=0.999)
+    assert float(train.modulate(np.array([2.0]), wide, 1.0)[0]) == pytest.approx(2e-3, rel=1e-4)
+
+
 def reference_box_iou(a, b):
     """Inclusive pixels, counted."""
     grid = lambda r: {(x, y) for x in range(r[0], r[2] + 1) for y in range(r[1], r[3] + 1)}  # noqa: E731
@@ -372,8 +412,49 @@ def test_levels_by_hand():
     local = train.CreditSection(turn_credit="local", turn_weight=0.5)
     tokens, _ = train.hierarchical_advantages(local, returns, **{**args, "lam": 0.0})
     np.testing.assert_allclose(tokens, [[[-half + 0.5 * half, 0, -half], [half - 0.5 * half, 0, half]]], rtol=1e-4)
-    one = train.CreditSection(normalize_weight_by_seq_mean=True)
-    assert np.allclose(train.hierarchical_advantages(one, returns, **args)[1][0, :, ::2], 1)
+    # Deltas of ln 0.9 and ln 1.25 on two generations: weights 1/0.9 and 0.8 where A < 0, their mean in the last row.
+    uneven = {**args, "logp_teacher": np.log(np.array([[[0.9, 7, 1.25]] * 2])), "has_context": np.ones((1, 2), bool)}
+    plain = np.asarray(train.hierarchical_advantages(train.CreditSection(), returns, **uneven)[1])
+    np.testing.assert_allclose(plain[0, :, ::2], [[1 / 0.9, 0.8], [0.9, 1.2]], rtol=1e-6)
+    mean_one = train.CreditSection(normalize_weight_by_seq_mean=True)
+    one = np.asarray(train.hierarchical_advantages(mean_one, returns, **uneven)[1])
+    np.testing.assert_allclose(one[..., ::2], plain[..., ::2] / plain[..., ::2].mean(-1, keepdims=True), rtol=1e-6)
+    # credit.weigh: the question was asked in generation 0, what follows keeps weight 1.
+    asked = np.asarray(train.hierarchical_advantages(train.CreditSection(weigh="questions"), returns, **uneven)[1])
+    np.testing.assert_array_equal(asked[..., 0], plain[..., 0])
+    assert (asked[..., 2] == 1).all()
+    # credit.weight_clip and credit.turn_weight are those of the config.
+    wide = np.asarray(train.hierarchical_advantages(train.CreditSection(weight_clip=0.5), returns, **args)[1])
+    np.testing.assert_allclose(wide[0, 0, ::2], 0.5, rtol=1e-6)
+    heavy = train.CreditSection(turn_credit="local", turn_weight=2.0)
+    tokens, _ = train.hierarchical_advantages(heavy, returns, **{**args, "lam": 0.0})
+    np.testing.assert_allclose(tokens[0, :, 0], [-half + 2 * half, half - 2 * half], rtol=1e-4)
+
+
+@given(
+    st.integers(0, 2**31), st.sampled_from(["scalar", "local"]), st.booleans(), st.booleans(),
+    st.sampled_from(["all", "questions"]),
+)  # fmt: skip
+def test_all_levels_together(seed, turn_credit, failures, mean_one, weigh):
+    """Under every switch: signs are those without the step level, rows may be shuffled, masked tokens get nothing."""
+    rng = np.random.default_rng(seed)
+    p, n, q, t = 2, 4, 3, 9
+    c = train.CreditSection(
+        turn_credit=turn_credit, vanilla_on_nonnegative_adv=failures, normalize_weight_by_seq_mean=mean_one, weigh=weigh
+    )
+    turn = np.sort(rng.integers(-1, 4, (p, n, t)), -1)
+    args = [
+        rng.integers(0, 4, (p, n)).astype(np.float32), rng.random((p, n)) < 0.8, rng.random((p, n, q)),
+        np.where(rng.random((p, n, q)) < 0.7, np.arange(q), -2), turn, (turn >= 0) & (rng.random((p, n, t)) < 0.9),
+        rng.normal(size=(p, n, t)), rng.normal(size=(p, n, t)), rng.random((p, n)) < 0.6,
+    ]  # fmt: skip
+    tokens, weight = map(np.asarray, train.hierarchical_advantages(c, *args, 0.7))
+    plain, _ = map(np.asarray, train.hierarchical_advantages(c, *args, 0.0))
+    assert (np.sign(tokens) == np.sign(plain)).all() and (tokens[~args[5]] == 0).all()
+    assert (weight[~args[8]] == 1).all() and np.array_equal(tokens[~args[8]], plain[~args[8]])
+    order = rng.permutation(n)
+    shuffled, _ = train.hierarchical_advantages(c, *(x[:, order] for x in args), 0.7)
+    np.testing.assert_allclose(shuffled, tokens[:, order], rtol=1e-4, atol=1e-5)
 
 
 # Properties
@@ -425,6 +506,22 @@ def test_masked_tokens_touch_nothing(data):
     assert float(empty) == 0
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -1e30])
+def test_masked_tokens_do_not_reach_self_distillation(poison):
+    rng = np.random.default_rng(4)
+    student, teacher = (np.log(rng.dirichlet(np.ones(9), (2, 5))[..., :6]) for _ in range(2))
+    logp, old, mask = -rng.random((2, 5)), -rng.random((2, 5)), rng.random((2, 5)) < 0.6
+    there = np.where(mask, 0.0, poison)
+    loss = lambda s, x: train.sdpo_loss(s, teacher + there[..., None], x, old + there, mask)[0]  # noqa: E731
+    clean = lambda s, x: train.sdpo_loss(s, teacher, x, old, mask)[0]  # noqa: E731
+    value, slopes = jax.value_and_grad(clean, (0, 1))(student, logp)
+    value2, slopes2 = jax.value_and_grad(loss, (0, 1))(student + there[..., None], logp + there)
+    assert float(value) == float(value2) > 0
+    for a, b in zip(slopes, slopes2, strict=True):
+        assert np.array_equal(a, b) and (np.asarray(b)[~mask] == 0).all()
+    assert float(train.sdpo_loss(student, teacher, logp, old, np.zeros_like(mask))[0]) == 0
+
+
 def test_dual_clip_bounds_bad_rows():
     loss, _ = train.policy_loss(
         jnp.array([5.0]), jnp.array([0.0]), jnp.array([-1.0]), jnp.array([1]), clip_low=0.2, clip_high=0.2
@@ -450,6 +547,8 @@ HOSTILE = [
     '<answer> {"bbox_2d": [-5, -5, -1, -1], "point_2d": [-3, -3]} </answer>',
     '<answer> {"bbox_2d": [' + "9" * 5000 + ", 1, 2, 3]}</answer>",
     "<answer>" + "[" * 100_000 + "</answer>",
+    "<answer>" + "[" * 9_000 + "</answer>",  # short enough to be read, too deep to be JSON
+    '<answer> {"bbox_2d": ' + "[" * 200 + "1" + "]" * 200 + ', "point_2d": [1, 2]} </answer>',
     "<answer>" * 12_500,
     "<call>" * 8_000 + "</call>" * 8_000,
     "<keyframe> 99999999999999999999 </keyframe>",
@@ -480,6 +579,40 @@ def test_any_text_is_a_result(text):
         assert (action.error is None) == (action.kind != "invalid")
         got = train.localisation_rewards(action.frame, action.box, action.point, TRUTH)
         assert all(0 <= v <= 1 for v in got.values())
+
+
+odd_numbers = (
+    st.floats() | st.integers(-(10**400), 10**400) | st.integers(0, 1000) | st.booleans() | st.none()
+    | st.sampled_from(["1", "", "NaN"]) | st.lists(st.integers(0, 9), max_size=2)
+)  # fmt: skip
+
+
+numbers_like = st.lists(odd_numbers, max_size=6)
+
+
+@given(numbers_like, numbers_like, st.dictionaries(st.text(max_size=3), st.none()))
+def test_any_answer_earns_a_reward_in_range(box, point, more):
+    """JSON that looks like an answer and holds anything in place of its numbers."""
+    text = f"<thinking> x </thinking><answer> {json.dumps({'bbox_2d': box, 'point_2d': point} | more)} </answer>"
+    action = train.parse_action(text)
+    assert action.kind in ("answer", "invalid") and (action.error is None) == (action.kind == "answer")
+    got = train.localisation_rewards(18, action.box, action.point, TRUTH)
+    assert all(0 <= v <= 1 for v in got.values())
+    framed = "<thinking> y </thinking><keyframe> 18 </keyframe>"
+    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(float_or_inf(v))  # noqa: E731
+    fit = len(box) == 4 and len(point) == 2 and all(map(number, (*box, *point)))
+    if action.kind == "answer":
+        assert fit
+        assert all(map(math.isfinite, (*action.box, *action.point)))
+    if train.well_formed([framed, text]):
+        assert action.kind == "answer" and not more
+
+
+def float_or_inf(value):
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 @given(st.lists(st.integers(0, 1000), min_size=6, max_size=6), st.sampled_from([None, "modal", "amodal"]))

@@ -1,7 +1,9 @@
 """Protocol, rollout and update (train.py sections 4, 5 and 8) with the shipped base on a few real samples."""
 
 import copy
+import dataclasses
 import itertools
+import json
 import types
 
 import jax
@@ -400,6 +402,167 @@ def test_the_baseline_may_be_the_teacher_without_context(world, played, scored):
     np.testing.assert_array_equal(made["teacher"], want)  # it agrees with itself: weight 1
     told = np.abs(made["far"]) < np.abs(want)
     assert told.any() and (want[told] > 0).all()  # what the guided teacher likes less earns less
+
+
+class Once(train.Trainer):
+    """A trainer of one step on dialogues that were played before; what reaches the update is kept, not applied."""
+
+    def __init__(self, world, dialogues, scores, guidance, *changes):
+        self.config = train.load_config(CONFIG, [*SMALL, *changes])
+        self.clock, self.speaker, self.mesh = train.Clock(), world.speaker, world.mesh
+        self.collect = lambda number: (dialogues, scores, guidance, {})
+        self.logprob, _ = train.make_programs(world.policy, self.config)
+        self.state = train.fresh_state(jax.tree.map(jnp.array, world.params), self.config, teacher=True)
+        self.handed = []
+
+    def update(self, state, batch, credit, guided, rate):
+        self.handed.append(jax.device_get(credit))
+        return state.replace(updates=state.updates + 1), {"ratio": 1.0}
+
+
+def test_what_a_step_hands_to_the_update(world, played, scored):
+    """Half the prompts each, the trainer's own log-probabilities, and weights against the baseline of the config."""
+    scores, _, batch, _ = scored
+    guidance = [["ask color first"] * ROLLOUTS for _ in range(PROMPTS)]
+    made, rows = {}, {}
+    for baseline in ("student", "teacher_plain"):
+        once = Once(world, played, scores, guidance, f"credit.delta_baseline={baseline}")
+        stale = jax.tree.map(lambda x: x * 0.99, once.state.teacher)
+        once.state = once.state.replace(teacher=stale)
+        rows[baseline] = once.step()
+        assert [c.mask.shape[0] for c in once.handed] == [PROMPTS // 2] * 2
+        made[baseline] = jax.tree.map(lambda *x: np.concatenate(x), *once.handed)
+    own = np.asarray(once.logprob(world.params, batch))
+    old = made["student"].old_logp
+    np.testing.assert_array_equal(old, own)
+    assert not np.array_equal(old[batch.rows.trained], batch.rows.logp[batch.rows.trained])
+    contexts = train.teacher_contexts(played, train.total_return(scores, once.config), guidance, once.config)
+    view, starts = train.pack(played, once.config, world.speaker, contexts=contexts)
+    told = np.asarray(train.own_tokens(once.logprob(stale, view), starts, batch.rows.tokens.shape[-1]))
+    overlong = np.array([[d.end == "overlong" for d in row] for row in played])
+    for baseline, plain in (("student", own), ("teacher_plain", np.asarray(once.logprob(stale, batch)))):
+        want, stats = train.token_credit(
+            batch, scores, contexts, overlong, once.config, old_logp=own,
+            teacher_logp=lambda plain=plain: (told, plain), lam=0.5,
+        )  # fmt: skip
+        np.testing.assert_array_equal(made[baseline].advantages, want.advantages)
+        for name, value in stats.items():
+            assert rows[baseline][name] == pytest.approx(value), name
+        moved = (told - plain)[want.mask & (want.advantages > 0)].mean()
+        assert stats["advantage/delta_positive"] == pytest.approx(float(moved), rel=1e-4)
+    assert not np.array_equal(made["student"].advantages, made["teacher_plain"].advantages)
+
+
+def test_switches_of_the_update_reach_the_loss(world, played, scored, monkeypatch):
+    """What the config says of clipping and distillation is what the traced update computes with."""
+    changes = ["update.clip_low=0.11", "update.clip_high=0.33", "update.dual_clip=7", "update.sdpo_alpha=0.9",
+               "update.sdpo_is_clip=1.5", "update.sdpo_top_k=5"]  # fmt: skip
+    _, _, batch, credit = scored
+    told = [[train.GUIDANCE.format(guidance="ask motion first")] * ROLLOUTS] * PROMPTS
+    guided = train.Guided(*train.pack(played, world.config, world.speaker, contexts=told))
+    seen = {}
+    for name, loss in (("policy_loss", train.policy_loss), ("sdpo_loss", train.sdpo_loss)):
+
+        def spy(*args, name=name, loss=loss, **switches):
+            seen[name] = {**switches, "tokens": args[0].shape[-1]}
+            return loss(*args, **switches)
+
+        monkeypatch.setattr(train, name, spy)
+    for loss in ("rlsd", "sdpo"):
+        config = train.load_config(CONFIG, [*SMALL, *changes, f"update.loss={loss}"])
+        _, update = train.make_programs(world.policy, config)
+        state = train.fresh_state(world.params, config, teacher=True)
+        jax.make_jaxpr(update.jitted)(state, batch, credit, guided if loss == "sdpo" else None, 0.0)
+    length = batch.rows.tokens.shape[-1]
+    assert seen["policy_loss"] == {"clip_low": 0.11, "clip_high": 0.33, "dual_clip": 7, "tokens": length}
+    assert seen["sdpo_loss"] == {"alpha": 0.9, "is_clip": 1.5, "tokens": 5}
+
+
+def test_mask_rewards_find_their_rows(world, played):
+    """Which video, frame, box and kind each row asks about, what comes back, and what a failed row leaves behind."""
+
+    class Segmenter(train.SegmenterClient):
+        def __init__(self):  # no process is started
+            self.asked, self.seen = [], {}
+
+        def register(self, video, frame, image, truth):
+            self.seen[video, frame] = (image, truth)
+
+        def mask_iou(self, rows):
+            self.asked += rows
+            iou = np.array([(row["box"][0] + row["point"][1]) / 2000 for row in rows], np.float32)
+            return iou, np.array([row["mask_type"] == "modal" for row in rows])
+
+    prompts = world.prompts(range(2))
+    rng, rows = np.random.default_rng(0), []
+    for number, prompt in enumerate(prompts):
+        row = [train.Dialogue(prompt) for _ in range(4)]
+        for j, d in enumerate(row[:3]):  # the fourth says nothing
+            d.frame = int(list(prompt.truth)[j % len(prompt.truth)])
+            box, point = rng.integers(0, 1000, 4).tolist(), rng.integers(0, 1000, 2).tolist()
+            d.answer = train.Action("answer", box=tuple(map(float, box)), point=tuple(map(float, point)))
+        row[2].answer = dataclasses.replace(row[2].answer, mask_type="amodal" if number else "modal")
+        rows.append(row)
+    rows[0][0].frame = 9999  # a frame that does not hold the target is not asked about
+    segmenter = Segmenter()
+    iou, valid = train.MaskReward(segmenter, world.mesh)(rows)
+    said = [(d.prompt.sample.id, d.frame, list(d.answer.box)) for row in rows for d in row[:3]][1:]
+    assert [(r["video"], r["frame"], r["box"]) for r in segmenter.asked] == said
+    for row, got in zip(rows, iou, strict=True):
+        asked = lambda d: d.answer is not None and d.frame != 9999  # noqa: E731
+        want = [(d.answer.box[0] + d.answer.point[1]) / 2000 if asked(d) else 0.0 for d in row]
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_array_equal(valid, [[True] * 4, [True, True, False, True]])  # the amodal one failed
+    for (video, frame), (image, truth) in segmenter.seen.items():
+        prompt = next(p for p in prompts if p.sample.id == video)
+        np.testing.assert_array_equal(image, prompt.image_of(frame))
+        np.testing.assert_array_equal(truth, prompt.sample.truth(prompt.positions[prompt.fids.index(frame)]))
+    scores, _, faults = train.score(rows, world.config, world.expert, train.MaskReward(Segmenter(), world.mesh))
+    np.testing.assert_allclose(scores.terms["mask"], iou, rtol=1e-6)
+    assert faults["segmenter_failed"] == 1 and not scores.valid[1, 2] and scores.valid.sum() == 7
+    # On a query without target the mask is as right as the answer is.
+    for d in rows[0]:
+        d.prompt.no_target = True
+    rows[0][1].frame, rows[0][1].answer = -1, train.Action("answer", box=(0.0,) * 4, point=(0.0,) * 2)
+    scores, _, _ = train.score(rows, world.config, world.expert, train.MaskReward(Segmenter(), world.mesh))
+    np.testing.assert_array_equal(scores.terms["mask"][0], [0, 1, 0, 0])
+
+
+def test_switches_of_the_reward_reach_it(world):
+    """Thresholds, the price of not asking, and which key frame counts, each set in a config."""
+    prompt = next(p for p in world.prompts(range(PROMPTS)) if p.initial_count > 1)
+    fid = next(iter(prompt.truth))
+    best, centre = prompt.truth[fid]["bbox_2d"], prompt.truth[fid]["point_2d"]
+
+    def scored(*changes, shift=0.0, apart=0.0):
+        d = train.Dialogue(prompt)
+        d.frame = int(fid)
+        d.answer = train.Action("answer", box=tuple(v + shift for v in best), point=(centre[0] + apart, centre[1]))
+        box, point = (json.dumps([int(v) for v in x]) for x in (d.answer.box, d.answer.point))
+        d.texts = [f"<thinking> x </thinking><keyframe> {fid} </keyframe>",
+                   f'<thinking> x </thinking><answer> {{"bbox_2d": {box}, "point_2d": {point}}} </answer>']  # fmt: skip
+        scores, *_ = train.score([[d]], train.load_config(CONFIG, [*SMALL, *changes]), world.expert, None)
+        return {name: float(value[0, 0]) for name, value in scores.terms.items()}
+
+    assert scored()["box"] == scored()["point"] == scored()["iou"] == 1
+    assert scored("reward.box_l1=9", shift=10)["box"] == 0 and scored("reward.box_l1=11", shift=10)["box"] == 1
+    assert scored("reward.point_l2=4", apart=5)["point"] == 0 and scored("reward.point_l2=6", apart=5)["point"] == 1
+    near = scored("reward.iou=0.99", shift=8)["iou"], scored("reward.iou=0.01", shift=8)["iou"]
+    assert near == (0, 1)
+    assert scored()["process"] == 0 and scored("reward.no_question=format")["process"] == 1
+
+    first, second = (int(f) for f in (prompt.fids[0], prompt.fids[1]))
+    for keyframe, want in (("last", second), ("first", first)):
+        speaker = train.Speaker(
+            dataclasses.replace(world.config.protocol, keyframe=keyframe), world.policy.config, world.tokenizer
+        )
+        d = train.Dialogue(prompt)
+        for said in (first, 9999, second):
+            text = f"<thinking> x </thinking><keyframe> {said} </keyframe>"
+            ids = world.tokenizer.encode(text)
+            d.say(ids, [0.0] * len(ids), speaker, finished=True, last=False)
+            d.observe(speaker, None)
+        assert d.frame == want and list(prompt.keyframes)[:2] == [first, second]
 
 
 def test_a_query_without_target_wants_both_halves(world):

@@ -144,6 +144,7 @@ def test_the_teacher_is_synced_at_its_interval(straight):
     def equal(a, b):
         return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
+    assert fourth["rest"]["updates"] == 4 * config.update.minibatches == 8  # METHOD.md 4.6: two updates a step
     assert equal(third["params"], third["rest"]["teacher"]) and equal(third["params"], fourth["rest"]["teacher"])
     assert not equal(fourth["params"], third["params"])
 
@@ -327,6 +328,15 @@ def test_learning_rate_rises_stays_and_falls():
         (["experiments/embedded.yaml", "credit.delta_baseline=plain"], "teacher_plain"),
         (["experiments/embedded.yaml", "reward.process=gain"], "parent_tpr"),
         (["experiments/embedded.yaml", "credit.lam=1.5"], "0 to 1"),
+        (["experiments/embedded.yaml", "credit.lam=-0.1"], "credit.lam=-0.1"),
+        (["experiments/embedded.yaml", "credit.teacher_context=x"], "solution_else_guidance"),
+        (["experiments/embedded.yaml", "credit.weigh=some"], "all, questions"),
+        (["experiments/embedded.yaml", "credit.turn_weight=.inf"], "credit.turn_weight=inf"),
+        (["experiments/embedded.yaml", "reward.no_question=one"], "zero, format"),
+        (["experiments/embedded.yaml", "protocol.keyframe=best"], "last, first"),
+        (["experiments/embedded.yaml", "protocol.clarify=[simpel]"], "closest is simple"),
+        (["experiments/embedded.yaml", "data.name=ambi"], "use ambi_rvos"),
+        (["experiments/embedded.yaml", "update.beta2=1"], "update.beta2=1"),
         (["experiments/embedded.yaml", "reward.process=best"], "reduction"),
         (["experiments/embedded.yaml", "reward.weights.looks=1"], "known terms"),
         (["experiments/embedded.yaml", "run_dir=/proc/none"], "run_dir"),
@@ -344,6 +354,21 @@ def test_bad_input_is_one_line(arguments, says, tmp_path, capfd):
     assert train.main(arguments) == 2
     err = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(err) == 1 and says.replace("{tmp}", str(tmp_path)) in err[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "rate", "high", "teacher"),
+    [("rlsd", 1e-6, 0.2, "sync"), ("vanilla", 1e-6, 0.28, "sync"), ("sdpo", 1e-5, 0.2, "ema")],
+)
+def test_a_loss_brings_its_own_defaults(tmp_path, loss, rate, high, teacher):
+    """METHOD.md 4.6, 4.10, 5.1; what is given wins."""
+    file = tmp_path / "own.yaml"
+    file.write_text(f"update: {{loss: {loss}}}\n")
+    c = train.load_config(file)
+    assert (c.update.learning_rate, c.update.clip_high, c.credit.teacher_update) == (rate, high, teacher)
+    given = ["update.learning_rate=0.5", "update.clip_high=0.3", "credit.teacher_update=ema"]
+    c = train.load_config(file, given)
+    assert (c.update.learning_rate, c.update.clip_high, c.credit.teacher_update) == (0.5, 0.3, "ema")
 
 
 def test_damaged_records_and_checkpoints_are_named(place, env, straight):
