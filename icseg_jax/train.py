@@ -1221,6 +1221,14 @@ def make_mesh(section: MeshSection) -> Mesh:
     )
 
 
+def placement(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
+    """One spelling for one layout: without axes of a single device, since a program is compiled for each spelling."""
+    kept = [axis if axis and mesh.shape[axis] > 1 else None for axis in axes]
+    while kept and kept[-1] is None:
+        kept.pop()
+    return NamedSharding(mesh, Spec(*kept))
+
+
 def parameter_specs(policy: Policy, mesh: Mesh, *, log: Callable[[str], None] = lambda line: None) -> Any:
     """NamedSharding of every parameter by the rules table; an axis that does not divide is replicated and said so."""
     boxed = jax.eval_shape(lambda: policy.init(jax.random.key(0), example_images(policy.config.vision)))["params"]
@@ -1237,7 +1245,7 @@ def parameter_specs(policy: Policy, mesh: Mesh, *, log: Callable[[str], None] = 
                 log(f"{name}: {axis}={size} does not divide by {target}={mesh.shape[target]}, replicated")
                 target = None
             axes.append(None if target in axes else target)
-        return NamedSharding(mesh, Spec(*axes))
+        return placement(mesh, axes)
 
     return jax.tree_util.tree_map_with_path(spec, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
@@ -1261,7 +1269,7 @@ def shard_batch(mesh: Mesh, tree: Any) -> Any:
         spec = []
         for axis, size in zip(("data", "fsdp"), x.shape[:2], strict=False):
             spec.append(axis if size % mesh.shape[axis] == 0 else None)
-        return jax.device_put(x, NamedSharding(mesh, Spec(*spec)))
+        return jax.device_put(x, placement(mesh, spec))
 
     return jax.tree.map(put, tree)
 
@@ -1844,7 +1852,7 @@ class Sampler:
         self.allowed = jnp.asarray(allowed)
         self.ends = jnp.asarray([tokenizer.end_of_turn, tokenizer.end_of_text])
         for name in ("encode", "insert", "prefill", "extend", "decode", "commit", "pick", "keys"):
-            static = ("length",) if name == "commit" else None
+            static = {"commit": ("length",), "prefill": ("rollouts",)}.get(name)
             setattr(self, name, Program(name, getattr(self, f"_{name}"), static_argnames=static))
 
     # Device programs
@@ -1863,14 +1871,27 @@ class Sampler:
             visual.deepstack.at[:, prompt[:, None], where].set(deepstack, mode="drop"),
         )
 
-    def _prefill(self, params, prompts: Rows, visual: Visual):
+    def _prefill(self, params, prompts: Rows, images: Visual, rollouts: int):
+        """Lanes before the first turn, from the frames [I, m, D] of all prompts, encoded."""
+        c, count = self.c, prompts.tokens.shape[0]
+        room = c.protocol.frames * self.speaker.keyframe_tokens  # every shown frame may be asked for
+
+        def bank(x):
+            x = x.reshape(*x.shape[:-3], count, -1, x.shape[-1])
+            return jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, room), (0, 0)))
+
+        visual = jax.tree.map(bank, images)
         hidden, keys = self._run(
             params, prompts.tokens, prompts.positions, own_mask(prompts), visual=visual, slots=prompts.slots
         )
         there = prompts.segment[:, 0] > 0
         last = jnp.take_along_axis(hidden[:, 0], there.sum(-1)[:, None, None] - 1, 1)[:, 0]
         logits = self.policy.apply({"params": params}, last, method=Policy.head)
-        return jax.tree.map(lambda x: x[:, :, 0], keys), there, logits
+        logits = jnp.broadcast_to(logits[:, None], (count, rollouts, logits.shape[-1]))
+        keys = jax.tree.map(lambda x: x[:, :, 0], keys)
+        capacity = min(c.rollout.cache_buckets)
+        past = jax.tree.map(lambda x: jnp.zeros((x.shape[0], count, rollouts, capacity, *x.shape[3:]), x.dtype), keys)
+        return Lanes(keys, there, visual, past, jnp.zeros((count, rollouts), jnp.int32), logits)
 
     def _context(self, lanes: Lanes):
         here = jnp.arange(lanes.past.k.shape[3]) < lanes.past_length[..., None]
@@ -1983,22 +2004,12 @@ class Sampler:
 
     def begin(self, params, prompts: Sequence[Prompt], rollouts: int) -> Lanes:
         """Encodes the frames and prefills the prompts, once each."""
-        c, speaker = self.c, self.speaker
-        images = speaker.images(np.concatenate([p.patches(speaker) for p in prompts]), speaker.frame_grid)
-        tokens, deepstack = self.encode(params, shard_batch(self.mesh, images))
-        count, width = len(prompts), tokens.shape[-1]
-        room = c.protocol.frames * speaker.keyframe_tokens  # every shown frame may be asked for
-        tokens = jnp.pad(tokens.reshape(count, -1, width), ((0, 0), (0, room), (0, 0)))
-        deepstack = jnp.pad(
-            deepstack.reshape(deepstack.shape[0], count, -1, width), ((0, 0), (0, 0), (0, room), (0, 0))
+        images = self.speaker.images(
+            np.concatenate([p.patches(self.speaker) for p in prompts]), self.speaker.frame_grid
         )
-        visual = Visual(tokens, deepstack)
-        rows = prompt_rows(prompts, c, speaker)
-        keys, mask, logits = self.prefill(params, shard_batch(self.mesh, rows), visual)
-        capacity = min(c.rollout.cache_buckets)
-        past = jax.tree.map(lambda x: jnp.zeros((x.shape[0], count, rollouts, capacity, *x.shape[3:]), x.dtype), keys)
-        logits = jnp.broadcast_to(logits[:, None], (count, rollouts, logits.shape[-1]))
-        return Lanes(keys, mask, visual, past, jnp.zeros((count, rollouts), jnp.int32), logits)
+        encoded = Visual(*self.encode(params, shard_batch(self.mesh, images)))
+        rows = shard_batch(self.mesh, prompt_rows(prompts, self.c, self.speaker))
+        return self.prefill(params, rows, encoded, rollouts=rollouts)
 
     def show(self, params, visual: Visual, lanes: Sequence[Prompt], fresh: Sequence[tuple[int, int]]) -> Visual:
         """Encodes key frames asked for the first time, (lane of the prompt, fid), and lays them into the banks."""
@@ -2766,11 +2777,12 @@ def in_chunks(piece: Callable, chunk: int, *arrays: Array) -> Any:
 class TrainState(struct.PyTreeNode):
     """Everything that training changes. `step` counts finished training steps, `updates` optimiser updates."""
 
+    # Any: the same tree also holds where each of them lies
     params: Any
     optimiser: Any
     teacher: Any
-    step: Array
-    updates: Array
+    step: Any
+    updates: Any
 
 
 def make_optimiser(section: UpdateSection) -> optax.GradientTransformation:
@@ -2839,7 +2851,7 @@ def pack(
                 continue
             whole = Transcript(prompt.query_position)
             told = speaker.tokenizer.encode(contexts[i][j]) if contexts[i][j] else []
-            whole.add(told[: config.credit.guidance_tokens - len(speaker.closing())])
+            whole.add(told[: context_room(config, speaker)])
             whole.add(speaker.closing())
             starts[i, j] = len(whole)
             shift = whole.position - prompt.row.position
@@ -2872,6 +2884,11 @@ def pack(
     return batch, starts
 
 
+def context_room(config: Config, speaker: Speaker) -> int:
+    """How many tokens of a teacher's context are read: what the end of the prompt leaves of credit.guidance_tokens."""
+    return config.credit.guidance_tokens - len(speaker.closing())
+
+
 def own_tokens(values: Array, starts: Array, length: int) -> jax.Array:
     """What a teacher's view [P,N,T',...] holds from each rollout's own start [P,N] on: [P,N,length,...]."""
     at = jnp.minimum(starts[..., None] + jnp.arange(length), values.shape[2] - 1)
@@ -2890,8 +2907,11 @@ def take_prompts(tree: Any, prompts: int, start: int, stop: int) -> Any:
     return jax.tree.map(lambda x: x[start * (len(x) // prompts) : stop * (len(x) // prompts)], tree)
 
 
-def make_programs(policy: Policy, config: Config) -> tuple[Callable, Callable]:
-    """The two jitted programs of the update: log-probabilities of a batch, and one optimiser step on it."""
+def make_programs(policy: Policy, config: Config, state: TrainState | None = None) -> tuple[Callable, Callable]:
+    """The two jitted programs of the update: log-probabilities of a batch, and one optimiser step on it.
+
+    A new state lies as `state` does; without one, as XLA likes, which then compiles again for what it chose.
+    """
     c = config
     optimiser = make_optimiser(c.update)
 
@@ -2984,7 +3004,8 @@ def make_programs(policy: Policy, config: Config) -> tuple[Callable, Callable]:
             state = state.replace(teacher=jax.tree.map(follow, state.teacher, state.params))
         return state, stats
 
-    return Program("logprob", logprob), Program("update", update, donate_argnums=0)
+    kept = None if state is None else (jax.tree.map(lambda x: x.sharding, state), None)
+    return Program("logprob", logprob), Program("update", update, donate_argnums=0, out_shardings=kept)
 
 
 def needs_teacher(c: Config) -> bool:
@@ -3675,23 +3696,22 @@ def load_policy(path: str | Path, mesh: Mesh | None = None, *, dtype: str | None
         raise ConfigError(
             f"policy.path={path}: no such directory; a Hugging Face Qwen3-VL directory or a run's checkpoint works"
         )
-    if (path / "policy.json").is_file():
-        steps = [int(p.name) for p in path.glob("checkpoints/*") if p.name.isdigit()]
-        if not steps:
-            raise ConfigError(f"{path}/checkpoints: holds no checkpoint yet; a Hugging Face Qwen3-VL directory works")
-        path = path / "checkpoints" / str(max(steps))
-    checkpoint = (path / "_CHECKPOINT_METADATA").exists()
-    file = path.parent.parent / "policy.json" if checkpoint else path / "config.json"
+    try:
+        checkpoint = weights.find_checkpoint(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    file = checkpoint.parent.parent / "policy.json" if checkpoint else path / "config.json"
     raw = read_json(file)
     if raw is None:
         raise ConfigError(f"{file}: missing or not JSON; a Hugging Face Qwen3-VL directory has a config.json")
     config = PolicyConfig.from_json(raw, str(file))
     specs = parameter_specs(Policy(config), mesh) if mesh is not None else None
     shapes = parameter_shapes(config)
-    if checkpoint:
-        return config, _read_checkpoint(path, shapes, dtype, specs)
     try:
-        params = weights.read_params(path, shapes, dtype=dtype, shardings=specs)
+        if checkpoint:
+            params = weights.read_checkpoint(checkpoint, shapes, dtype=dtype, shardings=specs)
+        else:
+            params = weights.read_params(path, shapes, dtype=dtype, shardings=specs)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return config, params
@@ -3703,21 +3723,6 @@ def load_tokenizer(path: Path) -> weights.Tokenizer:
         return weights.Tokenizer(path)
     except Exception as error:  # tokenizers has no error class of its own
         raise ConfigError(f"{path}: no usable tokenizer.json ({_first_line(error)})") from None
-
-
-def _read_checkpoint(path: Path, shapes: Any, dtype: str | None, specs: Any) -> Any:
-    from orbax.checkpoint import v1 as ocp
-
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    specs = jax.tree.map(lambda _: one, shapes) if specs is None else specs
-    place = lambda x, kind, spec: jax.ShapeDtypeStruct(x.shape, dtype or kind, sharding=spec)  # noqa: E731
-    try:
-        stored = ocp.checkpointables_metadata(path.resolve()).metadata["params"]
-        kinds = jax.tree.map(lambda x, like: like.dtype, shapes, stored)
-        wanted = jax.tree.map(place, shapes, kinds, specs)
-        return ocp.load_checkpointables(path.resolve(), {"params": wanted})["params"]
-    except Exception as error:
-        raise ConfigError(f"{path}: can not be restored ({_first_line(error)}); give an undamaged checkpoint") from None
 
 
 def save_policy(
@@ -3820,9 +3825,14 @@ def new_policy(config: Config, run: Run) -> tuple[PolicyConfig, weights.Tokenize
 def fresh_state(params: Any, config: Config, *, teacher: bool) -> TrainState:
     optimiser = (make_warmstart_optimiser if config.stage == "sft" else make_optimiser)(config.update)
     zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
-    return TrainState(
+    state = TrainState(
         params, optimiser.init(params), jax.tree.map(jnp.copy, params) if teacher else None, zero(), zero()
     )
+    home = jax.tree.leaves(params)[0].sharding
+    if not isinstance(home, NamedSharding):
+        return state
+    whole = placement(home.mesh, [])  # counters too: where a state lies is part of what is compiled
+    return jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, whole), state)
 
 
 def ahead(make: Callable[[int], Any], start: int, stop: int, depth: int = 2) -> Iterable[Any]:
@@ -3897,7 +3907,6 @@ class Trainer:
         self.policy = Policy(policy_config, c.policy.remat)
         self.speaker = Speaker(c.protocol, policy_config, self.tokenizer)
         self.sampler = Sampler(c, self.policy, self.speaker, self.mesh)
-        self.logprob, self.update = make_programs(self.policy, c)
         self.cast = jax.jit(functools.partial(compute_copy, dtype=c.policy.dtype))
         user = functools.partial(simulator.load_user, c.simulator.kind, seed=c.seed)
         self.user = user(flip=c.simulator.flip, refuse=c.simulator.refuse)
@@ -3921,6 +3930,7 @@ class Trainer:
         self.segmenter.start(wait=False)
         self.mask_reward = MaskReward(self.segmenter, self.mesh)
         self.state = fresh_state(params, c, teacher=needs_teacher(c))
+        self.logprob, self.update = make_programs(self.policy, c, self.state)
         write_atomically(run.path / "policy.json", json.dumps(config_json(policy_config), indent=1))
 
     def prompt(self, sample: data.Sample, anchor: int | None = None) -> Prompt:
@@ -4006,7 +4016,7 @@ class Trainer:
                     plain = np.asarray(self.logprob(self.state.teacher, shard_batch(self.mesh, batch)))
                 return np.asarray(own_tokens(logp, starts, batch.rows.tokens.shape[-1])), plain
 
-        room = c.credit.guidance_tokens - len(self.speaker.closing())
+        room = context_room(c, self.speaker)
         told = [len(self.speaker.tokenizer.encode(text)) for row in contexts for text in row if text]
         faults["context_cut"] = sum(length > room for length in told) / max(len(told), 1)
 

@@ -1,7 +1,8 @@
 """Weight files and tokenizers: what stands between a directory on disk and the method's arrays and token ids.
 
 `read_params` and `write_params` carry Hugging Face Qwen3-VL safetensors to our parameter tree and back, byte
-for byte, one tensor at a time. `Tokenizer` wraps a `tokenizers` JSON (Qwen's byte-level BPE or the embedded
+for byte, one tensor at a time; `python -m icseg_jax.weights import|export` does so between whole directories and
+our Orbax checkpoints. `Tokenizer` wraps a `tokenizers` JSON (Qwen's byte-level BPE or the embedded
 word-level one) without importing transformers, which would pull in torch. `build_word_tokenizer` makes the
 embedded one.
 """
@@ -15,6 +16,7 @@ import os
 import re
 import shutil
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -527,9 +529,7 @@ def write_params(path: str | Path, params: Any, config: Mapping[str, Any], *, so
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         if source is not None:
-            for file in sorted(Path(source).iterdir()):
-                if file.is_file() and _matches(file.name, COMPANIONS):
-                    shutil.copyfile(file, temporary / file.name)
+            _copy_companions(Path(source), temporary)
         main = np.dtype(max(leaves.values(), key=lambda value: value.size).dtype).name
         (temporary / "config.json").write_text(json.dumps(_with_dtype(config, main), indent=2) + "\n")
         # A directory can not be renamed over a full one: the earlier one steps aside first and is never lost.
@@ -546,6 +546,12 @@ def write_params(path: str | Path, params: Any, config: Mapping[str, Any], *, so
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _copy_companions(source: Path, to: Path) -> None:
+    for file in sorted(source.iterdir()):
+        if file.is_file() and _matches(file.name, COMPANIONS):
+            shutil.copyfile(file, to / file.name)
 
 
 def _progress(total: int, what: str) -> tqdm:
@@ -606,3 +612,182 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         if {"dtype", "torch_dtype"} & set(out[key]):
             out[key] = {k: v for k, v in out[key].items() if k != "torch_dtype"} | {"dtype": dtype}
     return out
+
+
+# ------------------------------------------------------------------------------------------------------
+# Our checkpoints: DIR/policy.json (the config.json that belongs to the weights) and DIR/checkpoints/STEP (Orbax).
+# ------------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(path: str | Path) -> Path | None:
+    """The checkpoint that `path` is, or the latest of the run that it is; None for any other directory.
+
+    Raises ValueError for a run that holds none yet.
+    """
+    path = Path(path)
+    if (path / "_CHECKPOINT_METADATA").exists():
+        return path
+    if not (path / "policy.json").is_file():
+        return None
+    steps = [int(p.name) for p in path.glob("checkpoints/*") if p.name.isdigit()]
+    if not steps:
+        raise ValueError(f"{path}/checkpoints: holds no checkpoint yet; a Hugging Face Qwen3-VL directory works")
+    return path / "checkpoints" / str(max(steps))
+
+
+def read_checkpoint(path: Path, shapes: Any = None, *, dtype: Any = None, shardings: Any = None) -> Any:
+    """The parameters of a checkpoint; dtype: None keeps the stored one; shardings: None puts all on one device.
+
+    Raises ValueError, one line, for a damaged one, or one of other parameters than `shapes` where that is given.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    try:
+        stored = ocp.checkpointables_metadata(path.resolve()).metadata["params"]
+        if shapes is not None:
+            asked, held = ({k: tuple(x.shape) for k, x in _leaves(tree)} for tree in (shapes, stored))
+            other = next((k for k in sorted({*asked, *held}) if asked.get(k) != held.get(k)), None)
+            if other:
+                raise ValueError(f"{other} is {held.get(other)} in it, {asked.get(other)} in policy.json")
+        if shardings is None:
+            one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            shardings = jax.tree.map(lambda _: one, stored)
+        place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=spec)  # noqa: E731
+        wanted = jax.tree.map(place, stored, shardings)
+        return ocp.load_checkpointables(path.resolve(), {"params": wanted})["params"]
+    except Exception as error:  # Orbax has no error class of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{path}: can not be restored ({reason}); give an undamaged checkpoint") from None
+
+
+def shapes_in(path: Path) -> dict[str, Any]:
+    """The parameter tree of a Hugging Face directory, each leaf with a `shape`: what is stored, heads split.
+
+    Raises ValueError as `read_params` does, which checks every tensor against it.
+    """
+    config = _read_config(path)
+    stored = {name: place.shape for name, place in _stored_tensors(path).items()}
+    try:
+        text, vision = config["text_config"], config["vision_config"]
+        heads = (text["num_attention_heads"], text["num_key_value_heads"], vision["num_heads"])
+        taps, depth, layers = vision["deepstack_visual_indexes"], vision["depth"], text["num_hidden_layers"]
+        tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        if not all(type(n) is int and n > 0 for n in (*heads, depth, layers)) or sorted(taps) != list(taps):
+            raise TypeError
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path}/config.json: text_config and vision_config are not those of a Qwen3-VL") from None
+
+    def leaf(name: str, inputs: int, split: tuple[int, ...], count: int | None = None) -> jax.ShapeDtypeStruct:
+        """split: into what the fused axis of heads falls, the size of a head left open."""
+        shape = stored.get(name)
+        if shape is None:
+            raise ValueError(f"{path}: tensor {name} is missing")
+        fused = 1 if inputs == 2 else 0
+        if split:
+            if len(shape) <= fused or shape[fused] % math.prod(split):
+                raise ValueError(f"{path}: tensor {name} {list(shape)} does not fall into heads {list(split)}")
+            shape = (*shape[:fused], *split, shape[fused] // math.prod(split), *shape[fused + 1 :])
+        if name.endswith("patch_embed.proj.weight"):
+            shape = (shape[0], math.prod(shape[1:]))
+        outputs = len(shape) - inputs
+        ours = (*shape[outputs:], *shape[:outputs]) if inputs else shape
+        return jax.ShapeDtypeStruct(ours if count is None else (count, *ours), np.float32)
+
+    def group(table: Mapping, prefix: str, splits: Mapping = {}, count: int | None = None) -> dict[str, Any]:
+        return {key: leaf(prefix + name, n, splits.get(key, ()), count) for key, (name, n) in table.items()}
+
+    h, k, v = heads
+    tree: dict[str, Any] = group({key: row for key, row in TOP.items() if not (tied and key == "output")}, "")
+    by_head = {"q": (h,), "k": (k,), "v": (k,), "o": (h,)}
+    tree["layers"] = group(LAYER, "model.language_model.layers.0.", by_head, layers)
+    tree["vision"] = group(VISION, "model.visual.")
+    tree["vision"]["merger"] = group(MERGER, "model.visual.merger.")
+    by_head = {"qkv": (3, v), "qkv_bias": (3, v), "o": (v,)}
+    start = 0
+    for number, end in enumerate((*(tap + 1 for tap in taps), depth)):
+        if end > start:
+            run = group(BLOCK, f"model.visual.blocks.{start}.", by_head, end - start)
+            tree["vision"][f"blocks_{number}"], start = run, end
+        if number < len(taps):
+            tree["vision"][f"deepstack_{number}"] = group(MERGER, f"model.visual.deepstack_merger_list.{number}.")
+    return tree
+
+
+def import_policy(source: str | Path, path: str | Path) -> None:
+    """A Hugging Face directory as one of our checkpoints, in its own type; appears whole or not at all.
+
+    `path`/checkpoints/0 holds the parameters, `path`/policy.json its config.json, beside them the tokenizer and
+    processor files. Raises ValueError, one line, when `path` is there already or the source is damaged.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    source, path = Path(source), Path(path).resolve()
+    if not source.is_dir():
+        raise ValueError(f"{source}: no such directory; a Hugging Face Qwen3-VL directory works")
+    if path.exists():
+        raise ValueError(f"{path}: is there already; give a new directory")
+    params = read_params(source, shapes_in(source))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        (temporary / "checkpoints").mkdir(parents=True)
+        _copy_companions(source, temporary)
+        shutil.copyfile(source / "config.json", temporary / "policy.json")
+        ocp.save_checkpointables(temporary / "checkpoints" / "0", {"params": params})
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"{path}: can not be written ({error.strerror}); give another directory") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def export_policy(source: str | Path, path: str | Path, tokenizer: str | Path | None = None) -> None:
+    """A checkpoint, or the latest of a run, as a Hugging Face directory in the stored type.
+
+    tokenizer: the directory whose tokenizer and processor files go along; by default the run's own, where an imported
+    policy has them. Raises ValueError, one line, when the source is damaged or `path` is no place for a policy.
+    """
+    checkpoint = find_checkpoint(source)
+    if checkpoint is None:
+        raise ValueError(f"{source}: neither a run nor one of our checkpoints; RUN or RUN/checkpoints/STEP works")
+    run = checkpoint.resolve().parent.parent
+    try:
+        config = json.loads((run / "policy.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"{run}/policy.json: missing or not JSON; it belongs to every checkpoint") from None
+    _check_replaceable(Path(path))
+    write_params(path, read_checkpoint(checkpoint), config, source=tokenizer or run)
+
+
+USAGE = """usage: python -m icseg_jax.weights import SOURCE OUT
+       python -m icseg_jax.weights export RUN|RUN/checkpoints/STEP OUT [tokenizer=DIR]
+
+  import  a Hugging Face Qwen3-VL directory -> one of our checkpoints, in its own type
+  export  one of our checkpoints, or the latest of a run -> a Hugging Face Qwen3-VL directory
+OUT must be new; an earlier export is replaced. Import and export again give the same bytes. tokenizer=DIR: whose
+tokenizer and processor files go along, for a run that was not imported."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0, or 2 on bad input."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    name, *places = [a for a in arguments if not a.startswith("tokenizer=")]
+    tokenizers_from = [a.removeprefix("tokenizer=") for a in arguments if a.startswith("tokenizer=")]
+    try:
+        if (name, len(places)) not in (("import", 2), ("export", 2)) or len(tokenizers_from) > (name == "export"):
+            raise ValueError(f"{' '.join(arguments)[:200]!r}: not a call; see python -m icseg_jax.weights --help")
+        if name == "import":
+            import_policy(*places)
+        else:
+            export_policy(*places, *tokenizers_from)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(places[1])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

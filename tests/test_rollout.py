@@ -32,10 +32,10 @@ class World:
         self.config = train.load_config(CONFIG, SMALL)
         path = train.resolve_path(self.config.policy.path)
         self.tokenizer = weights.Tokenizer(path)
-        policy_config, self.params = train.load_policy(path, dtype="float32")
+        self.mesh = train.make_mesh(self.config.mesh)
+        policy_config, self.params = train.load_policy(path, self.mesh, dtype="float32")
         self.policy = train.Policy(policy_config)
         self.speaker = train.Speaker(self.config.protocol, policy_config, self.tokenizer)
-        self.mesh = train.make_mesh(self.config.mesh)
         self.sampler = train.Sampler(self.config, self.policy, self.speaker, self.mesh)
         self.expert = simulator.OracleExpert()
 
@@ -124,6 +124,13 @@ def test_sampler_and_trainer_agree(world, played):
     assert (logp[mask] <= 0).all()
 
 
+def test_each_program_is_compiled_once_for_its_shapes(world, played):
+    for name in ("encode", "insert", "prefill", "extend", "decode", "commit", "pick", "keys"):
+        program = getattr(world.sampler, name)
+        assert program.jitted._cache_size() == len(program.known), name
+    assert world.sampler.decode.known and world.sampler.extend.known
+
+
 def test_a_dialogue_does_not_depend_on_its_company(world, played):
     again = world.play([2, 0, 3, 1])
     assert told([again[1], again[3], again[0], again[2]]) == told(played)
@@ -188,9 +195,11 @@ def scored(world, played):
 
 def slope_of(world, config, batch, credit):
     """Loss, the gradient as Adam first sees it (its first moment), and the stats of one update."""
-    _, update = train.make_programs(world.policy, config)
-    state = train.fresh_state(jax.tree.map(jnp.array, world.params), config, teacher=False)
+    state = train.fresh_state(jax.tree.map(jnp.copy, world.params), config, teacher=False)
+    lies = jax.tree.map(lambda x: x.sharding, state)
+    _, update = train.make_programs(world.policy, config, state)
     state, stats = update(state, batch, credit, None, 0.0)
+    assert jax.tree.map(lambda x: x.sharding, state) == lies  # or the next update would be compiled again
     adam = next(s for s in jax.tree.leaves(state.optimiser, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu"))
     return float(stats["loss"]), jax.tree.map(np.asarray, adam.mu), {k: float(v) for k, v in stats.items()}
 
@@ -412,7 +421,7 @@ class Once(train.Trainer):
         self.clock, self.speaker, self.mesh = train.Clock(), world.speaker, world.mesh
         self.collect = lambda number: (dialogues, scores, guidance, {})
         self.logprob, _ = train.make_programs(world.policy, self.config)
-        self.state = train.fresh_state(jax.tree.map(jnp.array, world.params), self.config, teacher=True)
+        self.state = train.fresh_state(jax.tree.map(jnp.copy, world.params), self.config, teacher=True)
         self.handed = []
 
     def update(self, state, batch, credit, guided, rate):
@@ -688,7 +697,7 @@ def test_self_distillation_approaches_the_teacher(world, played, scored):
     mask = np.asarray(batch.rows.trained)
     credit = train.Credit(np.zeros(mask.shape, np.float32), np.asarray(batch.rows.logp), mask)
     _, update = train.make_programs(world.policy, config)
-    state = train.fresh_state(jax.tree.map(jnp.array, world.params), config, teacher=True)
+    state = train.fresh_state(jax.tree.map(jnp.copy, world.params), config, teacher=True)
     first = jax.tree.map(np.asarray, state.teacher)
     seen = []
     for _ in range(3):

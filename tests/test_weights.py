@@ -466,6 +466,82 @@ def test_types_that_no_checkpoint_has(tmp_path):
         write(tmp_path / "policy", config, params)
 
 
+# Between whole directories
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [("float32", {}), ("bfloat16", {"tied": True}), ("float16", {"taps": (0, 1, 3)}), ("bfloat16", {"taps": (1,)})],
+)
+def test_import_and_export_again_are_the_same_bytes(tmp_path, capsys, monkeypatch, dtype, options):
+    monkeypatch.setattr(weights, "SHARD_BYTES", 8_000)  # several files
+    config = make_config(**options)
+    params = make_params(config, dtype)
+    write(tmp_path / "theirs", config, params)
+    (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
+    places = {name: str(tmp_path / name) for name in ("theirs", "ours", "back")}
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+
+    shapes = weights.shapes_in(tmp_path / "theirs")
+    assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(lambda x: x.shape, shapes_of(config))
+    assert weights.main(["import", places["theirs"], places["ours"]]) == 0
+    read_back, imported = train.load_policy(places["ours"])
+    assert read_back == config
+    assert_same(jax.tree.map(np.asarray, imported), params)
+    assert weights.main(["export", places["ours"], places["back"]]) == 0
+    assert weights.main(["export", f"{places['ours']}/checkpoints/0", places["back"]]) == 0  # replaces the earlier one
+    assert capsys.readouterr().out.split() == [places["ours"], places["back"], places["back"]]
+    for file in (tmp_path / "theirs").iterdir():
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["import", "nowhere", "{new}"], "nowhere: no such directory"),
+        (["import", "{base}", "{here}"], "is there already; give a new directory"),
+        (["import", "{here}", "{new}"], "config.json: missing or not JSON"),
+        (["import", "{base}"], "not a call"),
+        (["import", "{base}", "{new}", "tokenizer={base}"], "not a call"),
+        (["move", "{base}", "{new}"], "not a call"),
+        (["export", "{base}", "{new}"], "neither a run nor one of our checkpoints"),
+        (["export", "{run}", "{new}"], "holds no checkpoint yet"),
+        (["export", "{run}/checkpoints/3", "{new}"], "can not be restored"),
+    ],
+)
+def test_the_command_refuses_in_one_line(arguments, says, tmp_path, capsys):
+    (tmp_path / "here" / "precious").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "policy.json").write_text("{}")
+    if "3" in arguments[1][-1:]:
+        (tmp_path / "run" / "checkpoints" / "3").mkdir()
+        (tmp_path / "run" / "checkpoints" / "3" / "_CHECKPOINT_METADATA").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    places = {name: tmp_path / name for name in ("new", "here", "run")}
+    base = Path(train.__file__).parent / "assets" / "embedded_base"
+    assert weights.main([a.format(base=base, **places) for a in arguments]) == 2
+    out = capsys.readouterr()
+    assert says in out.err and out.err.count("\n") == 1 and not out.out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("change", ["heads", "no_heads", "taps"])
+def test_a_config_of_other_weights_is_not_imported(policy, tmp_path, change):
+    path, _, _ = policy
+    raw = json.loads((path / "config.json").read_text())
+    if change == "heads":
+        raw["text_config"]["num_attention_heads"] = 5
+    elif change == "no_heads":
+        del raw["text_config"]["num_attention_heads"]
+    else:
+        raw["vision_config"]["deepstack_visual_indexes"] = [2, 0]
+    (path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="heads" if change == "heads" else "not those of a Qwen3-VL") as error:
+        weights.import_policy(path, tmp_path / "new")
+    one_line(error)
+    assert not (tmp_path / "new").exists()
+
+
 def test_this_room_knows_nothing_of_the_method():
     tree = ast.parse(Path(weights.__file__).read_text())
     names = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
