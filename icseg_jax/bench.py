@@ -9,14 +9,19 @@
 `python -m icseg_jax.bench reading [CONFIG] policy.path=DIR [key=value ...]`
     How it writes lists of candidates: first ones, which must be seen, and later ones, which follow from the list
     before and the answer. CONFIG defaults to experiments/embedded_warmstart_7.yaml.
+`python -m icseg_jax.bench lists [CONFIG] policy.path=DIR [key=value ...]`
+    What becomes of dialogues about test queries, greedy, by what their first list of candidates looks like, and how
+    crowding spoils such lists. CONFIG defaults to experiments/embedded.yaml.
 
 Prints one JSON object.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
+import re
 import statistics
 import sys
 import time
@@ -26,7 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from icseg_jax import synthetic, train, weights
+from icseg_jax import data, simulator, synthetic, train, weights
 
 USAGE = __doc__
 LARGE = (512, 16, 8192)  # prompts, rollouts, tokens
@@ -213,6 +218,67 @@ def reading(config: train.Config, batches: int = 3) -> dict[str, Any]:
     return out
 
 
+def lists(config: train.Config) -> dict[str, Any]:
+    """First lists of greedy dialogues about test queries, by what is wrong with them.
+
+    exact: each candidate's color, shape, size and motion, nothing else; missing: some are left out; extra: some do not
+    fit the query; wrong: both. Of each the share, and the share of those dialogues that go well: an ambiguous one ends
+    resolved, a clear one asks nothing. Then the share of exact lists by how near the nearest two objects' left edges
+    are, in thousandths of the frame.
+    """
+    source = train.resolve_path(config.policy.path)
+    mesh = train.make_mesh(config.mesh)
+    policy_config, params = train.load_policy(source, mesh, dtype="float32")
+    policy, tokenizer = train.Policy(policy_config), weights.Tokenizer(source)
+    speaker = train.Speaker(config.protocol, policy_config, tokenizer)
+    sampler, expert = train.Sampler(config, policy, speaker, mesh), simulator.OracleExpert()
+    _, test = train.open_data(config)
+    samples = [sample for sample in test if sample.initial_count > 0]
+    found: dict[str, dict[str, list[bool]]] = {
+        level: {kind: [] for kind in ("exact", "missing", "extra", "wrong")} for level in ("ambiguous", "clear")
+    }
+    crowded: dict[str, list[bool]] = {}
+    size = config.evaluate.prompts
+    for start in range(0, len(samples), size):
+        part = [samples[(start + k) % len(samples)] for k in range(size)]  # one set of programs serves all
+        prompts = [train.Prompt(s, data.sample_frames(len(s.frames), config.protocol.frames), speaker) for s in part]
+        user = simulator.load_user(config.simulator.kind, seed=config.seed)
+        played = sampler.play(
+            params, prompts, [0.0], user, seed=config.seed, step=train.EVALUATION, clock=train.Clock()
+        )
+        counts = train.score(played, config, expert, None)[0].counts
+        for i, (d,) in enumerate(played[: len(samples) - start]):
+            kind, gap = first_list(d)
+            asked = len(d.questions)
+            ambiguous = part[i].initial_count > 1
+            well = asked > 0 and counts[i, 0, asked] == 1 if ambiguous else asked == 0
+            found["ambiguous" if ambiguous else "clear"][kind].append(bool(well))
+            near = next((f"below {x}" for x in (35, 60, 100) if gap < x), "100 or more")
+            crowded.setdefault(near, []).append(kind == "exact")
+    share = lambda values: round(float(np.mean(values)), 3) if values else None  # noqa: E731
+    out: dict[str, Any] = {}
+    for level, kinds in found.items():
+        total = sum(map(len, kinds.values()))
+        out[level] = {"dialogues": total}
+        for kind, well in kinds.items():
+            out[level][kind] = {"share": round(len(well) / max(total, 1), 3), "go_well": share(well)}
+    near = {k: {"exact": share(v), "of": len(v)} for k, v in sorted(crowded.items())}
+    return out | {"exact_by_nearest_left_edges": near}
+
+
+def first_list(d: train.Dialogue) -> tuple[str, float]:
+    """What the first list of a dialogue is (see `lists`), and the least gap between left edges in its scene."""
+    graph, fid = d.prompt.graph, d.prompt.fids[0]
+    words = {o["oid"]: (o["color"], o["shape"], o["size"], o["motion"]["dir"]) for o in graph["objects"]}
+    true = collections.Counter(words[oid] for oid in graph["candidates"])
+    lines = re.findall(r"\n\d+ (\w+) (\w+) (\w+) (\w+)", d.texts[0].partition(" ; ")[0])
+    said = collections.Counter(lines)
+    missing, extra = true - said, said - true
+    kind = ("wrong" if extra else "missing") if missing else "extra" if extra else "exact"
+    edges = sorted(o["per_frame"][fid]["center"][0] - o["radius"] for o in graph["objects"])
+    return kind, float(np.diff(edges).min(initial=np.inf)) * 1000 / graph["size"][1]
+
+
 def teacher_forced(config: train.Config) -> tuple[Callable, train.SceneTeacher, weights.Tokenizer]:
     """(batch -> logits of its rows, the demonstrations, the tokenizer) of the policy in the config."""
     source = train.resolve_path(config.policy.path)
@@ -228,6 +294,7 @@ def teacher_forced(config: train.Config) -> tuple[Callable, train.SceneTeacher, 
 
 
 MEASUREMENTS = {
+    "lists": (lists, "experiments/embedded.yaml"),
     "advantages": (advantages, "experiments/embedded.yaml"),
     "perception": (perception, "experiments/embedded_warmstart_7.yaml"),
     "reading": (reading, "experiments/embedded_warmstart_7.yaml"),
@@ -243,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     try:
         if name not in MEASUREMENTS:
-            raise train.ConfigError(f"unknown measurement {name!r}; known: {', '.join(MEASUREMENTS)}")
+            raise train.ConfigError(f"unknown measurement {name!r}; known: {', '.join(sorted(MEASUREMENTS))}")
         measure, default = MEASUREMENTS[name]
         configs = [a for a in rest if "=" not in a]
         config = train.load_config((configs or [default])[0], [a for a in rest if "=" in a])

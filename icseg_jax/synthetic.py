@@ -65,7 +65,7 @@ MARGIN = 0.05  # of the width: no centre is nearer to a boundary in the first fr
 TRAVEL = (30, 50)  # pixels a moving object covers over the clip
 SEEN = 0.6  # every object is this visible in at least one sampled frame
 COVERED = (0.15, 0.7)  # "partly covered": share of an object that is hidden
-MIN_GAP = 3  # pixels between the centres' x in the first frame: lists of candidates run from left to right
+MIN_GAP = 6  # pixels between left edges at first: lists of candidates run from left to right and name these edges
 
 RED = (255, 0, 0)
 GREY = (96, 96, 96)
@@ -414,7 +414,8 @@ def _place_once(rng: np.random.Generator, rows: list[Row], radii: list[int], wan
             apart = proposals[:, None] - others[None]  # [m, placed, t, 2]
             reach = (radii[i] + np.array([radii[j] for j in paths]))[:, None]
             gap = np.sqrt((apart**2).sum(-1)) / reach  # 1 = circles touch
-            free = (np.abs(apart[:, :, :2, 0]) >= MIN_GAP).all((1, 2))
+            wider = (radii[i] - np.array([radii[j] for j in paths]))[:, None]
+            free = (np.abs(apart[:, :, :2, 0] - wider) >= MIN_GAP).all((1, 2))
             closest = gap.min(2)
             if wants_overlap and i == order[-1]:
                 free &= (closest.min(1) > 0.35) & (closest.min(1) < 0.75)

@@ -35,8 +35,21 @@ def test_the_shipped_base_reads_its_lists(capsys):
     assert told["later"]["place"]["right"] > 0.95
 
 
+def test_the_shipped_base_lists_what_fits(capsys, tmp_path):
+    small = [f"data.path={tmp_path}/world", "data.generate_train=8", "data.generate_test=24", "evaluate.prompts=4"]
+    assert bench.main(["lists", *small]) == 0
+    told = json.loads(capsys.readouterr().out)
+    for level in ("ambiguous", "clear"):
+        kinds = {k: v for k, v in told[level].items() if k != "dialogues"}
+        assert told[level]["dialogues"] > 3 and abs(sum(kind["share"] for kind in kinds.values()) - 1) < 0.01
+        assert told[level]["exact"]["share"] > 0.4 and told[level]["exact"]["go_well"] > 0.6
+    counted = sum(gap["of"] for gap in told["exact_by_nearest_left_edges"].values())
+    assert counted == told["ambiguous"]["dialogues"] + told["clear"]["dialogues"]
+
+
 def test_bad_input_is_one_line(capsys):
     assert bench.main(["advantages", "update.loss=sdpo"]) == 2
     assert capsys.readouterr().err.startswith("error: update.loss=sdpo: ")
     assert bench.main(["speed"]) == 2
-    assert capsys.readouterr().err == "error: unknown measurement 'speed'; known: advantages, perception, reading\n"
+    known = "advantages, lists, perception, reading"
+    assert capsys.readouterr().err == f"error: unknown measurement 'speed'; known: {known}\n"

@@ -121,7 +121,7 @@ def test_placement_keeps_its_promises(train, test):
         for frame, margin in ((0, 0.05), (1, 0.03)):
             x = centers[:, frame, 0]
             assert min(abs(x - scene.width * k / 3).min() for k in (1, 2)) >= margin * scene.width
-            assert np.diff(np.sort(x)).min() >= 3
+            assert np.diff(np.sort(x - radii[:, 0])).min() >= synthetic.MIN_GAP
         assert [o.value("column", 0, 128) for o in scene.objects] == [
             o.value("column", 1, 128) for o in scene.objects]
         moved = centers[:, -1] - centers[:, 0]
