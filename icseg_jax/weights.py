@@ -2,9 +2,9 @@
 
 `read_params` and `write_params` carry Hugging Face Qwen3-VL safetensors to our parameter tree and back, byte
 for byte, one tensor at a time; `python -m icseg_jax.weights import|export` does so between whole directories and
-our Orbax checkpoints. `Tokenizer` wraps a `tokenizers` JSON (Qwen's byte-level BPE or the embedded
-word-level one) without importing transformers, which would pull in torch. `build_word_tokenizer` makes the
-embedded one.
+our Orbax checkpoints, `average` takes the mean of several. `Tokenizer` wraps a `tokenizers` JSON (Qwen's
+byte-level BPE or the embedded word-level one) without importing transformers, which would pull in torch.
+`build_word_tokenizer` makes the embedded one.
 """
 
 from __future__ import annotations
@@ -758,11 +758,36 @@ def export_policy(source: str | Path, path: str | Path, tokenizer: str | Path | 
     write_params(path, read_checkpoint(checkpoint), config, source=tokenizer or run)
 
 
+def average_policies(sources: Sequence[str | Path], path: str | Path) -> None:
+    """The mean of the weights of several Hugging Face directories of one shape, in the first one's type.
+
+    Policies that went on from one another often do better averaged than each alone ("model soups", arXiv 2203.05482).
+    config.json, tokenizer and processor files are the first one's. Raises ValueError, one line, for directories that
+    do not belong together or a `path` that is no place for a policy.
+    """
+    first, *others = map(Path, sources)
+    if not others:
+        raise ValueError(f"{first}: one directory has no mean; give two or more, and then the new one")
+    shapes = shapes_in(first)
+    _check_replaceable(Path(path))
+    params = read_params(first, shapes)
+    total = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    for other in others:
+        if {k: tuple(x.shape) for k, x in _leaves(shapes_in(other))} != {k: x.shape for k, x in _leaves(total)}:
+            raise ValueError(f"{other}/config.json: a policy of another shape than {first}; give policies of one shape")
+        total = jax.tree.map(lambda x, y: x + np.asarray(y, np.float32), total, read_params(other, shapes))
+    count = len(others) + 1
+    mean = jax.tree.map(lambda x, like: (x / count).astype(like.dtype), total, params)
+    write_params(path, mean, _read_config(first), source=first)
+
+
 USAGE = """usage: python -m icseg_jax.weights import SOURCE OUT
        python -m icseg_jax.weights export RUN|RUN/checkpoints/STEP OUT [tokenizer=DIR]
+       python -m icseg_jax.weights average SOURCE SOURCE [SOURCE ...] OUT
 
-  import  a Hugging Face Qwen3-VL directory -> one of our checkpoints, in its own type
-  export  one of our checkpoints, or the latest of a run -> a Hugging Face Qwen3-VL directory
+  import   a Hugging Face Qwen3-VL directory -> one of our checkpoints, in its own type
+  export   one of our checkpoints, or the latest of a run -> a Hugging Face Qwen3-VL directory
+  average  the mean of the weights of several directories; everything else is the first one's
 OUT must be new; an earlier export is replaced. Import and export again give the same bytes. tokenizer=DIR: whose
 tokenizer and processor files go along, for a run that was not imported."""
 
@@ -776,16 +801,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *places = [a for a in arguments if not a.startswith("tokenizer=")]
     tokenizers_from = [a.removeprefix("tokenizer=") for a in arguments if a.startswith("tokenizer=")]
     try:
-        if (name, len(places)) not in (("import", 2), ("export", 2)) or len(tokenizers_from) > (name == "export"):
+        known = {"import": len(places) == 2, "export": len(places) == 2, "average": len(places) >= 2}
+        if not known.get(name) or len(tokenizers_from) > (name == "export"):
             raise ValueError(f"{' '.join(arguments)[:200]!r}: not a call; see python -m icseg_jax.weights --help")
-        if name == "import":
+        if name == "average":
+            average_policies(places[:-1], places[-1])
+        elif name == "import":
             import_policy(*places)
         else:
             export_policy(*places, *tokenizers_from)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(places[1])
+    print(places[-1])
     return 0
 
 

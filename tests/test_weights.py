@@ -495,6 +495,28 @@ def test_import_and_export_again_are_the_same_bytes(tmp_path, capsys, monkeypatc
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+def test_the_average_of_policies(tmp_path, capsys):
+    config = make_config()
+    rng = np.random.default_rng(1)
+    draw = lambda x: rng.standard_normal(x.shape).astype(np.float32)  # noqa: E731
+    made = [jax.tree.map(draw, shapes_of(config)) for _ in range(3)]
+    for i, params in enumerate(made):
+        write(tmp_path / str(i), config, params)
+    places = [str(tmp_path / name) for name in ("0", "1", "2", "mean")]
+    assert weights.main(["average", *places]) == 0 and capsys.readouterr().out.strip() == places[-1]
+    mean = jax.tree.map(lambda *x: np.mean(np.stack(x).astype(np.float64), 0), *made)
+    for a, b in zip(jax.tree.leaves(read(tmp_path / "mean", config)), jax.tree.leaves(mean), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert (tmp_path / "mean" / "config.json").read_text() == (tmp_path / "0" / "config.json").read_text()
+
+    other = make_config(width=16)
+    write(tmp_path / "other", other, make_params(other))
+    for given, says in (([places[0], str(tmp_path / "other")], "another shape"), ([places[0]], "no mean")):
+        assert weights.main(["average", *given, str(tmp_path / "new")]) == 2
+        told = capsys.readouterr().err
+        assert says in told and told.count("\n") == 1 and not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
