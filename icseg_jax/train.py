@@ -29,7 +29,7 @@ Where this departs from the released scripts, or chooses where they are silent (
     `protocol.keyframe: first` is the parent project's reward.
  6. Frame -1 with the zero answer is scored on no-target samples. `reward.no_target`.
  7. The clarification prompt may be used on clear queries too, so that over-asking is trained against and measured;
-    the embedded runs do. `protocol.clarify`: levels that get it.
+    the embedded runs do. `protocol.clarify`: levels that get it; `data.repeat`: the mix of levels in training.
  8. Clips are 0.2/0.2 under `rlsd`; the asymmetric pair (0.2/0.28) belongs to `vanilla`. `update.clip_low`, `clip_high`.
  9. Zero-spread groups are dropped and refilled at most `rollout.refills` times; the release's filter may be inert.
 10. Rollouts that ran out of tokens are masked out of the loss but stay in the group's statistics.
@@ -103,6 +103,7 @@ class DataSection:
     generate_train: int = 0  # synthetic scenes to write and prepare when `path` does not exist yet; 0: never
     generate_test: int = 0
     generate_seed: int = 0
+    repeat: dict[str, int] = field(default_factory=dict)  # times a level's samples come in an epoch; 1 if not named
 
 
 @dataclass(frozen=True)
@@ -456,6 +457,8 @@ def check_config(c: Config) -> Config:
         for level in set(levels) - set(LEVELS):  # other datasets have levels of their own; a slip of the pen is refused
             close = difflib.get_close_matches(level, LEVELS, 1, 0.75)
             need(not close, name, levels, f"no query is {level!r}; closest is {close and close[0]}")
+    for level, times in c.data.repeat.items():
+        need(times >= 0, f"data.repeat.{level}", times, "use 0 (leave them out) or more")
     for key, given, kinds in (
         ("update.loss", c.update.loss, LOSSES),
         ("credit.teacher_context", c.credit.teacher_context, CONTEXTS),
@@ -3918,6 +3921,7 @@ class Trainer:
         self.expert = simulator.OracleExpert()
         self.clock = Clock()
         self.train, self.test = open_data(c)
+        self.pool = training_pool(self.train, c)
         if not (self.train[0].privileged or {}).get("scene_graph"):
             raise ConfigError(
                 f"data.path={c.data.path}: holds no scene graphs, which the exact user and expert read; use the "
@@ -3948,7 +3952,7 @@ class Trainer:
         """The prompts of a step: a function of (seed, step, refill). One shown frame surely holds the target."""
         c = self.config
         prompts = []
-        for index in data.order(c.seed, step, refill, len(self.train), c.rollout.prompts):
+        for index in self.pool[data.order(c.seed, step, refill, len(self.pool), c.rollout.prompts)]:
             sample = self.train[int(index)]
             rng = np.random.default_rng([c.seed, step, refill, int(index)])
             seen = [i for i in range(len(sample.frames)) if sample.masks is not None and sample.truth(i).any()]
@@ -4233,6 +4237,26 @@ def open_data(config: Config) -> tuple[data.PreparedDataset, data.PreparedDatase
             f"rollout.prompts={config.rollout.prompts}: the training split has {len(train)} samples; use at most that"
         )
     return train, test
+
+
+def training_pool(train: Sequence[data.Sample], config: Config) -> np.ndarray:
+    """The indices of the samples of an epoch, each as often as `data.repeat` says (METHOD.md 3.5, Q14).
+
+    Raises ConfigError for a level that no sample has, or when less than a step's prompts are left.
+    """
+    repeat = config.data.repeat
+    if not repeat:
+        return np.arange(len(train))
+    levels = [sample.ability for sample in train]
+    if unknown := sorted(set(repeat) - set(levels)):
+        known = ", ".join(sorted(set(levels)))
+        raise ConfigError(f"data.repeat.{unknown[0]}={repeat[unknown[0]]}: no such level in training; it has {known}")
+    pool = np.repeat(np.arange(len(train)), [repeat.get(level, 1) for level in levels])
+    if len(pool) < config.rollout.prompts:
+        raise ConfigError(
+            f"data.repeat={repeat}: leaves {len(pool)} samples, less than rollout.prompts={config.rollout.prompts}"
+        )
+    return pool
 
 
 def train_policy(config: Config, run: Run) -> None:

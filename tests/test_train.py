@@ -149,6 +149,24 @@ def test_the_teacher_is_synced_at_its_interval(straight):
     assert not equal(fourth["params"], third["params"])
 
 
+def test_the_mix_of_levels_in_training(place):
+    config = train.load_config("experiments/embedded.yaml", [f"data.path={place}/world", "rollout.prompts=2",
+                                                             "update.minibatches=1"])  # fmt: skip
+    with_repeat = lambda **times: dataclasses.replace(  # noqa: E731
+        config, data=dataclasses.replace(config.data, repeat=times)
+    )
+    samples = data.load_prepared(place / "world", "train")
+    levels = [sample.ability for sample in samples]
+    assert train.training_pool(samples, config).tolist() == list(range(6))
+    some, other = levels[0], next(level for level in levels if level != levels[0])
+    pool = train.training_pool(samples, with_repeat(**{some: 3, other: 0})).tolist()
+    assert pool == [i for i, level in enumerate(levels) for _ in range({some: 3, other: 0}.get(level, 1))]
+    with pytest.raises(train.ConfigError, match="data.repeat.hard=2: no such level in training; it has "):
+        train.training_pool(samples, with_repeat(hard=2))
+    with pytest.raises(train.ConfigError, match="leaves 0 samples, less than rollout.prompts=2"):
+        train.training_pool(samples, with_repeat(**dict.fromkeys(levels, 0)))
+
+
 def test_a_world_of_another_size_is_not_taken_for_this_one(place, tmp_path):
     config = train.load_config(
         "experiments/embedded.yaml", ["data.generate_train=9", "data.generate_test=4", f"data.path={tmp_path}/world"]
@@ -335,6 +353,7 @@ def test_learning_rate_rises_stays_and_falls():
         (["experiments/embedded.yaml", "reward.no_question=one"], "zero, format"),
         (["experiments/embedded.yaml", "protocol.keyframe=best"], "last, first"),
         (["experiments/embedded.yaml", "protocol.clarify=[simpel]"], "closest is simple"),
+        (["experiments/embedded.yaml", "data.repeat.clear=-1"], "data.repeat.clear=-1: use 0"),
         (["experiments/embedded.yaml", "data.name=ambi"], "use ambi_rvos"),
         (["experiments/embedded.yaml", "update.beta2=1"], "update.beta2=1"),
         (["experiments/embedded.yaml", "reward.process=best"], "reduction"),
