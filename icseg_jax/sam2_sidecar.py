@@ -263,6 +263,8 @@ def build_model(config: dict) -> Any:
             return False
 
     def check(node):
+        if isinstance(node, str) and "${" in node:  # OmegaConf would put in a node of its own, which nobody checked
+            raise ValueError(f"segmenter config: {node[:60]!r} is an interpolation; write the value itself")
         if isinstance(node, dict):
             if "_target_" in node and not ours(node["_target_"]):
                 raise ValueError(f"segmenter config: _target_ {node['_target_']!r} is not a class of sam2.modeling")

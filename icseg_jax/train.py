@@ -4247,7 +4247,7 @@ def training_pool(train: Sequence[data.Sample], config: Config) -> np.ndarray:
     repeat = config.data.repeat
     if not repeat:
         return np.arange(len(train))
-    levels = [sample.ability for sample in train]
+    levels = [sample.ability or "" for sample in train]
     if unknown := sorted(set(repeat) - set(levels)):
         known = ", ".join(sorted(set(levels)))
         raise ConfigError(f"data.repeat.{unknown[0]}={repeat[unknown[0]]}: no such level in training; it has {known}")

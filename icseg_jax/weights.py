@@ -562,13 +562,13 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((path / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = None
     if not isinstance(config, dict):
-        raise ValueError(f"{path}/config.json: missing or not JSON; a Qwen3-VL directory has one")
+        raise ValueError(f"{path}/{name}: missing or not JSON; every Qwen3-VL has one")
     return config
 
 
@@ -672,7 +672,8 @@ def shapes_in(path: Path) -> dict[str, Any]:
         heads = (text["num_attention_heads"], text["num_key_value_heads"], vision["num_heads"])
         taps, depth, layers = vision["deepstack_visual_indexes"], vision["depth"], text["num_hidden_layers"]
         tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-        if not all(type(n) is int and n > 0 for n in (*heads, depth, layers)) or sorted(taps) != list(taps):
+        whole = all(type(n) is int and n > 0 for n in (*heads, depth, layers)) and all(type(n) is int for n in taps)
+        if not whole or sorted(taps) != list(taps):
             raise TypeError
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}/config.json: text_config and vision_config are not those of a Qwen3-VL") from None
@@ -682,6 +683,8 @@ def shapes_in(path: Path) -> dict[str, Any]:
         shape = stored.get(name)
         if shape is None:
             raise ValueError(f"{path}: tensor {name} is missing")
+        if inputs and len(shape) < 2:
+            raise ValueError(f"{path}: tensor {name} {list(shape)} is no matrix")
         fused = 1 if inputs == 2 else 0
         if split:
             if len(shape) <= fused or shape[fused] % math.prod(split):
@@ -750,12 +753,12 @@ def export_policy(source: str | Path, path: str | Path, tokenizer: str | Path | 
     if checkpoint is None:
         raise ValueError(f"{source}: neither a run nor one of our checkpoints; RUN or RUN/checkpoints/STEP works")
     run = checkpoint.resolve().parent.parent
-    try:
-        config = json.loads((run / "policy.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(f"{run}/policy.json: missing or not JSON; it belongs to every checkpoint") from None
+    config = _read_config(run, "policy.json")
     _check_replaceable(Path(path))
-    write_params(path, read_checkpoint(checkpoint), config, source=tokenizer or run)
+    params = read_checkpoint(checkpoint)
+    if not {"embedding", "layers", "vision"} <= set(params):
+        raise ValueError(f"{checkpoint}: holds other parameters than a policy's; give a checkpoint of a policy")
+    write_params(path, params, config, source=tokenizer or run)
 
 
 def average_policies(sources: Sequence[str | Path], path: str | Path) -> None:
@@ -798,7 +801,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
-    name, *places = [a for a in arguments if not a.startswith("tokenizer=")]
+    name, places = arguments[0], [a for a in arguments[1:] if not a.startswith("tokenizer=")]
     tokenizers_from = [a.removeprefix("tokenizer=") for a in arguments if a.startswith("tokenizer=")]
     try:
         known = {"import": len(places) == 2, "export": len(places) == 2, "average": len(places) >= 2}

@@ -472,6 +472,7 @@ def test_damaged_segmenters(tmp_path, segmenter):
     config = json.loads((ASSET / "config.json").read_text())
     for change, complaint in (({"_target_": "os.system"}, "not a class"), ({"num_maskmem": 9}, "don't fit"),
                               ({"memory_encoder": {"_target_": "subprocess.run"}}, "not a class"),
+                              ({"memory_encoder": "${oc.create:'{_target_: os.getcwd}'}"}, "is an interpolation"),
                               ({"_target_": "sam2.modeling.sam2_base.torch.nn.Linear"}, "not a class"),
                               ({"unheard_of": 1}, "unheard_of")):
         (tmp_path / "a/config.json").write_text(json.dumps({**config, **change}))
