@@ -233,7 +233,10 @@ def lists(config: train.Config) -> dict[str, Any]:
     speaker = train.Speaker(config.protocol, policy_config, tokenizer)
     sampler, expert = train.Sampler(config, policy, speaker, mesh), simulator.OracleExpert()
     _, test = train.open_data(config)
-    samples = [sample for sample in test if sample.initial_count > 0]
+    samples = [s for s in test if s.initial_count > 0 and (s.privileged or {}).get("scene_graph")]
+    if not samples:
+        raise train.ConfigError(f"data.path={config.data.path}: holds no scene graphs; use the synthetic world")
+    user = simulator.load_user(config.simulator.kind, seed=config.seed)
     found: dict[str, dict[str, list[bool]]] = {
         level: {kind: [] for kind in ("exact", "missing", "extra", "wrong")} for level in ("ambiguous", "clear")
     }
@@ -242,7 +245,6 @@ def lists(config: train.Config) -> dict[str, Any]:
     for start in range(0, len(samples), size):
         part = [samples[(start + k) % len(samples)] for k in range(size)]  # one set of programs serves all
         prompts = [train.Prompt(s, data.sample_frames(len(s.frames), config.protocol.frames), speaker) for s in part]
-        user = simulator.load_user(config.simulator.kind, seed=config.seed)
         played = sampler.play(
             params, prompts, [0.0], user, seed=config.seed, step=train.EVALUATION, clock=train.Clock()
         )
@@ -294,8 +296,8 @@ def teacher_forced(config: train.Config) -> tuple[Callable, train.SceneTeacher, 
 
 
 MEASUREMENTS = {
-    "lists": (lists, "experiments/embedded.yaml"),
     "advantages": (advantages, "experiments/embedded.yaml"),
+    "lists": (lists, "experiments/embedded.yaml"),
     "perception": (perception, "experiments/embedded_warmstart_7.yaml"),
     "reading": (reading, "experiments/embedded_warmstart_7.yaml"),
 }
@@ -310,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     try:
         if name not in MEASUREMENTS:
-            raise train.ConfigError(f"unknown measurement {name!r}; known: {', '.join(sorted(MEASUREMENTS))}")
+            raise train.ConfigError(f"unknown measurement {name!r}; known: {', '.join(MEASUREMENTS)}")
         measure, default = MEASUREMENTS[name]
         configs = [a for a in rest if "=" not in a]
         config = train.load_config((configs or [default])[0], [a for a in rest if "=" in a])

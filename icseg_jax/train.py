@@ -3826,6 +3826,7 @@ def new_policy(config: Config, run: Run) -> tuple[PolicyConfig, weights.Tokenize
 
 
 def fresh_state(params: Any, config: Config, *, teacher: bool) -> TrainState:
+    """The state before the first step; what has no mesh yet (counters) is replicated over that of the parameters."""
     optimiser = (make_warmstart_optimiser if config.stage == "sft" else make_optimiser)(config.update)
     zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
     state = TrainState(
@@ -3834,7 +3835,7 @@ def fresh_state(params: Any, config: Config, *, teacher: bool) -> TrainState:
     home = jax.tree.leaves(params)[0].sharding
     if not isinstance(home, NamedSharding):
         return state
-    whole = placement(home.mesh, [])  # counters too: where a state lies is part of what is compiled
+    whole = placement(home.mesh, [])  # where a state lies is part of what is compiled
     return jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, whole), state)
 
 
@@ -4242,6 +4243,7 @@ def open_data(config: Config) -> tuple[data.PreparedDataset, data.PreparedDatase
 def training_pool(train: Sequence[data.Sample], config: Config) -> np.ndarray:
     """The indices of the samples of an epoch, each as often as `data.repeat` says (METHOD.md 3.5, Q14).
 
+    A sample that a step draws twice gives the same rollouts twice: their random keys are the sample's own.
     Raises ConfigError for a level that no sample has, or when less than a step's prompts are left.
     """
     repeat = config.data.repeat
