@@ -25,7 +25,8 @@ from icseg_jax import data, synthetic
 # --- frames -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("stem", "number"), [("00012", 12), ("clip_00012", 12), ("a_b_7", 7), ("1_2", 2)])
+@pytest.mark.parametrize(("stem", "number"), [("00012", 12), ("clip_00012", 12), ("a_b_7", 7), ("1_2", 2),
+                                              ("frame0391", 391), ("img-0007", 7)])
 def test_frame_id(stem: str, number: int) -> None:
     assert data.frame_id(stem) == number
 
@@ -625,14 +626,20 @@ BAD_COMMANDS = {
     "generate out= train=1 test=1": "out= is empty",
     "generate now out=x train=1 test=1": "takes only key=value",
     "prepare source=a out=b": "prepare takes NAME",
-    "prepare mevis source=a out=b": "unknown dataset 'mevis'; use one of ambi_rvos",
-    "prepare ambi_rvos source=nowhere out=b": "no train.parquet or test.parquet",
+    "prepare mevvis source=a out=b": "unknown dataset 'mevvis' (did you mean 'mevis'?); use one of ambi_rvos",
+    "prepare ambi_rvos source=nowhere out=b": "no dataset folder",
+    "prepare ambi_rvos source=. out=b": "no train.parquet or test.parquet",
+    "prepare ambi_rvos source=. out=b strict=yes": "strict=yes is neither true nor false",
+    "generate out=x train=1 test=1 layout=mevvis": "unknown layout 'mevvis'; use one of ambi_rvos",
+    "generate out=x train=1 test=1 layout=reason_vos": "use train=0",
+    "preview mevis out=x.png source=.": "no valid_u/meta_expressions.json",
+    "stats mevis source=nowhere": "no dataset folder nowhere",
     "preview nowhere out=x.png": "neither a prepared folder",
     "preview synthetic out=x.png n=0": "n=0",
     "preview synthetic out=x.png split=val": "has no split 'val'; it has train, test",
     "preview synthetic out=/proc/none/x.png n=1": "/proc/none",
     "stats nowhere": "neither a prepared folder",
-    "stats": "stats takes PATH",
+    "stats": "stats takes NAME_OR_DIR",
 }
 
 
