@@ -270,22 +270,26 @@ def _decode_mask(path: Path) -> Bool[np.ndarray, "h w"]:
 Record = tuple[str, Callable[[], Sample]]  # its id, and what opens it or says in a DataError why it cannot
 
 
-def open_records(records: Iterable[Record], where: str, strict: bool, refused: list[tuple[str, str]] | None
-                 ) -> Iterator[Sample]:
+def open_records(records: Iterable[Record], where: str, strict: bool, refused: list[tuple[str, str]] | None,
+                 skip: int = 0) -> Iterator[Sample]:
     """The samples of the records that are as they should be, opened one by one.
 
     The others are left out: (id, reason), a line each, is appended to `refused`, or a warning says so when no list
-    is given; `strict` raises DataError instead. `where` is the table they stand in.
+    is given; `strict` raises DataError instead. `where` is the table they stand in; the first `skip` records were
+    opened before, and only their ids are looked at.
     """
     seen: set[str] = set()
-    for id, make in records:
+    for number, (id, make) in enumerate(records):
         try:
+            if number < skip:
+                seen.add(id)
+                continue
             if id in seen:
                 raise DataError("its id belongs to an earlier record")
             seen.add(id)
             sample = make()
         except (ValueError, OSError) as error:
-            id, reason = _one_line(id), _one_line(str(error))
+            id, reason = _one_line(id), _one_line(str(error))[:500]
             if strict:
                 raise DataError(f"record {id} of {where}: {reason}") from None
             if refused is None:
@@ -530,6 +534,8 @@ def _json_object(path: Path) -> dict:
 
 RECORD_VERSION = "1.0.0"  # raise it when the features or their meaning change
 IGNORED = 255  # in a record's masks: pixels that no metric counts
+SHARD_BYTES = 128 * 2**20  # of one file, and so what a prepare that was killed has to do again
+PROGRESS = "progress.json"  # of a prepare that is under way: which tables, and what is written of each split
 MARKER = "prepared.json"  # written last: what we made, from what, and the size of every file
 
 
@@ -625,9 +631,9 @@ def prepare(name: str, source: str | Path, out: str | Path, *, progress: bool = 
     """Writes the dataset `name` (readers.DATASETS) found in the folder `source` as array_record files into `out`.
 
     Every frame and mask is decoded once; bad records are left out and reported, with `strict` the first one stops
-    it. What has been prepared from the same tables is reused, what is damaged or half-written is made again;
-    nothing appears under `out` before all of it is there. `keys`: see `readers.read`. Returns {"reused": bool,
-    "splits": {split: {"examples": int, "refused": [[id, reason], ...]}}, ...}.
+    it. What has been prepared from the same tables is reused, a prepare of them that was killed goes on where it
+    stopped, what is damaged is made again; nothing appears under `out` before all of it is there. `keys`: see
+    `readers.read`. Returns {"reused": bool, "splits": {split: {"examples": int, "refused": [[id, reason], ...]}}, ...}.
 
     Raises DataError for an unknown name, a source that is no such dataset, no usable record, or an `out`
     that holds anything else.
@@ -650,8 +656,7 @@ def prepare(name: str, source: str | Path, out: str | Path, *, progress: bool = 
         _refuse_foreign(out)
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(out)
-    partial = out.with_name(f".{out.name}.partial.{os.getpid()}")
+    partial = _begin(out, fingerprint)
     try:
         written = _write_records(name, source, splits, partial, progress, strict, keys)
         folder = partial / name / RECORD_VERSION
@@ -661,52 +666,109 @@ def prepare(name: str, source: str | Path, out: str | Path, *, progress: bool = 
         if out.exists():
             shutil.rmtree(out)
         os.replace(folder, out)
-    finally:
+    except KeyboardInterrupt:
+        raise  # the next prepare goes on with it
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(partial, ignore_errors=True)
     return made | {"reused": False}
 
 
-def _write_records(name: str, source: Path, splits: Sequence[str], folder: Path, progress: bool, strict: bool,
+def _begin(out: Path, fingerprint: str) -> Path:
+    """A folder beside `out` to write into: what a killed prepare of the same tables left, or a new one. What killed
+    prepares of other tables left is removed."""
+    mine = out.with_name(f".{out.name}.partial.{os.getpid()}")
+    for path in sorted(out.parent.glob(f".{out.name}.partial.*")):
+        pid = path.name.rsplit(".", 1)[-1]
+        if not pid.isdigit() or (path != mine and Path(f"/proc/{pid}").exists()):
+            continue
+        begun = None
+        with contextlib.suppress(DataError):
+            begun = _json_object(path / PROGRESS).get("fingerprint")
+        if begun == fingerprint and path != mine and not mine.exists():
+            with contextlib.suppress(OSError):  # another prepare was quicker to take it
+                os.rename(path, mine)
+        elif begun != fingerprint or path != mine:
+            shutil.rmtree(path, ignore_errors=True)
+    if not mine.exists():
+        mine.mkdir()
+        _save(mine / PROGRESS, {"fingerprint": fingerprint, "splits": {}})
+    return mine
+
+
+def _save(path: Path, content: dict) -> None:
+    """All of it or nothing."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(content))
+    os.replace(new, path)
+
+
+def _write_records(name: str, source: Path, splits: Sequence[str], partial: Path, progress: bool, strict: bool,
                    keys: dict[str, str]) -> dict:
+    """The records of all splits into partial/name/version, and what tensorflow-datasets wants to know of them."""
     import tensorflow_datasets as tfds
+
+    folder = partial / name / RECORD_VERSION
+    folder.mkdir(parents=True, exist_ok=True)
+    state = _json_object(partial / PROGRESS)
+    infos = []
+    for split in splits:
+        about = state["splits"].setdefault(split, {"taken": 0, "shards": [], "bytes": 0, "refused": [], "done": False})
+        if not about["done"]:
+            _write_split(name, source, split, folder, about, functools.partial(_save, partial / PROGRESS, state),
+                         progress, strict, keys)
+        shards = about["shards"]
+        for i in range(len(shards)):
+            path = folder / f"{name}-{split}.array_record-{i:05d}"
+            if path.exists():  # it is not when the renaming was interrupted
+                os.replace(path, f"{path}-of-{len(shards):05d}")
+        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=shards, num_bytes=about["bytes"]))
+    tfds.folder_dataset.write_metadata(data_dir=folder, features=_features(), split_infos=infos,
+                                       version=RECORD_VERSION, check_data=False)
+    return {split: {"examples": sum(about["shards"]), "refused": about["refused"]}
+            for split, about in state["splits"].items()}
+
+
+def _write_split(name: str, source: Path, split: str, folder: Path, about: dict, save: Callable[[], None],
+                 progress: bool, strict: bool, keys: dict[str, str]) -> None:
+    """`about` says how far it is: records taken from the table, samples per finished file, bytes, refusals."""
+    from array_record.python import array_record_module
 
     from icseg_jax import readers
 
-    refused: dict[str, list[tuple[str, str]]] = {split: [] for split in splits}
+    records = readers.records(name, source, split, decode=True, **keys)
+    total = (len(records) if isinstance(records, list)
+             else sum(_parquet(path).metadata.num_rows for path in _ambi_tables(source, split)))
+    quiet = None if progress else True  # None: quiet where nobody watches
+    taken, refused, features = 0, [tuple(pair) for pair in about["refused"]], _features()
 
-    def examples(split: str) -> Iterator[tuple[int, dict]]:
-        records = readers.records(name, source, split, decode=True, **keys)
-        total = (len(records) if isinstance(records, list)
-                 else sum(_parquet(path).metadata.num_rows for path in _ambi_tables(source, split)))
-        quiet = None if progress else True  # None: quiet where nobody watches
-        shown = tqdm(records, f"prepare {split}", total, unit=" records", disable=quiet)
-        n = 0
-        for sample in open_records(shown, f"{split} of {source}", strict, refused[split]):
-            yield n, _to_record(sample)
-            n += 1
-        if n == 0:
-            why = f"the first is refused because {refused[split][0][1]}" if refused[split] else "it is empty"
+    def counted() -> Iterator[Record]:
+        nonlocal taken
+        for record in tqdm(records, f"prepare {split}", total, unit=" records", disable=quiet):
+            taken += 1
+            yield record
+
+    samples = open_records(counted(), f"{split} of {source}", strict, refused, skip=about["taken"])
+    more = True
+    while more:
+        path, n, size = folder / f"{name}-{split}.array_record-{len(about['shards']):05d}", 0, 0
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+        while size < SHARD_BYTES and (sample := next(samples, None)) is not None:
+            example = features.serialize_example(_to_record(sample))
+            writer.write(example)
+            n, size = n + 1, size + len(example)
+        writer.close()
+        more = size >= SHARD_BYTES
+        if n:
+            about["shards"].append(n)
+        else:
+            path.unlink()
+        about.update(taken=taken, bytes=about["bytes"] + size, refused=list(refused), done=not more)
+        if about["done"] and not about["shards"]:
+            why = f"the first is refused because {refused[0][1]}" if refused else "it is empty"
             raise DataError(f"{split} of {source} has no usable record; {why}")
-
-    class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version(RECORD_VERSION)
-
-        def _info(self) -> Any:
-            return tfds.core.DatasetInfo(builder=self, features=_features(), disable_shuffling=True)
-
-        def _split_generators(self, dl_manager: Any) -> dict:
-            return {split: self._generate_examples(split) for split in refused}
-
-        def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
-            return examples(split)
-
-    Records.name = name
-    tfds.disable_progress_bar()  # its bars and its banner would hide ours
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder = Records(data_dir=str(folder))
-        builder.download_and_prepare(file_format="array_record", download_dir=str(folder / "downloads"))
-    return {split: {"examples": builder.info.splits[split].num_examples, "refused": refused[split]}
-            for split in refused}
+        save()
 
 
 def _fingerprint(name: str, keys: dict[str, str], tables: Iterable[Path]) -> str:
@@ -750,14 +812,6 @@ def _refuse_foreign(out: Path) -> None:
     foreign = [p.name for p in out.iterdir() if not ours.fullmatch(p.name)] if out.is_dir() else [out.name]
     if foreign:
         raise DataError(f"{out} holds other things ({foreign[0]}); give another out=")
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Half-written folders of earlier prepares that were killed."""
-    for path in out.parent.glob(f".{out.name}.partial.*"):
-        pid = path.name.rsplit(".", 1)[-1]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(path, ignore_errors=True)
 
 
 class PreparedDataset(Sequence):

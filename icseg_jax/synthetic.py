@@ -3,7 +3,7 @@
 A scene is a 12-frame clip of 128 x 128 pixels with two to seven flat shapes, some moving, some covering
 others, and a query that zero, one or several of them satisfy. Everything is known exactly: masks, candidate
 sets, the optimal questions. Scenes are built on an attribute table first (cheap to reject), and placed
-afterwards. Only numpy is needed.
+afterwards. Scenes need only numpy; writing them also needs Pillow, pyarrow or pycocotools.
 
 1 Constants · 2 Scenes · 3 Attribute tables and queries · 4 Placement · 5 Pictures and masks · 6 Texts ·
 7 Optimal questions and baselines · 8 Demonstrations and conversations · 9 On disk · 10 The layouts of other datasets

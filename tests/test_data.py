@@ -553,6 +553,46 @@ def test_leftovers_of_a_killed_prepare_are_removed(world: Path, tmp_path: Path) 
     assert not leftover.exists() and rival.exists()
 
 
+def test_a_killed_prepare_goes_on_where_it_stopped(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                   ) -> None:
+    rows = [make_row(id=f"q{i}") for i in range(5)]
+    write_table(root, [*rows[:2], make_row(id="bad", oid=9), *rows[2:], rows[0]])
+    monkeypatch.setattr(data, "SHARD_BYTES", 1)  # a file for every sample
+    to_record, opened = data._to_record, []
+
+    def interrupted(sample: data.Sample) -> dict:
+        if len(opened) == 4:
+            raise KeyboardInterrupt
+        opened.append(sample.id)
+        return to_record(sample)
+
+    monkeypatch.setattr(data, "_to_record", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare("ambi_rvos", root, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists() and opened == ["q0", "q1", "q2", "q3"]
+    (left,) = tmp_path.glob(".out.partial.*")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left.rename(tmp_path / f".out.partial.{dead.pid}")  # as if another process had been killed
+
+    monkeypatch.setattr(data, "_to_record", lambda sample: (opened.append(sample.id), to_record(sample))[1])
+    made = data.prepare("ambi_rvos", root, tmp_path / "out", progress=False)
+    assert opened == ["q0", "q1", "q2", "q3", "q4"]  # nothing twice
+    assert [id for id, _ in made["splits"]["train"]["refused"]] == ["bad", "q0"]  # once each, the second q0 too
+    assert [s.id for s in data.load_prepared(tmp_path / "out", "train")] == [f"q{i}" for i in range(5)]
+    assert len(list((tmp_path / "out").glob("*array_record*"))) == 5 and not list(tmp_path.glob(".out*"))
+
+    with monkeypatch.context() as patch:  # other tables begin anew
+        patch.setattr(data, "_to_record", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opened.clear()
+            data.prepare("ambi_rvos", root, tmp_path / "other", progress=False)
+    write_table(root, rows[:2])
+    opened.clear()
+    assert data.prepare("ambi_rvos", root, tmp_path / "other", progress=False)["splits"]["train"]["examples"] == 2
+    assert opened == ["q0", "q1"] and not list(tmp_path.glob(".other*"))
+
+
 def test_threads_may_share_a_dataset(prepared: Path) -> None:
     records = data.load_prepared(prepared, "train")
     expected = [records[i].image(0).sum() for i in range(6)]
