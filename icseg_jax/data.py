@@ -340,8 +340,9 @@ def _ambi_records(dataset: str, root: Path, split: str, decode: bool) -> Iterato
     if name is None:
         wanted = names[dataset == "ok_vos"]
         raise DataError(f"{root} is no {dataset} folder: {wanted}/JPEGImages is missing")
-    rows = _parquet_rows(root / f"{split}.parquet", AMBI_COLUMNS)
-    folder = (root / name).resolve()
+    root = root.resolve()
+    rows = _parquet_rows(_inside(root, f"{split}.parquet"), AMBI_COLUMNS)
+    folder = _inside(root, name).resolve()  # a link within the dataset is followed
     # Several queries share one video; its frames are looked at once.
     frames_of = functools.lru_cache(maxsize=64)(functools.partial(_video_frames, folder, decode))
 

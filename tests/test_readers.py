@@ -602,7 +602,8 @@ def test_frames_and_masks_that_do_not_fit(copied: Callable[[str], Path]) -> None
         readers.read("long_rvos", root, "test")
 
 
-LINKS = [("mevis", "valid_u", "valid_u/JPEGImages"), ("mevis", "valid_u", "valid_u"),
+LINKS = [("ok_vos", "test", "test"), ("ok_vos", "test", "test.parquet"),
+         ("mevis", "valid_u", "valid_u/JPEGImages"), ("mevis", "valid_u", "valid_u"),
          ("mevis", "valid_u", "valid_u/mask_dict.json"), ("long_rvos", "test", "test/Annotations"),
          ("ref_davis17_a", "valid", "valid/Annotations"), ("reason_vos", "valid", "Annotations"),
          ("reason_seg", "test", "test"), ("prist", "test", "images"), ("prist", "test", "masks"),
