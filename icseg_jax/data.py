@@ -355,7 +355,7 @@ def _ambi_records(dataset: str, root: Path, split: str, decode: bool) -> Iterato
 
 
 def _ambi_tables(root: Path, split: str) -> list[Path]:
-    table = root / f"{split}.parquet"
+    table = _inside(root.resolve(), f"{split}.parquet")
     return [table] if table.is_file() and _parquet(table).metadata.num_rows else []
 
 
@@ -644,7 +644,7 @@ def prepare(name: str, source: str | Path, out: str | Path, *, progress: bool = 
     known = readers.dataset(name)
     source, out = Path(source).absolute(), Path(out).absolute()
     splits = readers.splits_of(name, source)
-    fingerprint = _fingerprint(name, keys, [path for split in splits for path in known.tables(source, split)])
+    fingerprint = _fingerprint(name, keys, source, [path for split in splits for path in known.tables(source, split)])
     if out.exists():
         made = None
         with contextlib.suppress(DataError):
@@ -772,10 +772,12 @@ def _write_split(name: str, source: Path, split: str, folder: Path, about: dict,
         save()
 
 
-def _fingerprint(name: str, keys: dict[str, str], tables: Iterable[Path]) -> str:
+def _fingerprint(name: str, keys: dict[str, str], source: Path, tables: Iterable[Path]) -> str:
     about = " ".join([name, RECORD_VERSION, *(f"{key}={value}" for key, value in sorted(keys.items()))])
     digest = hashlib.sha256(about.encode())
     for table in tables:
+        if not Path(os.path.realpath(table)).is_relative_to(source.resolve()):
+            continue  # a link out of the folder, which the reader refuses
         with table.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

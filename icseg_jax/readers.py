@@ -234,10 +234,6 @@ def _image_files(decode: bool) -> Callable[[Path, str], tuple[Path, tuple[int, i
     return find
 
 
-def _always(mask: np.ndarray) -> MaskAt:
-    return lambda position: mask
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 3 Referring videos (DATA.md 4.2)
 # ------------------------------------------------------------------------------------------------------------
@@ -312,7 +308,7 @@ def _tracks(tracks: Sequence[Any], about: _Expression) -> MaskAt:
     def read(position: int) -> np.ndarray:
         mask = np.zeros(about.size, dtype=bool)
         for track in tracks:
-            if track[position]:
+            if track[position] is not None:
                 mask |= decode_rle(track[position], about.size)
         return mask
 
@@ -384,8 +380,8 @@ REVOS_TYPES = ("referring", "reasoning", "no_target")  # type_id 0, 1, 2
 def _revos(root: Path, split: str, decode: bool) -> list[Record]:
     """{JPEGImages/, meta_expressions_{split}_.json (with that underscore), mask_dict.json, mask_dict_foreground.json}.
 
-    Video names may hold "/". type_id 2 has no target, with an empty anno_id. meta["foreground"] is per frame the
-    RLE of everything that could be a target, for the score R.
+    Video names may hold "/". type_id 2 has no target, whatever its anno_id, which may be empty there only.
+    meta["foreground"] is per frame the RLE of everything that could be a target, for the score R.
     """
     mask_dict = _table(root, "mask_dict.json")
     foregrounds = _table(root, FOREGROUND) if (root / FOREGROUND).is_file() else {}
@@ -395,8 +391,10 @@ def _revos(root: Path, split: str, decode: bool) -> list[Record]:
         if kind not in (0, 1, 2):
             raise DataError(f"its type_id is {kind}, not 0, 1 or 2")
         ids, tracks = _tracks_of(about, mask_dict)
-        if bool(ids) == (kind == 2):
-            raise DataError(f"its type_id is {kind}, but anno_id is {_short(ids)}")
+        if kind == 2:
+            ids, tracks = [], []
+        elif not ids:
+            raise DataError(f"its type_id is {kind}, but its anno_id is empty")
         meta: dict[str, Any] = {"type_id": kind}
         if about.video in foregrounds:
             entries = _get(foregrounds[about.video], "masks_rle", list, "a list of RLEs")
@@ -535,11 +533,12 @@ def _reason_seg(root: Path, split: str, decode: bool) -> list[Record]:
             raise DataError("none of its shapes is a target")
         # numpy's own order among equal areas, since LISA's later shapes cover its earlier ones.
         areas = [int(np.count_nonzero(draw_shapes([(points, 1)], size))) for points, _ in kinds]
-        mask = draw_shapes([kinds[i] for i in np.argsort(areas)[::-1]], size)
+        ordered = [kinds[i] for i in np.argsort(areas)[::-1]]
         return Sample(
             id=stem, dataset="reason_seg", split=split, kind="image", frames=[image], frame_names=[IMAGE_STEM],
             size=size, query=texts[0].strip(), ability="long" if about.get("is_sentence") else "short",
-            target_ids=["target"], masks=_always(mask == 1), ignore=_always(mask == VOID),
+            target_ids=["target"], masks=lambda p: draw_shapes(ordered, size) == 1,
+            ignore=lambda p: draw_shapes(ordered, size) == VOID,
             meta={"image": image.name, "texts": texts, "is_sentence": bool(about.get("is_sentence"))})
 
     return [(path.stem, functools.partial(make, path.stem)) for path in _reason_seg_tables(root, split)]
@@ -572,8 +571,8 @@ def _prist(root: Path, split: str, decode: bool) -> list[Record]:
         spoken = [(_get(turn, "from", str, "human or gpt"), _get(turn, "value", str, "a text")) for turn in turns]
         if len(spoken) < 2 or [who for who, _ in spoken] != ["human", "gpt"] * (len(spoken) // 2):
             raise DataError("its dialogue does not alternate between human and gpt, from human to gpt")
-        if not focus:
-            raise DataError("its focus is empty")
+        if not focus or not all(text.strip() for _, text in spoken):
+            raise DataError(f"its {'dialogue holds an empty turn' if focus else 'focus is empty'}")
         places = [(i, m) for i, m in PRIST_FOLDERS if data._inside(root, i, name).is_file()]
         if not places:
             raise DataError(f"image {name} is in none of {', '.join(i for i, _ in PRIST_FOLDERS)}")
@@ -599,7 +598,8 @@ def _prist(root: Path, split: str, decode: bool) -> list[Record]:
         found = [(points, 1) for label, points in shapes if focus.lower() in label.lower()]
         if not found:
             raise DataError(f"no shape of {path} is labelled {focus!r}")
-        return _always(draw_shapes(found, size).astype(bool))
+        draw_shapes(found, size)  # now, so that bad points refuse the record
+        return lambda p: draw_shapes(found, size).astype(bool)
 
     records: list[Record] = []
     for entry in entries:
@@ -643,14 +643,14 @@ def _refcoco(folder: str, by: str, root: Path, split: str, decode: bool) -> list
         image = _lookup(images, ref, "image_id", "image")
         annotation = _lookup(annotations, ref, "ann_id", "annotation")
         path, size = find(images_folder, _get(image, "file_name", str, "a file name"))
-        mask = _coco_mask(annotation, "segmentation", image, size)
-        if not mask.any():
+        mask = functools.partial(_coco_mask, annotation, "segmentation", image, size)
+        if not mask().any():
             raise DataError(f"the mask of annotation {ref['ann_id']} is empty")
         category = categories.get(_key(annotation.get("category_id")), {}).get("name")
         same = of_category[_key(annotation.get("image_id")), _key(annotation.get("category_id"))]
         return Sample(
             id=id, dataset=f"{folder.replace('+', 'plus')}_{by}", split=split, kind="image", frames=[path],
-            frame_names=[IMAGE_STEM], size=size, query=text, target_ids=[str(ref["ann_id"])], masks=_always(mask),
+            frame_names=[IMAGE_STEM], size=size, query=text, target_ids=[str(ref["ann_id"])], masks=lambda p: mask(),
             meta={"image": path.name, "ref_id": ref.get("ref_id"), "category": category, "same_category": same})
 
     records: list[Record] = []
@@ -721,19 +721,22 @@ def _coco_amodal(name: str, tables: dict[str, str], images: dict[str, str], root
         image = _lookup(rows, annotation, "image_id", "image")
         category = _get(_lookup(categories, annotation, "category_id", "category"), "name", str, "a text")
         path, size = find(folder, _get(image, "file_name", str, "a file name"))
-        whole = _coco_mask(annotation, amodal_key, image, size)
-        if annotation.get(visible_key) is not None:
-            visible = decode_segmentation(annotation[visible_key], size)
-        elif annotation.get("invisible_mask") is not None:
-            visible = whole & ~decode_segmentation(annotation["invisible_mask"], size)
-        else:  # neither is there when nothing covers it
-            visible = whole
+
+        def draw() -> tuple[np.ndarray, np.ndarray]:
+            whole = _coco_mask(annotation, amodal_key, image, size)
+            if annotation.get(visible_key) is not None:
+                return decode_segmentation(annotation[visible_key], size), whole
+            if annotation.get("invisible_mask") is not None:
+                return whole & ~decode_segmentation(annotation["invisible_mask"], size), whole
+            return whole, whole  # neither is there when nothing covers it
+
+        masks, rate = _both(draw)
         return Sample(
             id=id, dataset=name, split=split, kind="image", frames=[path], frame_names=[IMAGE_STEM], size=size,
             query=AMODAL_QUERIES[mask_type].format(category.replace("_", " ")), mask_type=mask_type,
             initial_count=alike[annotation["image_id"], annotation["category_id"]],
-            target_ids=[str(annotation["id"])], **_both(visible, whole),
-            meta={"image": path.name, "category": category, "occlude_rate": _occlude_rate(visible, whole)})
+            target_ids=[str(annotation["id"])], **masks,
+            meta={"image": path.name, "category": category, "occlude_rate": rate})
 
     records: list[Record] = []
     for number, annotation in enumerate(annotations):
@@ -746,15 +749,14 @@ def _coco_amodal(name: str, tables: dict[str, str], images: dict[str, str], root
     return records
 
 
-def _both(visible: np.ndarray, whole: np.ndarray) -> dict:
+def _both(draw: Callable[[], tuple[np.ndarray, np.ndarray]]) -> tuple[dict, float]:
+    """The two masks as fields of a Sample, drawn whenever one is asked for, and |invisible| / |amodal| (DATA.md 2.2).
+    """
+    visible, whole = draw()
     if not visible.any():
         raise DataError("nothing of it can be seen (occlude_rate 1)")  # DATA.md 7: such records are dropped
-    return {"masks": _always(visible), "amodal_masks": _always(whole)}
-
-
-def _occlude_rate(visible: np.ndarray, whole: np.ndarray) -> float:
-    """|invisible| / |amodal| (DATA.md 2.2)."""
-    return float(np.count_nonzero(whole & ~visible) / max(np.count_nonzero(whole), 1))
+    rate = float(np.count_nonzero(whole & ~visible) / max(np.count_nonzero(whole), 1))
+    return {"masks": lambda p: draw()[0], "amodal_masks": lambda p: draw()[1]}, rate
 
 
 def _amodal_tables(tables: dict[str, str], root: Path, split: str) -> list[Path]:
@@ -774,11 +776,20 @@ def _r2sm(root: Path, split: str, decode: bool) -> list[Record]:
         if mask_type not in data.MASK_TYPES:
             raise DataError(f"its mask_type is {_short(mask_type)}; use one of {', '.join(data.MASK_TYPES)}")
         path, size = find(root, _get(entry, "image_path", str, "the path of an image"))
-        visible, whole = (decode_segmentation(entry.get(key), size) for key in ("visible_rle", "amodal_rle"))
+
+        def draw() -> tuple[np.ndarray, np.ndarray]:
+            visible, whole = (decode_segmentation(entry.get(key), size) for key in ("visible_rle", "amodal_rle"))
+            return visible, whole
+
+        masks, rate = _both(draw)
+        if entry.get("segmentation_rle") is not None:  # the truth of this query, and so one of the two
+            given = decode_segmentation(entry["segmentation_rle"], size)
+            if not np.array_equal(given, draw()[mask_type == "amodal"]):
+                raise DataError(f"its segmentation_rle is not its {mask_type} mask")
         return Sample(
             id=id, dataset="r2sm", split=split, kind="image", frames=[path], frame_names=[IMAGE_STEM], size=size,
-            query=query, mask_type=mask_type, target_ids=[_name(entry, "ann_id")], **_both(visible, whole),
-            meta={"image": entry["image_path"], "occlude_rate": _occlude_rate(visible, whole)}
+            query=query, mask_type=mask_type, target_ids=[_name(entry, "ann_id")], **masks,
+            meta={"image": entry["image_path"], "occlude_rate": rate}
             | {key: entry[key] for key in ("category", "source") if isinstance(entry.get(key), str)})
 
     records: list[Record] = []

@@ -1338,6 +1338,8 @@ def _write_prist(root: Path, split: str, count: int, seed: int, progress: bool) 
 def _amodal_table(root: Path, images: str, split: str, count: int, seed: int, progress: bool, keys: tuple[str, str]
                   ) -> tuple[dict, list[dict]]:
     """Of every scene the frame with most hidden; COCO's table of it, and R2SM's records (DATA.md 2.2, 2.3, 6.5)."""
+    from icseg_jax.readers import AMODAL_QUERIES  # here, so that scenes can be made without the readers
+
     table: dict[str, list] = {"images": [], "annotations": [],
                               "categories": [{"id": i + 1, "name": shape} for i, shape in enumerate(SHAPES)]}
     queries: list[dict] = []
@@ -1361,8 +1363,7 @@ def _amodal_table(root: Path, images: str, split: str, count: int, seed: int, pr
             table["annotations"].append(annotation)
             if names.count(names[i]) > 1 or (hidden and not COVERED[0] <= rate <= COVERED[1]):
                 continue
-            for kind, text in (("modal", "segment the visible part of the {}"),
-                               ("amodal", "segment the whole {}, including the hidden part")):
+            for kind, text in AMODAL_QUERIES.items():
                 queries.append({
                     "id": f"{annotation['id']}-{kind}", "image_path": f"{images}/{name}",
                     "query": text.format(names[i]), "mask_type": kind, "ann_id": annotation["id"],

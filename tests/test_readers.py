@@ -318,11 +318,13 @@ def test_prist_by_hand(tmp_path: Path, images: str, masks: str) -> None:
     bad = {"focus": "plate", "img_id": "../x.jpg"}
     write_json(table, [prist_entry(**{k: v}) for k, v in bad.items()] + [
         prist_entry(img_id="0a1c.jpg"), prist_entry(focus=" "), prist_entry(dialogue=[]),
-        prist_entry(dialogue=prist_entry()["dialogue"][:3]), prist_entry(dialogue=[{"from": "human"}] * 2), 7])
+        prist_entry(dialogue=prist_entry()["dialogue"][:3]), prist_entry(dialogue=[{"from": "human"}] * 2),
+        prist_entry(dialogue=[{"from": "human", "value": "Segment it."}, {"from": "gpt", "value": " "}]), 7])
     samples, refused = read("prist", tmp_path, "val")
     assert samples == []
     for (_, reason), part in zip(refused, ("labelled 'plate'", "leaves the dataset folder", "0a1c.jpg is in none of",
                                            "focus is empty", "alternate", "alternate", "its value is None",
+                                           "holds an empty turn",
                                            "its img_id is None"), strict=True):
         assert part in reason
     write_json(tmp_path / masks / "0a1b.json", {"imageHeight": 10, "imageWidth": 12, "shapes": shapes})
@@ -436,13 +438,15 @@ def test_r2sm_refuses(copied: Callable[[str], Path]) -> None:
     root = copied("r2sm")
     path = root / "test_queries.json"
     entries = json.loads(path.read_text())
+    line = synthetic._rle(np.eye(128, dtype=bool))
     for entry, (key, value) in zip(entries, {"query": "", "mask_type": "whole", "image_path": "../a.jpg",
-                                             "visible_rle": None}.items(), strict=False):
+                                             "visible_rle": None, "segmentation_rle": line}.items(), strict=False):
         entry[key] = value
     write_json(path, [*entries, [], entries[-1]])
     refused = [reason for _, reason in read("r2sm", root, "test")[1]]
     for reason, part in zip(refused, ("query is empty", "use one of modal, amodal", "leaves the dataset folder",
-                                      "its segmentation is None", "its query is None", "earlier record"), strict=True):
+                                      "its segmentation is None", "its segmentation_rle is not its modal mask",
+                                      "its query is None", "earlier record"), strict=True):
         assert part in reason
 
 
@@ -547,7 +551,7 @@ BAD_VIDEOS = {
     "anno_id unknown": ("mevis", "valid_u", "anno_id", [999], "mask_dict has no annotation 999"),
     "type_id": ("revos", "valid", "type_id", 3, "not 0, 1 or 2"),
     "type_id true": ("revos", "valid", "type_id", True, "not 0, 1 or 2"),
-    "type_id against anno_id": ("revos", "valid", "type_id", 2, "its type_id is 2, but"),
+    "type_id against anno_id": ("revos", "valid", "anno_id", [], "but its anno_id is empty"),
     "type": ("long_rvos", "test", "type", 3, "static, dynamic or hybrid"),
     "obj_id outside": ("long_rvos", "test", "obj_id", "../1", "leaves the dataset folder"),
     "obj_id unknown": ("long_rvos", "test", "obj_id", 99, "/99 is missing"),
