@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import textwrap
 import warnings
 import zlib
@@ -383,9 +384,7 @@ def _ambi_sample(dataset: str, row: dict, id: str, folder: Path, split: str, dec
             amodal_masks = _mask_reader(folder, ("AmodalAnnotations", video, oid), stems, size, decode)
         elif mask_type == "amodal":
             raise DataError(f"it asks for complete masks, but AmodalAnnotations/{video}/{oid} is missing")
-        # A mask folder may be called 007, the description of it is 7.json.
-        number = str(int(oid)) if re.fullmatch("[0-9]{1,18}", oid) else oid
-        privileged["target_path"] = _inside(folder, "description_oid", video, f"{number}.json")
+        privileged["target_path"] = _inside(folder, "description_oid", video, f"{object_number(oid)}.json")
         privileged["visual_paths"] = [_inside(folder, "Visualization", video, oid, f"{s}.jpg") for s in stems]
     if row.get("aid") is not None:
         privileged["all_target_path"] = _inside(folder, "description_id", f"{row['aid']}.json")
@@ -497,6 +496,23 @@ def _parquet_rows(path: Path, required: Sequence[str]) -> Iterator[dict]:
     return rows()
 
 
+@contextlib.contextmanager
+def whole_folder(out: Path, command: str) -> Iterator[Path]:
+    """An empty folder that becomes `out` when the block ends well, and is removed when it does not. DataError, in the
+    name of the command, when `out` holds something already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{command}: {out} exists already; remove it or choose another out=DIR")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        building.chmod(0o755)
+        yield building
+        os.replace(building, out)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
 def _text(row: dict, key: str) -> str:
     if not isinstance(row[key], str) or not row[key].strip():
         raise DataError(f"its {key} is {row[key]!r}, not a text")
@@ -508,6 +524,11 @@ def _oid(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | str) or str(value) == "":
         raise DataError(f"its oid is {value!r}, not the number or name of an object")
     return str(value)
+
+
+def object_number(oid: str) -> str:
+    """What the description of an object is called: its mask folder may be 007, the description of it is 7.json."""
+    return str(int(oid)) if re.fullmatch("[0-9]{1,18}", oid) else oid
 
 
 def _count(row: dict, key: str) -> int:
@@ -892,22 +913,25 @@ usage: python -m icseg_jax.data COMMAND ...
   generate out=DIR train=N test=N [seed=0] [layout=ambi_rvos]
                                              write the synthetic world, in the layout of any dataset but RefCOCO
   prepare NAME source=DIR out=DIR [strict=true]
-                                             turn a dataset's folder into array_record files; muva also takes
-                                             amodal_key= and visible_key=, the names of its masks
+                                             turn a dataset's folder into array_record files
+  ambiguate NAME source=DIR out=DIR [test=SPLIT] [strict=true]
+                                             an ambiguous benchmark in Ambi-RVOS's layout, by rules, out of the clear
+                                             expressions of a referring video set; test=valid_u is MeViS's
   preview NAME_OR_DIR out=PNG [source=DIR] [split=test] [n=8]
                                              a picture of samples: of the dataset NAME in source=, of a prepared
                                              or Ambi-RVOS folder, or of `synthetic`, made on the spot
   stats NAME_OR_DIR [source=DIR]             counts, candidates, frames and mask areas per split and ability
 
 NAME: {names}
+prepare, preview and stats of muva also take amodal_key= and visible_key=, the names of its masks.
 """
 
 
-def open_splits(path: str | Path, name: str | None = None
+def open_splits(path: str | Path, name: str | None = None, **keys: str
                 ) -> dict[str, tuple[Iterable[Sample], list[tuple[str, str]]]]:
     """The samples of every split, and the list to which refused records are added while they are read, of the
-    dataset `name` in a folder; without a name, of a prepared folder or one in Ambi-RVOS's layout. DataError when it
-    is no such folder."""
+    dataset `name` in a folder; without a name, of a prepared folder or one in Ambi-RVOS's layout. `keys`: see
+    `readers.read`. DataError when it is no such folder."""
     from icseg_jax import readers
 
     path = Path(path)
@@ -920,7 +944,8 @@ def open_splits(path: str | Path, name: str | None = None
                             f"{SPLITS[0]}.parquet); of another dataset, say its name and source={path}")
         name = "ambi_rvos"
     refused: dict[str, list[tuple[str, str]]] = {split: [] for split in readers.splits_of(name, path)}
-    return {split: (readers.read(name, path, split, refused=refused[split]), refused[split]) for split in refused}
+    return {split: (readers.read(name, path, split, refused=refused[split], **keys), refused[split])
+            for split in refused}
 
 
 def generate(out: str, train: int, test: int, seed: int = 0, layout: str = "ambi_rvos") -> None:
@@ -930,7 +955,7 @@ def generate(out: str, train: int, test: int, seed: int = 0, layout: str = "ambi
     print(f"{train} train and {test} test videos in {out}")
 
 
-def stats(path: str, source: str | None = None) -> None:
+def stats(path: str, source: str | None = None, **keys: str) -> None:
     """Prints what a dataset holds: per split and ability the samples, the means of candidates, of questions
     needed and of frames, the share of samples whose target is visible on at least one frame, and the mean share of
     the picture, in percent, that it covers where it is visible."""
@@ -939,7 +964,7 @@ def stats(path: str, source: str | None = None) -> None:
         known = [v for v in values if v >= 0]
         return f"{np.mean(known):.2f}" if known else "-"
 
-    opened = open_splits(path) if source is None else open_splits(source, path)
+    opened = open_splits(path, **keys) if source is None else open_splits(source, path, **keys)
     for split, (samples, refused) in opened.items():
         abilities: dict[str, list[tuple[float, ...]]] = {}
         for sample in samples:
@@ -957,11 +982,10 @@ def stats(path: str, source: str | None = None) -> None:
             print(f"  refused {id}: {reason}")
 
 
-def preview(name: str, out: str, source: str | None = None, split: str | None = None, n: int = 8) -> None:
+def preview(name: str, out: str, source: str | None = None, split: str | None = None, n: int = 8, **keys: str
+            ) -> None:
     """Draws `n` samples, a row of shown frames each, with the target outlined in red and, where they are known, the
     other candidates in yellow, into the PNG `out`. `split` None: test, or else the last one there is."""
-    import tempfile
-
     if n < 1:
         raise DataError(f"n={n} shows nothing; use 1 or more")
     with tempfile.TemporaryDirectory() as scratch:
@@ -970,7 +994,7 @@ def preview(name: str, out: str, source: str | None = None, split: str | None = 
             from icseg_jax import synthetic
 
             folder = synthetic.write_dataset(Path(scratch) / "world", train=1, test=n, progress=False)
-        splits = open_splits(folder, None if source is None else name)
+        splits = open_splits(folder, None if source is None else name, **keys)
         split = split or ("test" if "test" in splits else list(splits)[-1])
         if split not in splits:
             raise DataError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
@@ -1041,9 +1065,15 @@ def _outlined(sample: Sample, position: int) -> np.ndarray:
             ImageDraw.Draw(drawn).rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), outline=(255, 220, 0))
             image = np.array(drawn)
     if sample.masks is not None or sample.amodal_masks is not None:
-        mask = sample.truth(position)
-        line = ndimage.binary_dilation(mask, iterations=max(1, max(mask.shape) // 160)) & ~mask
-        image[line] = (255, 0, 0)
+        image = contour(image, sample.truth(position))
+    return image
+
+
+def contour(image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
+    """The image with a red line around the mask, outside of it (what a user simulator is shown, DATA.md 3.1)."""
+    line = ndimage.binary_dilation(mask, iterations=max(2, max(mask.shape) // 160)) & ~mask
+    image = image.copy()
+    image[line] = (255, 0, 0)
     return image
 
 
@@ -1057,13 +1087,27 @@ def _prepare_and_report(name: str, source: str, out: str, strict: bool = False, 
     print(out)
 
 
+def _ambiguate_and_report(name: str, source: str, out: str, test: str | None = None, strict: bool = False) -> None:
+    from icseg_jax import ambiguate
+
+    for split, made in ambiguate.ambiguate(name, source, out, test=test, strict=strict).items():
+        levels = ", ".join(f"{count} {level}" for level, count in sorted(made["levels"].items())) or "none"
+        print(f"{split}: queries about {made['videos']} videos: {levels}; {len(made['refused'])} refused")
+        for id, reason in made["refused"]:
+            print(f"  refused {id}: {reason}")
+    print(out)
+
+
+KEYS: dict[str, type] = {"amodal_key": str, "visible_key": str}  # of muva
+
 # Command -> function, positional arguments, types of the key=value ones, how many of these are required.
 COMMANDS: dict[str, tuple[Callable[..., None], list[str], dict[str, type], int]] = {
     "generate": (generate, [], {"out": str, "train": int, "test": int, "seed": int, "layout": str}, 3),
     "prepare": (_prepare_and_report, ["name"],
-                {"source": str, "out": str, "strict": bool, "amodal_key": str, "visible_key": str}, 2),
-    "preview": (preview, ["name_or_dir"], {"out": str, "source": str, "split": str, "n": int}, 1),
-    "stats": (stats, ["name_or_dir"], {"source": str}, 0),
+                {"source": str, "out": str, "strict": bool} | KEYS, 2),
+    "ambiguate": (_ambiguate_and_report, ["name"], {"source": str, "out": str, "test": str, "strict": bool}, 2),
+    "preview": (preview, ["name_or_dir"], {"out": str, "source": str, "split": str, "n": int} | KEYS, 1),
+    "stats": (stats, ["name_or_dir"], {"source": str} | KEYS, 0),
 }
 
 

@@ -17,8 +17,6 @@ import itertools
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -994,18 +992,11 @@ def write_dataset(out: str | os.PathLike, *, train: int, test: int, seed: int = 
         raise ValueError(f"generate: unknown layout {layout!r}; use one of {', '.join(LAYOUTS)}")
     if train < 0 or test < 0 or train + test == 0:
         raise ValueError(f"generate: train={train} test={test} makes no videos; give counts of 0 or more")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"generate: {out} exists already; remove it or choose another out=DIR")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        building.chmod(0o755)
+    from icseg_jax import data  # here, so that scenes can be made without the readers
+
+    with data.whole_folder(out, "generate") as building:
         for split, count in (("train", train), ("test", test)):
             LAYOUTS[layout](building, split, count, seed, progress)
-        os.replace(building, out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return out
 
 

@@ -724,6 +724,7 @@ def test_keys_are_part_of_what_was_prepared(world: Callable[[str], Path], tmp_pa
     with pytest.raises(data.DataError, match="no usable record; the first is refused because its segmentation is None"):
         data.prepare("muva", world("muva"), tmp_path / "out", progress=False)
     assert list(tmp_path.iterdir()) == []
+    assert data.main(["stats", "muva", f"source={world('muva')}", *(f"{k}={v}" for k, v in MUVA_KEYS.items())]) == 0
     data.prepare("muva", world("muva"), tmp_path / "out", progress=False, **MUVA_KEYS)
     with pytest.raises(data.DataError, match="other tables or of another version"):
         data.prepare("muva", world("muva"), tmp_path / "out")
