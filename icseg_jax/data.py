@@ -903,6 +903,58 @@ def order(seed: int, step: int, refill: int, n: int, batch: int) -> Int[np.ndarr
     return pool[np.arange((refill - 1) * batch, refill * batch) % n]
 
 
+def mixed(seed: int, step: int, sizes: Sequence[int], rates: Sequence[float], batch: int) -> list[tuple[int, int]]:
+    """(dataset, sample) for each place of a supervised batch over several datasets, as MIRAS mixes them (DATA.md 1.4).
+
+    Each place draws a dataset in proportion to `rates` (MIRAS's second stage: conversations 10, VQA 2), then one of
+    its `sizes` samples, both with replacement: a pure function of (seed, step), so the data state is the step number.
+    Raises ValueError for an empty dataset, for rates that are negative or all 0, or when the two differ in length.
+    """
+    if len(sizes) != len(rates) or min(sizes, default=0) < 1 or min(rates) < 0 or sum(rates) <= 0 or batch < 1:
+        raise ValueError(f"cannot mix a batch of {batch} from datasets of {list(sizes)} samples at the rates "
+                         f"{list(rates)}; [500, 200] at [10, 2] works")
+    rng = np.random.default_rng([seed, 2, step])
+    places = rng.choice(len(sizes), batch, p=np.array(rates, float) / sum(rates))
+    return [(int(k), int(rng.integers(sizes[k]))) for k in places]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What the user says, turn by turn, what was answered, and what the localisation at the end should be.
+
+    A supervised stage puts its token loss on every answer of `rounds` and, in place of the words that the dataset
+    gives with the mask, on key frame, box and point. An evaluation says the same user turns and keeps the policy's
+    own answers in the history (DATA.md 1.4).
+    """
+
+    rounds: list[tuple[str, str]]  # (user, answer) before the mask is asked for
+    query: str  # the turn that asks for it
+    frame: int | None  # fid of the shown frame with most of the target; -1: no target; None: nothing to localise
+    box: list[int] | None  # 0..1000 of width and height, inclusive; zeros without a target
+    point: list[int] | None
+
+
+def conversation(sample: Sample, positions: Sequence[int]) -> Conversation:
+    """The sample as a conversation; one without `dialogue` (any referring set) is its query alone.
+
+    `positions`: of the frames shown. A sample with hidden labels, or whose target is on none of these frames, has
+    nothing to localise; one that says that nothing matches has METHOD.md 11.4's answer. Raises DataError when the
+    dialogue does not alternate between user and assistant.
+    """
+    said = sample.dialogue or []
+    if [turn["role"] for turn in said] != ["user", "assistant"] * (len(said) // 2):
+        raise DataError(f"the dialogue of {sample.id} does not alternate between user and assistant")
+    rounds = [(said[i]["text"], said[i + 1]["text"]) for i in range(0, len(said), 2)]
+    if sample.ability == "none" or sample.initial_count == 0:
+        return Conversation(rounds, sample.query, -1, [0] * 4, [0] * 2)
+    hidden = sample.masks is None and sample.amodal_masks is None
+    truth = {} if hidden else ground_truth({sample.frame_ids[p]: sample.truth(p) for p in positions})
+    if not truth:
+        return Conversation(rounds, sample.query, None, None, None)
+    fid, best = max(truth.items(), key=lambda entry: entry[1]["area"])
+    return Conversation(rounds, sample.query, int(fid), best["bbox_2d"], best["point_2d"])
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Commands
 # ---------------------------------------------------------------------------------------------------------

@@ -611,6 +611,18 @@ def test_reading_records_needs_neither_tensorflow_nor_torch(prepared: Path) -> N
 # --- order ------------------------------------------------------------------------------------------------
 
 
+def test_mixed_takes_sets_at_their_rates() -> None:
+    drawn = [place for step in range(60) for place in data.mixed(0, step, [30, 7, 5], [10, 2, 0], 16)]
+    share = sum(k == 0 for k, _ in drawn) / len(drawn)
+    assert abs(share - 10 / 12) < 0.06 and {k for k, _ in drawn} == {0, 1}
+    assert {i for k, i in drawn if k == 1} == set(range(7)) and {i for k, i in drawn if k == 0} == set(range(30))
+    assert data.mixed(0, 5, [30, 7], [1, 1], 8) == data.mixed(0, 5, [30, 7], [1, 1], 8)
+    assert data.mixed(0, 5, [30, 7], [1, 1], 8) != data.mixed(1, 5, [30, 7], [1, 1], 8)
+    for bad in (([], [], 1), ([3], [1, 1], 1), ([0], [1], 1), ([3], [0], 1), ([3, 3], [2, -1], 1), ([3], [1], 0)):
+        with pytest.raises(ValueError, match="cannot mix"):
+            data.mixed(0, 0, *bad)
+
+
 @given(seed=st.integers(0, 2**31), n=st.integers(1, 60), data_=st.data())
 def test_order(seed: int, n: int, data_: st.DataObject) -> None:
     batch = data_.draw(st.integers(1, n))

@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,28 @@ def test_prist_reads_as_it_was_made(world: Callable[[str], Path]) -> None:
         assert sample.query == "segment it" and sample.meta["answer"] == "it is [SEG]"
         assert [turn["role"] for turn in sample.dialogue] == ["user", "assistant"] * (len(sample.dialogue) // 2)
         assert 4 <= len(sample.dialogue) <= 10 and sample.id.endswith(".jpg#0")
+
+
+def test_conversations_are_what_was_said_and_where_it_ends(world: Callable[[str], Path]) -> None:
+    samples = list(readers.read("prist", world("prist"), "train", strict=True))
+    for sample, scene in zip(samples, scenes("train").values(), strict=True):
+        about = data.conversation(sample, [0])
+        flat = [text for pair in about.rounds for text in pair]
+        assert flat == [turn["text"] for turn in sample.dialogue] and about.query == sample.query
+        (oid,) = (o.oid for o in scene.objects if synthetic._full_name(o) == sample.meta["focus"])
+        truth = synthetic.scene_ground_truth(replace(scene, mask_type="amodal"), oid, [0])["0"]
+        assert about.frame == 0 and np.abs(np.subtract(about.box, truth["bbox_2d"])).max() <= 16  # two pixels
+        assert np.abs(np.subtract(about.point, truth["point_2d"])).max() <= 60
+        hidden = replace(sample, masks=None)
+        assert data.conversation(hidden, [0]) == replace(about, frame=None, box=None, point=None)
+        nothing = data.conversation(replace(sample, initial_count=0), [0])
+        assert (nothing.frame, nothing.box, nothing.point, nothing.rounds) == (-1, [0] * 4, [0] * 2, about.rounds)
+        with pytest.raises(data.DataError, match="does not alternate"):
+            data.conversation(replace(sample, dialogue=sample.dialogue[1:]), [0])
+    query = next(readers.read("r2sm", world("r2sm"), "test"))
+    alone = data.conversation(query, [0])
+    whole = data.ground_truth({0: query.truth(0)})["0"]
+    assert alone == data.Conversation([], query.query, 0, whole["bbox_2d"], whole["point_2d"])
 
 
 @pytest.mark.parametrize(("name", "split"), [("r2sm", "train"), ("r2sm", "test"), ("cocoa_cls", "train"),
