@@ -72,7 +72,7 @@ def plain_boundary_f(pred, truth, bound_th=0.008):
 @st.composite
 def mask_pairs(draw):
     """Two masks of one size: noise, a few rectangles that may touch the border, or nothing."""
-    shape = draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
+    shape = draw(st.tuples(st.integers(1, 40), st.integers(1, 40) | st.integers(60, 140)))  # up to three words
 
     def mask():
         kind = draw(st.sampled_from(["noise", "boxes", "empty", "full"]))
@@ -87,7 +87,7 @@ def mask_pairs(draw):
     return mask(), mask()
 
 
-@given(mask_pairs(), st.sampled_from([0.0, 0.008, 0.05, 0.2, 1, 3, 9]))
+@given(mask_pairs(), st.sampled_from([0.0, 0.008, 0.05, 0.2, 1, 3, 9, 40, 90]))
 def test_boundary_f_equals_its_definition(pair, bound_th):
     assert boundary_f(*pair, bound_th) == plain_boundary_f(*pair, bound_th)
 
