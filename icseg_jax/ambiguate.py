@@ -364,7 +364,7 @@ def _write_video(folder: Path, video: str, samples: Sequence[Sample], queries: S
                 # All-zero masks too, so that both ways of listing frames see the same ones (DATA.md 6.7).
                 target = _place(folder, "Annotations", video, query.target, f"{stem}.png")
                 Image.fromarray(mask.astype(np.uint8) * 255).save(target)
-                seen = Image.fromarray(data.contour(samples[0].image(p), mask))
+                seen = Image.fromarray(data.outlined(samples[0].image(p), mask))
                 seen.save(_place(folder, "Visualization", video, query.target, f"{stem}.jpg"), quality=95,
                           subsampling=0)  # else red lines come out brown
             about = _place(folder, "description_oid", video, f"{data.object_number(query.target)}.json")

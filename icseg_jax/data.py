@@ -922,13 +922,14 @@ def mixed(seed: int, step: int, sizes: Sequence[int], rates: Sequence[float], ba
 class Conversation:
     """What the user says, turn by turn, what was answered, and what the localisation at the end should be.
 
-    A supervised stage puts its token loss on every answer of `rounds` and, in place of the words that the dataset
-    gives with the mask, on key frame, box and point. An evaluation says the same user turns and keeps the policy's
+    A supervised stage puts its token loss on every answer of `rounds`, then on key frame, box and point, or, where
+    there is nothing to localise, on `answer`. An evaluation says the same user turns and keeps the policy's
     own answers in the history (DATA.md 1.4).
     """
 
     rounds: list[tuple[str, str]]  # (user, answer) before the mask is asked for
     query: str  # the turn that asks for it
+    answer: str | None  # what the dataset says to it, with the mask or, in plain talk, in its place
     frame: int | None  # fid of the shown frame with most of the target; -1: no target; None: nothing to localise
     box: list[int] | None  # 0..1000 of width and height, inclusive; zeros without a target
     point: list[int] | None
@@ -945,14 +946,15 @@ def conversation(sample: Sample, positions: Sequence[int]) -> Conversation:
     if [turn["role"] for turn in said] != ["user", "assistant"] * (len(said) // 2):
         raise DataError(f"the dialogue of {sample.id} does not alternate between user and assistant")
     rounds = [(said[i]["text"], said[i + 1]["text"]) for i in range(0, len(said), 2)]
+    answer = sample.meta.get("answer")
     if sample.ability == "none" or sample.initial_count == 0:
-        return Conversation(rounds, sample.query, -1, [0] * 4, [0] * 2)
+        return Conversation(rounds, sample.query, answer, -1, [0] * 4, [0] * 2)
     hidden = sample.masks is None and sample.amodal_masks is None
     truth = {} if hidden else ground_truth({sample.frame_ids[p]: sample.truth(p) for p in positions})
     if not truth:
-        return Conversation(rounds, sample.query, None, None, None)
+        return Conversation(rounds, sample.query, answer, None, None, None)
     fid, best = max(truth.items(), key=lambda entry: entry[1]["area"])
-    return Conversation(rounds, sample.query, int(fid), best["bbox_2d"], best["point_2d"])
+    return Conversation(rounds, sample.query, answer, int(fid), best["bbox_2d"], best["point_2d"])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1117,16 +1119,14 @@ def _outlined(sample: Sample, position: int) -> np.ndarray:
             ImageDraw.Draw(drawn).rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), outline=(255, 220, 0))
             image = np.array(drawn)
     if sample.masks is not None or sample.amodal_masks is not None:
-        image = contour(image, sample.truth(position))
+        image = outlined(image, sample.truth(position))
     return image
 
 
-def contour(image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
-    """The image with a red line around the mask, outside of it (what a user simulator is shown, DATA.md 3.1)."""
-    line = ndimage.binary_dilation(mask, iterations=max(2, max(mask.shape) // 160)) & ~mask
-    image = image.copy()
-    image[line] = (255, 0, 0)
-    return image
+def outlined(image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
+    """The image with a red line around the mask, outside of it, of 2 to 4 pixels (METHOD.md 2.1)."""
+    line = ndimage.binary_dilation(mask, iterations=min(4, max(2, max(mask.shape) // 320))) & ~mask
+    return np.where(line[..., None], np.uint8((255, 0, 0)), image)
 
 
 def _prepare_and_report(name: str, source: str, out: str, strict: bool = False, **keys: str) -> None:

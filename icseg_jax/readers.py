@@ -550,7 +550,6 @@ def _reason_seg_tables(root: Path, split: str) -> list[Path]:
 
 PRIST_TABLES = {"train": "processed_multiturn_tot_01.json", "val": "processed_val_02.json"}  # the authors' names
 PRIST_FOLDERS = (("textcaps/train", "textcaps/masks"), ("val", "val/masks"), ("images", "masks"))
-PRIST_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def _prist(root: Path, split: str, decode: bool) -> list[Record]:
@@ -561,27 +560,24 @@ def _prist(root: Path, split: str, decode: bool) -> list[Record]:
     mask because no label does, the record is refused: PRIST has no empty targets. No file of masks (only the test
     table is public): masks None.
     """
-    entries = _table(root, _prist_tables(root, split)[0].name, kind=list)
-    find, count = _image_files(decode), Counter()
+    entries = _table(root, _talk_tables(PRIST_TABLES, root, split)[0].name, kind=list)
+    find = _image_files(decode)
 
     def make(entry: Any, id: str) -> Sample:
         name = _get(entry, "img_id", str, "the name of an image")
         focus = _get(entry, "focus", str, "a text").strip()
-        turns = _get(entry, "dialogue", list, "a list of turns")
-        spoken = [(_get(turn, "from", str, "human or gpt"), _get(turn, "value", str, "a text")) for turn in turns]
-        if len(spoken) < 2 or [who for who, _ in spoken] != ["human", "gpt"] * (len(spoken) // 2):
-            raise DataError("its dialogue does not alternate between human and gpt, from human to gpt")
-        if not focus or not all(text.strip() for _, text in spoken):
-            raise DataError(f"its {'dialogue holds an empty turn' if focus else 'focus is empty'}")
+        if not focus:
+            raise DataError("its focus is empty")
+        *before, (query, answer) = _rounds(entry, "dialogue")
         places = [(i, m) for i, m in PRIST_FOLDERS if data._inside(root, i, name).is_file()]
         if not places:
             raise DataError(f"image {name} is in none of {', '.join(i for i, _ in PRIST_FOLDERS)}")
         image, size = find(_folder(root, places[0][0]), name)
         return Sample(
             id=id, dataset="prist", split=split, kind="image", frames=[image], frame_names=[IMAGE_STEM], size=size,
-            query=spoken[-2][1], dialogue=[{"role": PRIST_ROLES[who], "text": text} for who, text in spoken[:-2]],
-            target_ids=[focus], masks=masks(places[0][1], Path(name).stem, focus, size),
-            meta={"image": name, "focus": focus, "answer": spoken[-1][1]})
+            query=query, dialogue=_dialogue(before), target_ids=[focus],
+            masks=masks(places[0][1], Path(name).stem, focus, size),
+            meta={"image": name, "focus": focus, "answer": answer})
 
     def masks(folder: str, stem: str, focus: str, size: tuple[int, int]) -> MaskAt | None:
         path = data._inside(root, folder, f"{stem}.json")
@@ -601,18 +597,65 @@ def _prist(root: Path, split: str, decode: bool) -> list[Record]:
         draw_shapes(found, size)  # now, so that bad points refuse the record
         return lambda p: draw_shapes(found, size).astype(bool)
 
+    return _numbered(entries, "img_id", make)
+
+
+LLAVA_TABLES = {"train": "llava_instruct_150k.json"}
+LLAVA_FOLDERS = ("images", "train2017", "coco/train2017")
+
+
+def _llava(root: Path, split: str, decode: bool) -> list[Record]:
+    """A list of {id, image, conversations: [{from, value}]}, talk about images without a mask, which MIRAS mixes with
+    PRIST (DATA.md 1.4). The query is the last human turn, meta["answer"] what is answered; "<image>" is left out."""
+    entries, find = _table(root, _talk_tables(LLAVA_TABLES, root, split)[0].name, kind=list), _image_files(decode)
+
+    def make(entry: Any, id: str) -> Sample:
+        name = _get(entry, "image", str, "the name of an image")
+        *before, (query, answer) = _rounds(entry, "conversations")
+        place = next((folder for folder in LLAVA_FOLDERS if data._inside(root, folder, name).is_file()), None)
+        if place is None:
+            raise DataError(f"image {name} is in none of {', '.join(LLAVA_FOLDERS)}")
+        image, size = find(_folder(root, place), name)
+        return Sample(
+            id=id, dataset="llava", split=split, kind="image", frames=[image], frame_names=[IMAGE_STEM], size=size,
+            query=query, dialogue=_dialogue(before), meta={"image": name, "answer": answer})
+
+    return _numbered(entries, "id", make)
+
+
+def _rounds(entry: Any, key: str) -> list[tuple[str, str]]:
+    """(human, gpt) of every round of a conversation, one or more."""
+    turns = _get(entry, key, list, "a list of turns")
+    spoken = [(_get(turn, "from", str, "human or gpt"), _get(turn, "value", str, "a text")) for turn in turns]
+    if len(spoken) < 2 or [who for who, _ in spoken] != ["human", "gpt"] * (len(spoken) // 2):
+        raise DataError(f"its {key} does not alternate between human and gpt, from human to gpt")
+    texts = [text.replace("<image>", "").strip() for _, text in spoken]
+    if not all(texts):
+        raise DataError(f"its {key} holds an empty turn")
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def _dialogue(rounds: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "text": text} for pair in rounds for role, text in zip(("user", "assistant"), pair,
+                                                                                   strict=True)]
+
+
+def _numbered(entries: list, key: str, make: Callable[[Any, str], Sample]) -> list[Record]:
+    """Records whose ids are the entries' own with a running number: several speak of one image."""
     records: list[Record] = []
+    count: Counter = Counter()
     for entry in entries:
-        name = str(entry.get("img_id")) if isinstance(entry, dict) else "?"
+        name = str(entry.get(key)) if isinstance(entry, dict) else "?"
         id = f"{name}#{count[name]}"
         count[name] += 1
         records.append((id, functools.partial(make, entry, id)))
     return records
 
 
-def _prist_tables(root: Path, split: str) -> list[Path]:
-    names = [f"{split}.json", *([PRIST_TABLES[split]] if split in PRIST_TABLES else [])]
-    return [root / name for name in names if (root / name).is_file()][:1]
+def _talk_tables(names: dict[str, str], root: Path, split: str) -> list[Path]:
+    """{split}.json or, where a split has one, the file's released name."""
+    found = [f"{split}.json", *([names[split]] if split in names else [])]
+    return [root / name for name in found if (root / name).is_file()][:1]
 
 
 TRAIN2014 = ("train2014", "images/train2014", "images/mscoco/images/train2014")
@@ -861,7 +904,9 @@ DATASETS: dict[str, Dataset] = {
     "refcocoplus_unc": _refcoco_set("refcoco+", "unc", _UNC),
     "refcocog_google": _refcoco_set("refcocog", "google", ("train", "val")),
     "refcocog_umd": _refcoco_set("refcocog", "umd", ("train", "val", "test")),
-    "prist": Dataset(("train", "val", "test"), _prist_tables, _prist, "test.json"),
+    "prist": Dataset(("train", "val", "test"), functools.partial(_talk_tables, PRIST_TABLES), _prist, "test.json"),
+    "llava": Dataset(("train", "val", "test"), functools.partial(_talk_tables, LLAVA_TABLES), _llava,
+                     "llava_instruct_150k.json"),
     "r2sm": Dataset(("train", "val", "test"), _files("{split}_queries.json"), _r2sm, "test_queries.json"),
     "cocoa_cls": _amodal_set("cocoa_cls", {s: f"COCO_amodal_{s}2014_with_classes.json" for s in ("train", "val")},
                              {"train": "train2014", "val": "val2014"}),

@@ -1326,6 +1326,20 @@ def _write_prist(root: Path, split: str, count: int, seed: int, progress: bool) 
         _write_json(root / f"{split}.json", entries)
 
 
+def _write_llava(root: Path, split: str, count: int, seed: int, progress: bool) -> None:
+    """The conversations without the round that asks for a mask."""
+    entries = []
+    for scene in _scenes(split, count, seed, progress):
+        rounds, _ = conversation(scene, np.random.default_rng([seed, SPLITS.index(split), scene.index, 2]))
+        turns = [{"from": who, "value": text} for pair in rounds[:-1]
+                 for who, text in zip(("human", "gpt"), pair, strict=True)]
+        turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+        _write_picture(root / "images" / f"{scene.id}.jpg", render(scene, [QUERY_FRAME])[0])
+        entries.append({"id": scene.id, "image": f"{scene.id}.jpg", "conversations": turns})
+    if entries:
+        _write_json(root / f"{split}.json", entries)
+
+
 def _amodal_table(root: Path, images: str, split: str, count: int, seed: int, progress: bool, keys: tuple[str, str]
                   ) -> tuple[dict, list[dict]]:
     """Of every scene the frame with most hidden; COCO's table of it, and R2SM's records (DATA.md 2.2, 2.3, 6.5)."""
@@ -1386,7 +1400,8 @@ def _write_coco_amodal(names: dict[str, tuple[str, str]], keys: tuple[str, str],
 LAYOUTS: dict[str, Callable[..., None]] = {
     "ambi_rvos": _write_split, "ok_vos": _write_ok_vos, "mevis": _write_mevis, "revos": _write_revos,
     "ref_youtube_vos": _write_ref_youtube_vos, "ref_davis17": _write_ref_davis17, "long_rvos": _write_long_rvos,
-    "reason_seg": _write_reason_seg, "reason_vos": _write_reason_vos, "prist": _write_prist, "r2sm": _write_r2sm,
+    "reason_seg": _write_reason_seg, "reason_vos": _write_reason_vos, "prist": _write_prist,
+    "llava": _write_llava, "r2sm": _write_r2sm,
     "cocoa_cls": functools.partial(_write_coco_amodal, {
         "train": ("COCO_amodal_train2014_with_classes.json", "train2014"),
         "test": ("COCO_amodal_val2014_with_classes.json", "val2014")}, _AMODAL_KEYS),

@@ -611,6 +611,17 @@ def test_reading_records_needs_neither_tensorflow_nor_torch(prepared: Path) -> N
 # --- order ------------------------------------------------------------------------------------------------
 
 
+def test_what_a_link_leads_to_outside_is_not_even_hashed(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    secret, table = tmp_path / "secret", tmp_path / "in" / "table.json"
+    table.symlink_to(secret)
+    found = []
+    for content in "ab":
+        secret.write_text(content)
+        found.append(data._fingerprint("mevis", {}, tmp_path / "in", [table]))
+    assert found[0] == found[1]
+
+
 def test_mixed_takes_sets_at_their_rates() -> None:
     drawn = [place for step in range(60) for place in data.mixed(0, step, [30, 7, 5], [10, 2, 0], 16)]
     share = sum(k == 0 for k, _ in drawn) / len(drawn)

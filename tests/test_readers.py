@@ -182,7 +182,28 @@ def test_conversations_are_what_was_said_and_where_it_ends(world: Callable[[str]
     query = next(readers.read("r2sm", world("r2sm"), "test"))
     alone = data.conversation(query, [0])
     whole = data.ground_truth({0: query.truth(0)})["0"]
-    assert alone == data.Conversation([], query.query, 0, whole["bbox_2d"], whole["point_2d"])
+    assert alone == data.Conversation([], query.query, None, 0, whole["bbox_2d"], whole["point_2d"])
+
+
+def test_plain_talk_reads_as_it_was_made(world: Callable[[str], Path], tmp_path: Path) -> None:
+    samples = list(readers.read("llava", world("llava"), "test", strict=True, decode=True))
+    for i, (sample, scene) in enumerate(zip(samples, scenes("test").values(), strict=True)):
+        rounds, _ = synthetic.conversation(scene, np.random.default_rng([SEED, 1, i, 2]))
+        about = data.conversation(sample, [0])
+        assert [*about.rounds, (about.query, about.answer)] == rounds[:-1] and about.frame is None
+        assert sample.masks is None and sample.id == f"{scene.id}#0" and sample.size == (128, 128)
+    picture(tmp_path / "train2017" / "1.jpg")
+    talk = [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "A cup."}]
+    entry = {"id": "1", "image": "1.jpg", "conversations": talk}
+    write_json(tmp_path / "llava_instruct_150k.json", [
+        entry, entry, entry | {"conversations": talk[:1]}, entry | {"image": "2.jpg"}, entry | {"image": "../1.jpg"},
+        entry | {"conversations": [talk[0] | {"value": "<image>"}, talk[1]]}, 3])
+    samples, refused = read("llava", tmp_path, "train")
+    assert [(s.id, s.query, s.dialogue, s.meta["answer"]) for s in samples] == [
+        (f"1#{i}", "What is it?", [], "A cup.") for i in range(2)]
+    for (_, reason), part in zip(refused, ("alternate", "2.jpg is in none of", "leaves the dataset", "an empty turn",
+                                           "its image is None"), strict=True):
+        assert part in reason
 
 
 @pytest.mark.parametrize(("name", "split"), [("r2sm", "train"), ("r2sm", "test"), ("cocoa_cls", "train"),
