@@ -116,9 +116,13 @@ def parse(text: str) -> Said:
             values.setdefault("motion", _TOWARDS[word])
         elif word == "still" and before and _STAYS.fullmatch(before[-1]):
             values.setdefault("motion", "still")
-        elif word in _SAYS and (_SAYS[word][0] in ("position", "motion") or start <= i < start + len(phrase)):
-            # Colours and sizes count in the noun's own phrase only: "the dog with the red ball" is not red.
-            values.setdefault(*_SAYS[word])
+        elif word in _SAYS:
+            # Colours and sizes count in the noun's own phrase only: "the dog with the red ball" is not red; places
+            # also as "on the left", not as "on the back of".
+            own = start <= i < start + len(phrase) or _SAYS[word][0] == "motion"
+            place = _SAYS[word][0] == "position" and before[-2:] in (["on", "the"], ["in", "the"], ["at", "the"])
+            if own or (place and words[i + 1:i + 2] != ["of"]):
+                values.setdefault(*_SAYS[word])
     return Said(noun, values)
 
 

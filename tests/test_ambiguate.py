@@ -17,6 +17,8 @@ SEED, COUNTS = 3, {"train": 4, "test": 2}
     ("segment the visible part of the cross", "cross", {}),
     ("two dogs walking to the left", "dog", {"motion": "leftward"}),
     ("dog on the left", "dog", {"position": "left"}),
+    ("the man on the back of a horse", "man", {}),
+    ("dog standing in front of the right car", "dog", {}),
     ("The left dog turns right", "dog", {"position": "left", "motion": "rightward"}),
     ("white dog with a red ball", "dog", {"color": "white"}),
     ("the elephant not moving", "elephant", {"motion": "still"}),
