@@ -681,7 +681,7 @@ def test_commands_from_nothing_to_a_picture(tmp_path: Path, capsys: pytest.Captu
 
 
 BAD_COMMANDS = {
-    "": "no command; use one of generate, prepare, preview, stats",
+    "": "no command; use one of generate, prepare, ambiguate, preview, stats",
     "generte out=x": "did you mean 'generate'",
     "generate out=x train=2": "generate needs test=",
     "generate out=x train=two test=1": "train=two is no whole number",
