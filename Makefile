@@ -36,7 +36,7 @@ $(READY): pyproject.toml
 	$(PIP) install --upgrade pip setuptools wheel
 	$(PIP) install $(TORCH) $(TORCHVISION)
 	SAM2_BUILD_CUDA=0 $(PIP) install --no-build-isolation sam2
-	$(PIP) install --no-build-isolation -e '.[sam2,test]'
+	$(PIP) install --no-build-isolation -e '.[sam2,test,bench]'
 	@# libtpu lies beside site-packages, so that only dryrun finds it (DESIGN.md 8); the version is the one jax names.
 	@test -d $(VENV)/libtpu/libtpu || $(PIP) install --no-deps --target $(VENV)/libtpu "$$($(BIN)/python -c \
 	  'from importlib.metadata import requires; print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')" || \

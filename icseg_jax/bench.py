@@ -3,6 +3,9 @@
 `python -m icseg_jax.bench advantages [CONFIG] [key=value ...]`
     From scores to token advantages (all three levels), per token, against a real update of the same config; and that
     arithmetic at 512 prompts x 16 rollouts x 8192 tokens. CONFIG defaults to experiments/embedded.yaml.
+`python -m icseg_jax.bench metrics`
+    J and F of frames of 480x854 pixels against the formula of davis2017-evaluation on OpenCV and scikit-image (`pip
+    install 'icseg-jax[bench]'`): CPU seconds of either on one thread, the least of interleaved calls, and their ratio.
 `python -m icseg_jax.bench perception [CONFIG] policy.path=DIR [key=value ...]`
     What a warm-started policy sees in 60 scenes that it was not trained on: words and boxes of demonstrations, each
     token predicted after the true ones. CONFIG defaults to experiments/embedded_warmstart_7.yaml.
@@ -30,11 +33,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from scipy import ndimage
 
-from icseg_jax import data, simulator, synthetic, train, weights
+from icseg_jax import data, metrics, simulator, synthetic, train, weights
 
 USAGE = __doc__
 LARGE = (512, 16, 8192)  # prompts, rollouts, tokens
+SPEED_FRAME = (480, 854)  # pixels of a frame of DAVIS and YouTube-VOS
 
 
 def seconds(call: Callable[[], Any], repeats: int = 5) -> float:
@@ -46,6 +51,59 @@ def seconds(call: Callable[[], Any], repeats: int = 5) -> float:
         jax.block_until_ready(call())
         spent.append(time.perf_counter() - start)
     return statistics.median(spent)
+
+
+def metrics_speed(repeats: int = 25) -> dict[str, Any]:
+    """J and F of a frame, ours and the reference's, of an object, of a large one and of one in many parts."""
+    try:
+        import cv2
+        from skimage.morphology import disk
+    except ImportError as error:
+        raise train.ConfigError(f"metrics: {error.name} is missing; pip install 'icseg-jax[bench]'") from None
+
+    def edges(mask: np.ndarray) -> np.ndarray:
+        """DATA.md 4.1: pixels unlike their right, lower or lower right neighbour, inside the frame."""
+        padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+        right, below, across = padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
+        return (mask ^ right) | (mask ^ below) | (mask ^ across)
+
+    def reference(pred: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+        j = np.sum(pred & truth) / np.sum(pred | truth)
+        radius = np.ceil(0.008 * np.linalg.norm(pred.shape))
+        near, maps = disk(radius).astype(np.uint8), [edges(pred), edges(truth)]
+        wide = [cv2.dilate(edge.astype(np.uint8), near) for edge in maps]
+        precision, recall = (np.sum(maps[i] * wide[1 - i]) / np.sum(maps[i]) for i in range(2))
+        return float(j), float(2 * precision * recall / (precision + recall))
+
+    def ours(pred: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+        return float(metrics.jaccard(pred, truth)), float(metrics.boundary_f(pred, truth))
+
+    rng, (height, width) = np.random.default_rng(0), SPEED_FRAME
+    y, x = np.mgrid[:height, :width]
+    smooth = ndimage.gaussian_filter(rng.normal(size=SPEED_FRAME), 12)
+    wave = 1 + 8 * smooth  # so that outlines are not smooth
+    kinds = {
+        "object": np.hypot((y - 230) / 110, (x - 400) / 90) < wave,
+        "large": np.hypot((y - 240) / 230, (x - 430) / 400) < wave,
+        "parts": smooth > 0.6 * smooth.std(),
+    }
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    out: dict[str, Any] = {"frame": [height, width], "opencv": cv2.__version__}
+    for kind, truth in kinds.items():
+        pred = np.roll(truth, (3, 5), (0, 1)) & (ndimage.gaussian_filter(rng.normal(size=SPEED_FRAME), 6) < 0.1)
+        if not np.allclose(ours(pred, truth), reference(pred, truth), atol=1e-12):
+            raise AssertionError(f"metrics: {ours(pred, truth)} is not the reference's {reference(pred, truth)}")
+        spent: dict[str, list[float]] = {"ours": [], "reference": []}
+        for _ in range(repeats):
+            for name, call in (("ours", ours), ("reference", reference)):
+                start = time.process_time()
+                call(pred, truth)
+                spent[name].append(time.process_time() - start)
+        ms = {name: round(1000 * min(times), 3) for name, times in spent.items()}
+        out[kind] = {"area": round(float(truth.mean()), 3), "ms": ms, "ratio": round(ms["reference"] / ms["ours"], 2)}
+    cv2.setNumThreads(threads)
+    return out | {"least_ratio": min(out[kind]["ratio"] for kind in kinds)}
 
 
 def random_scores(p: int, n: int, questions: int, seed: int = 0) -> train.Scores:
@@ -298,6 +356,7 @@ def teacher_forced(config: train.Config) -> tuple[Callable, train.SceneTeacher, 
 MEASUREMENTS = {
     "advantages": (advantages, "experiments/embedded.yaml"),
     "lists": (lists, "experiments/embedded.yaml"),
+    "metrics": (metrics_speed, None),  # of no config
     "perception": (perception, "experiments/embedded_warmstart_7.yaml"),
     "reading": (reading, "experiments/embedded_warmstart_7.yaml"),
 }
@@ -314,6 +373,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in MEASUREMENTS:
             raise train.ConfigError(f"unknown measurement {name!r}; known: {', '.join(MEASUREMENTS)}")
         measure, default = MEASUREMENTS[name]
+        if default is None:
+            if rest:
+                raise train.ConfigError(f"{name} takes no config and no key=value, not {' '.join(rest)}")
+            print(json.dumps(measure(), indent=1))
+            return 0
         configs = [a for a in rest if "=" not in a]
         config = train.load_config((configs or [default])[0], [a for a in rest if "=" in a])
         print(json.dumps(measure(config), indent=1))

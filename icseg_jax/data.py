@@ -1,10 +1,11 @@
-"""Datasets: the in-memory `Sample`, the readers, the prepared records, frame sampling and resizing.
+"""Datasets: the in-memory `Sample`, Ambi-RVOS's reader, the prepared records, frame sampling and resizing.
 
-    Ambi-RVOS folder --read_ambi_rvos--> Sample --prepare--> array_record files --load_prepared--> Sample
+    dataset's folder --readers.read--> Sample --prepare--> array_record files --load_prepared--> Sample
 
-`python -m icseg_jax.data --help` lists the commands. Pure numpy and Pillow; pyarrow and tensorflow-datasets
-(which never needs TensorFlow here) are imported only where they are used. Sources: METHOD.md 1 and 6 (what
-the authors' preprocessing does), DATA.md 3, 5 and 7 (layout, what tensorflow-datasets can do, the record).
+The layouts of all other datasets are in readers.py. `python -m icseg_jax.data --help` lists the commands.
+Pure numpy and Pillow; pyarrow and tensorflow-datasets (which never needs TensorFlow here) are imported only
+where they are used. Sources: METHOD.md 1 and 6 (what the authors' preprocessing does), DATA.md 3, 5 and 7
+(layout, what tensorflow-datasets can do, the record).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import os
 import re
 import shutil
 import sys
+import tempfile
+import textwrap
 import warnings
 import zlib
 from collections import Counter
@@ -109,12 +112,13 @@ class Sample:
 def frame_id(stem: str) -> int:
     """The integer after the last underscore of a file stem: 00012 and clip_00012 are both 12 (METHOD.md 1.1).
 
-    Not `int(stem)`: Python reads "1_2" as 12. Raises DataError when no number stands there.
+    Not `int(stem)`: Python reads "1_2" as 12. A word may stand before the number, as in TAO's frame0391, which
+    ReVOS took over; upstream fails on those. Raises DataError when no number stands there.
     """
-    digits = stem.rsplit("_", 1)[-1]
-    if not re.fullmatch(r"[0-9]{1,18}", digits):
+    found = re.fullmatch(r"(?:[A-Za-z]+-?)?([0-9]{1,18})", stem.rsplit("_", 1)[-1])
+    if not found:
         raise DataError(f"frame name {stem!r} does not end in a number; names like 00012 or clip_00012 work")
-    return int(digits)
+    return int(found[1])
 
 
 def sample_frames(n_total: int, n: int, *, anchor: int | None = None) -> list[int]:
@@ -261,6 +265,48 @@ def _decode_mask(path: Path) -> Bool[np.ndarray, "h w"]:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Records, which may be bad
+# ---------------------------------------------------------------------------------------------------------
+
+Record = tuple[str, Callable[[], Sample]]  # its id, and what opens it or says in a DataError why it cannot
+
+
+def open_records(records: Iterable[Record], where: str, strict: bool, refused: list[tuple[str, str]] | None,
+                 skip: int = 0) -> Iterator[Sample]:
+    """The samples of the records that are as they should be, opened one by one.
+
+    The others are left out: (id, reason), a line each, is appended to `refused`, or a warning says so when no list
+    is given; `strict` raises DataError instead. `where` is the table they stand in; the first `skip` records were
+    opened before, and only their ids are looked at.
+    """
+    seen: set[str] = set()
+    for number, (id, make) in enumerate(records):
+        try:
+            if number < skip:
+                seen.add(id)
+                continue
+            if id in seen:
+                raise DataError("its id belongs to an earlier record")
+            seen.add(id)
+            sample = make()
+        except (ValueError, OSError) as error:
+            id, reason = _one_line(id), _one_line(str(error))[:500]
+            if strict:
+                raise DataError(f"record {id} of {where}: {reason}") from None
+            if refused is None:
+                warnings.warn(f"record {id} of {where} is left out: {reason}", stacklevel=2)
+            else:
+                refused.append((id, reason))
+            continue
+        yield sample
+
+
+def _one_line(text: str) -> str:
+    """Names come from files: a line break, or half a letter that cannot be printed, shows as its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Ambi-RVOS on disk (METHOD.md 6, DATA.md 3.1 and 3.2)
 # ---------------------------------------------------------------------------------------------------------
 
@@ -269,7 +315,7 @@ AMBI_COLUMNS = ("question", "images", "ability", "video", "oid")
 
 def read_ambi_rvos(root: str | Path, split: str, *, strict: bool = False, decode: bool = False,
                    refused: list[tuple[str, str]] | None = None) -> Iterator[Sample]:
-    """The records of `root`/{split}.parquet over `root`/RVOS_{Split}/, in the order of the file.
+    """The records of `root`/{split}.parquet over `root`/RVOS_{Split}/ (or `root`/{split}/), in the order of the file.
 
     A record that is not as METHOD.md 6 says (missing frame, mask of another size, a path that leaves the
     folder ...) is left out: (id, reason) is appended to `refused`, or a warning says so when no list is
@@ -280,44 +326,42 @@ def read_ambi_rvos(root: str | Path, split: str, *, strict: bool = False, decode
 
     Raises DataError at once when the folder or the parquet file is not there or lacks a column.
     """
+    records = _ambi_records("ambi_rvos", Path(root), split, decode)
+    return open_records(records, f"{Path(root) / split}.parquet", strict, refused)
+
+
+def _ambi_records(dataset: str, root: Path, split: str, decode: bool) -> Iterator[Record]:
+    """The records of Ambi-RVOS or of OK-VOS, which has the same layout under {split}/ (DATA.md 4.2)."""
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}; use one of {', '.join(SPLITS)}")
-    root = Path(root)
-    table = root / f"{split}.parquet"
-    folder = root / f"RVOS_{split.capitalize()}"
     if not root.is_dir():
         raise DataError(f"no dataset folder {root}")
-    if not (folder / "JPEGImages").is_dir():
-        raise DataError(f"{root} is no Ambi-RVOS folder: {folder.name}/JPEGImages is missing")
-    rows = _parquet_rows(table, AMBI_COLUMNS)
-    return _ambi_samples(rows, folder.resolve(), split, strict, decode, refused)
-
-
-def _ambi_samples(rows: Iterator[dict], folder: Path, split: str, strict: bool, decode: bool,
-                  refused: list[tuple[str, str]] | None) -> Iterator[Sample]:
+    names = (f"RVOS_{split.capitalize()}", split)
+    name = next((name for name in names if (root / name / "JPEGImages").is_dir()), None)
+    if name is None:
+        wanted = names[dataset == "ok_vos"]
+        raise DataError(f"{root} is no {dataset} folder: {wanted}/JPEGImages is missing")
+    root = root.resolve()
+    rows = _parquet_rows(_inside(root, f"{split}.parquet"), AMBI_COLUMNS)
+    folder = _inside(root, name).resolve()  # a link within the dataset is followed
     # Several queries share one video; its frames are looked at once.
-    frames_of = functools.lru_cache(maxsize=64)(functools.partial(_ambi_frames, folder, decode))
-    seen: set[str] = set()
-    for index, row in enumerate(rows):
-        id = str(index if row.get("id") is None else row["id"])
-        try:
-            if id in seen:
-                raise DataError("its id belongs to an earlier record")
-            seen.add(id)
-            sample = _ambi_sample(row, id, folder, split, decode, frames_of)
-        except (DataError, OSError) as error:
-            if strict:
-                raise DataError(f"record {id} of {folder.parent / split}.parquet: {error}") from None
-            if refused is None:
-                warnings.warn(f"record {id} of {folder.parent / split}.parquet is left out: {error}",
-                              stacklevel=3)
-            else:
-                refused.append((id, str(error)))
-            continue
-        yield sample
+    frames_of = functools.lru_cache(maxsize=64)(functools.partial(_video_frames, folder, decode))
+
+    def records() -> Iterator[Record]:
+        for index, row in enumerate(rows):
+            id = str(index if row.get("id") is None else row["id"])
+            yield id, functools.partial(_ambi_sample, dataset, row, id, folder, split, decode, frames_of)
+
+    return records()
 
 
-def _ambi_sample(row: dict, id: str, folder: Path, split: str, decode: bool, frames_of: Callable) -> Sample:
+def _ambi_tables(root: Path, split: str) -> list[Path]:
+    table = _inside(root.resolve(), f"{split}.parquet")
+    return [table] if table.is_file() and _parquet(table).metadata.num_rows else []
+
+
+def _ambi_sample(dataset: str, row: dict, id: str, folder: Path, split: str, decode: bool, frames_of: Callable
+                 ) -> Sample:
     video, query, ability = (_text(row, key) for key in ("video", "question", "ability"))
     stems = row["images"]
     if not isinstance(stems, list) or not stems or not all(isinstance(s, str) for s in stems):
@@ -340,9 +384,7 @@ def _ambi_sample(row: dict, id: str, folder: Path, split: str, decode: bool, fra
             amodal_masks = _mask_reader(folder, ("AmodalAnnotations", video, oid), stems, size, decode)
         elif mask_type == "amodal":
             raise DataError(f"it asks for complete masks, but AmodalAnnotations/{video}/{oid} is missing")
-        # A mask folder may be called 007, the description of it is 7.json.
-        number = str(int(oid)) if re.fullmatch("[0-9]{1,18}", oid) else oid
-        privileged["target_path"] = _inside(folder, "description_oid", video, f"{number}.json")
+        privileged["target_path"] = _inside(folder, "description_oid", video, f"{object_number(oid)}.json")
         privileged["visual_paths"] = [_inside(folder, "Visualization", video, oid, f"{s}.jpg") for s in stems]
     if row.get("aid") is not None:
         privileged["all_target_path"] = _inside(folder, "description_id", f"{row['aid']}.json")
@@ -351,7 +393,7 @@ def _ambi_sample(row: dict, id: str, folder: Path, split: str, decode: bool, fra
         privileged["scene_graph"] = _json_object(graph)
 
     return Sample(
-        id=id, dataset="ambi_rvos", split=split, kind="video" if len(stems) > 1 else "image",
+        id=id, dataset=dataset, split=split, kind="video" if len(stems) > 1 else "image",
         frames=list(frames), frame_names=list(stems), size=size, query=query, ability=ability,
         target_ids=[] if oid is None else [oid], masks=masks, amodal_masks=amodal_masks, mask_type=mask_type,
         initial_count=_count(row, "initial_count"), max_count=_count(row, "max_count"), privileged=privileged,
@@ -359,7 +401,7 @@ def _ambi_sample(row: dict, id: str, folder: Path, split: str, decode: bool, fra
     )
 
 
-def _ambi_frames(folder: Path, decode: bool, video: str, stems: tuple[str, ...]
+def _video_frames(folder: Path, decode: bool, video: str, stems: tuple[str, ...]
                  ) -> tuple[tuple[Path, ...], tuple[int, int]]:
     """The files of a video's frames and their common (H, W)."""
     numbers = [frame_id(stem) for stem in stems]
@@ -454,6 +496,23 @@ def _parquet_rows(path: Path, required: Sequence[str]) -> Iterator[dict]:
     return rows()
 
 
+@contextlib.contextmanager
+def whole_folder(out: Path, command: str) -> Iterator[Path]:
+    """An empty folder that becomes `out` when the block ends well, and is removed when it does not. DataError, in the
+    name of the command, when `out` holds something already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{command}: {out} exists already; remove it or choose another out=DIR")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        building.chmod(0o755)
+        yield building
+        os.replace(building, out)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
 def _text(row: dict, key: str) -> str:
     if not isinstance(row[key], str) or not row[key].strip():
         raise DataError(f"its {key} is {row[key]!r}, not a text")
@@ -465,6 +524,11 @@ def _oid(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | str) or str(value) == "":
         raise DataError(f"its oid is {value!r}, not the number or name of an object")
     return str(value)
+
+
+def object_number(oid: str) -> str:
+    """What the description of an object is called: its mask folder may be 007, the description of it is 7.json."""
+    return str(int(oid)) if re.fullmatch("[0-9]{1,18}", oid) else oid
 
 
 def _count(row: dict, key: str) -> int:
@@ -490,8 +554,10 @@ def _json_object(path: Path) -> dict:
 # Prepared records: array_record files written and read by tensorflow-datasets, without TensorFlow (DATA.md 5)
 # ---------------------------------------------------------------------------------------------------------
 
-READERS: dict[str, Callable[..., Iterator[Sample]]] = {"ambi_rvos": read_ambi_rvos}
 RECORD_VERSION = "1.0.0"  # raise it when the features or their meaning change
+IGNORED = 255  # in a record's masks: pixels that no metric counts
+SHARD_BYTES = 128 * 2**20  # of one file, and so what a prepare that was killed has to do again
+PROGRESS = "progress.json"  # of a prepare that is under way: which tables, and what is written of each split
 MARKER = "prepared.json"  # written last: what we made, from what, and the size of every file
 
 
@@ -509,7 +575,7 @@ def _features(*, encoded: bool = False) -> Any:
         "id": f.Text(), "video": f.Text(), "query": f.Text(), "ability": f.Text(),
         "frame_names": f.Sequence(f.Text()),
         "frames": frames,  # the files' own bytes: nothing is compressed twice
-        "masks": masks,  # [T, H, W] of 0 and 1; [0, H, W] when the dataset hides them
+        "masks": masks,  # [T, H, W] of 0, 1 and IGNORED; [0, H, W] when the dataset hides them
         "amodal_masks": masks,
         "boxes": f.Sequence(f.Tensor(shape=(4,), dtype=np.int32)),  # 0..1000; zeros where it is not visible
         "points": f.Sequence(f.Tensor(shape=(2,), dtype=np.int32)),
@@ -524,8 +590,11 @@ def _to_record(sample: Sample) -> dict:
     for key, masks in (("masks", sample.masks), ("amodal_masks", sample.amodal_masks)):
         stacks[key] = (np.zeros((0, *sample.size), dtype=np.uint8) if masks is None
                        else np.stack([masks(p) for p in positions]).astype(np.uint8))
+    if sample.ignore is not None:
+        for p, mask in enumerate(stacks["masks"]):
+            mask[sample.ignore(p)] = IGNORED
     wanted = stacks["amodal_masks" if sample.mask_type == "amodal" else "masks"]
-    truth = ground_truth({p: mask.astype(bool) for p, mask in enumerate(wanted)})
+    truth = ground_truth({p: mask == 1 for p, mask in enumerate(wanted)})
     absent = {"bbox_2d": [0] * 4, "point_2d": [0] * 2}
     places = [truth.get(str(p), absent) for p in positions]
     return {
@@ -538,7 +607,7 @@ def _to_record(sample: Sample) -> dict:
         "initial_count": sample.initial_count, "max_count": sample.max_count,
         "meta": json.dumps({
             "dataset": sample.dataset, "kind": sample.kind, "size": sample.size, "dialogue": sample.dialogue,
-            "target_ids": sample.target_ids, "mask_type": sample.mask_type,
+            "target_ids": sample.target_ids, "mask_type": sample.mask_type, "ignore": sample.ignore is not None,
             "scene_graph": (sample.privileged or {}).get("scene_graph"), "meta": sample.meta,
         }),
     }
@@ -546,21 +615,21 @@ def _to_record(sample: Sample) -> dict:
 
 def _from_record(record: dict, split: str) -> Sample:
     about = json.loads(record["meta"])
-    graph = about["scene_graph"]
+    graph, masks = about["scene_graph"], _unpacked(record["masks"])
     return Sample(
         id=record["id"].decode(), dataset=about["dataset"], split=split, kind=about["kind"],
         frames=list(record["frames"]), frame_names=[name.decode() for name in record["frame_names"]],
         size=tuple(about["size"]), query=record["query"].decode(), dialogue=about["dialogue"],
         ability=record["ability"].decode() or None, target_ids=about["target_ids"],
-        masks=_unpacked(record["masks"]), amodal_masks=_unpacked(record["amodal_masks"]),
-        mask_type=about["mask_type"], initial_count=int(record["initial_count"]),
-        max_count=int(record["max_count"]), privileged=None if graph is None else {"scene_graph": graph},
-        meta=about["meta"],
+        masks=_equal(masks, 1), amodal_masks=_equal(_unpacked(record["amodal_masks"]), 1),
+        mask_type=about["mask_type"], ignore=_equal(masks, IGNORED) if about.get("ignore") else None,
+        initial_count=int(record["initial_count"]), max_count=int(record["max_count"]),
+        privileged=None if graph is None else {"scene_graph": graph}, meta=about["meta"],
     )
 
 
 def _unpacked(encoded: dict) -> Callable[[int], np.ndarray] | None:
-    """position -> mask of a compressed stack, unpacked when the first one is asked for."""
+    """position -> values [H, W] of a compressed stack, unpacked when the first one is asked for."""
     shape = tuple(int(n) for n in encoded["shape"])
     if shape[0] == 0:
         return None
@@ -568,32 +637,35 @@ def _unpacked(encoded: dict) -> Callable[[int], np.ndarray] | None:
     @functools.cache
     def stack() -> np.ndarray:
         try:
-            return np.frombuffer(zlib.decompress(encoded["value"]), dtype=np.uint8).reshape(shape).astype(bool)
+            return np.frombuffer(zlib.decompress(encoded["value"]), dtype=np.uint8).reshape(shape)
         except (zlib.error, ValueError) as error:
             raise DataError(f"masks of a prepared record are damaged ({error}); prepare the dataset again") from None
 
     return lambda position: stack()[position]
 
 
-def prepare(name: str, source: str | Path, out: str | Path, *, progress: bool = True) -> dict:
-    """Writes the dataset `name` found in the folder `source` as array_record files into the folder `out`.
+def _equal(values: Callable[[int], np.ndarray] | None, value: int) -> Callable[[int], np.ndarray] | None:
+    return None if values is None else lambda position: values(position) == value
 
-    Every frame and mask is decoded once; bad records are left out and reported. What has been prepared from
-    the same tables is reused, what is damaged or half-written is made again; nothing appears under `out`
-    before all of it is there. Returns {"reused": bool, "splits": {split: {"examples": int, "refused": [[id,
-    reason], ...]}}, ...}.
+
+def prepare(name: str, source: str | Path, out: str | Path, *, progress: bool = True, strict: bool = False,
+            **keys: str) -> dict:
+    """Writes the dataset `name` (readers.DATASETS) found in the folder `source` as array_record files into `out`.
+
+    Every frame and mask is decoded once; bad records are left out and reported, with `strict` the first one stops
+    it. What has been prepared from the same tables is reused, a prepare of them that was killed goes on where it
+    stopped, what is damaged is made again; nothing appears under `out` before all of it is there. `keys`: see
+    `readers.read`. Returns {"reused": bool, "splits": {split: {"examples": int, "refused": [[id, reason], ...]}}, ...}.
 
     Raises DataError for an unknown name, a source that is no such dataset, no usable record, or an `out`
     that holds anything else.
     """
-    if name not in READERS:
-        raise DataError(f"unknown dataset {name!r}{_closest(name, READERS)}; use one of {', '.join(READERS)}")
+    from icseg_jax import readers  # here, since the readers make this module's samples
+
+    known = readers.dataset(name)
     source, out = Path(source).absolute(), Path(out).absolute()
-    tables = [path for split in SPLITS if (path := source / f"{split}.parquet").is_file()]
-    totals = {path.stem: n for path in tables if (n := _parquet(path).metadata.num_rows)}
-    if not totals:
-        raise DataError(f"no {' or '.join(f'{s}.parquet' for s in SPLITS)} with a record in {source}")
-    fingerprint = _fingerprint(name, tables)
+    splits = readers.splits_of(name, source)
+    fingerprint = _fingerprint(name, keys, source, [path for split in splits for path in known.tables(source, split)])
     if out.exists():
         made = None
         with contextlib.suppress(DataError):
@@ -606,63 +678,129 @@ def prepare(name: str, source: str | Path, out: str | Path, *, progress: bool = 
         _refuse_foreign(out)
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(out)
-    partial = out.with_name(f".{out.name}.partial.{os.getpid()}")
+    partial = _begin(out, fingerprint)
     try:
-        written = _write_records(name, source, totals, partial, progress)
+        written = _write_records(name, source, splits, partial, progress, strict, keys)
         folder = partial / name / RECORD_VERSION
-        made = {"name": name, "source": str(source), "fingerprint": fingerprint, "splits": written,
+        made = {"name": name, "source": str(source), "keys": keys, "fingerprint": fingerprint, "splits": written,
                 "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())}}
         (folder / MARKER).write_text(json.dumps(made, indent=1))
         if out.exists():
             shutil.rmtree(out)
         os.replace(folder, out)
-    finally:
+    except KeyboardInterrupt:
+        raise  # the next prepare goes on with it
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(partial, ignore_errors=True)
     return made | {"reused": False}
 
 
-def _write_records(name: str, source: Path, totals: dict[str, int], folder: Path, progress: bool) -> dict:
+def _begin(out: Path, fingerprint: str) -> Path:
+    """A folder beside `out` to write into: what a killed prepare of the same tables left, or a new one. What killed
+    prepares of other tables left is removed."""
+    mine = out.with_name(f".{out.name}.partial.{os.getpid()}")
+    for path in sorted(out.parent.glob(f".{out.name}.partial.*")):
+        pid = path.name.rsplit(".", 1)[-1]
+        if not pid.isdigit() or (path != mine and Path(f"/proc/{pid}").exists()):
+            continue
+        begun = None
+        with contextlib.suppress(DataError):
+            begun = _json_object(path / PROGRESS).get("fingerprint")
+        if begun == fingerprint and path != mine and not mine.exists():
+            with contextlib.suppress(OSError):  # another prepare was quicker to take it
+                os.rename(path, mine)
+        elif begun != fingerprint or path != mine:
+            shutil.rmtree(path, ignore_errors=True)
+    if not mine.exists():
+        mine.mkdir()
+        _save(mine / PROGRESS, {"fingerprint": fingerprint, "splits": {}})
+    return mine
+
+
+def _save(path: Path, content: dict) -> None:
+    """All of it or nothing."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(content))
+    os.replace(new, path)
+
+
+def _write_records(name: str, source: Path, splits: Sequence[str], partial: Path, progress: bool, strict: bool,
+                   keys: dict[str, str]) -> dict:
+    """The records of all splits into partial/name/version, and what tensorflow-datasets wants to know of them."""
     import tensorflow_datasets as tfds
 
-    refused: dict[str, list[tuple[str, str]]] = {split: [] for split in totals}
-
-    def examples(split: str) -> Iterator[tuple[int, dict]]:
-        samples = READERS[name](source, split, decode=True, refused=refused[split])
-        n = 0
-        quiet = None if progress else True  # None: quiet where nobody watches
-        for sample in tqdm(samples, f"prepare {split}", totals[split], unit=" samples", disable=quiet):
-            yield n, _to_record(sample)
-            n += 1
-        if n == 0:
-            raise DataError(f"{source}/{split}.parquet has no usable record; the first is refused because "
-                            f"{refused[split][0][1]}")
-
-    class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version(RECORD_VERSION)
-
-        def _info(self) -> Any:
-            return tfds.core.DatasetInfo(builder=self, features=_features(), disable_shuffling=True)
-
-        def _split_generators(self, dl_manager: Any) -> dict:
-            return {split: self._generate_examples(split) for split in refused}
-
-        def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
-            return examples(split)
-
-    Records.name = name
-    tfds.disable_progress_bar()  # its bars and its banner would hide ours
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder = Records(data_dir=str(folder))
-        builder.download_and_prepare(file_format="array_record", download_dir=str(folder / "downloads"))
-    return {split: {"examples": builder.info.splits[split].num_examples, "refused": refused[split]}
-            for split in refused}
+    folder = partial / name / RECORD_VERSION
+    folder.mkdir(parents=True, exist_ok=True)
+    state = _json_object(partial / PROGRESS)
+    infos = []
+    for split in splits:
+        about = state["splits"].setdefault(split, {"taken": 0, "shards": [], "bytes": 0, "refused": [], "done": False})
+        if not about["done"]:
+            _write_split(name, source, split, folder, about, functools.partial(_save, partial / PROGRESS, state),
+                         progress, strict, keys)
+        shards = about["shards"]
+        for i in range(len(shards)):
+            path = folder / f"{name}-{split}.array_record-{i:05d}"
+            if path.exists():  # it is not when the renaming was interrupted
+                os.replace(path, f"{path}-of-{len(shards):05d}")
+        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=shards, num_bytes=about["bytes"]))
+    tfds.folder_dataset.write_metadata(data_dir=folder, features=_features(), split_infos=infos,
+                                       version=RECORD_VERSION, check_data=False)
+    return {split: {"examples": sum(about["shards"]), "refused": about["refused"]}
+            for split, about in state["splits"].items()}
 
 
-def _fingerprint(name: str, tables: Iterable[Path]) -> str:
-    digest = hashlib.sha256(f"{name} {RECORD_VERSION}".encode())
+def _write_split(name: str, source: Path, split: str, folder: Path, about: dict, save: Callable[[], None],
+                 progress: bool, strict: bool, keys: dict[str, str]) -> None:
+    """`about` says how far it is: records taken from the table, samples per finished file, bytes, refusals."""
+    from array_record.python import array_record_module
+
+    from icseg_jax import readers
+
+    records = readers.records(name, source, split, decode=True, **keys)
+    total = (len(records) if isinstance(records, list)
+             else sum(_parquet(path).metadata.num_rows for path in _ambi_tables(source, split)))
+    quiet = None if progress else True  # None: quiet where nobody watches
+    taken, refused, features = 0, [tuple(pair) for pair in about["refused"]], _features()
+
+    def counted() -> Iterator[Record]:
+        nonlocal taken
+        for record in tqdm(records, f"prepare {split}", total, unit=" records", disable=quiet):
+            taken += 1
+            yield record
+
+    samples = open_records(counted(), f"{split} of {source}", strict, refused, skip=about["taken"])
+    more = True
+    while more:
+        path, n, size = folder / f"{name}-{split}.array_record-{len(about['shards']):05d}", 0, 0
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+        while size < SHARD_BYTES and (sample := next(samples, None)) is not None:
+            example = features.serialize_example(_to_record(sample))
+            writer.write(example)
+            n, size = n + 1, size + len(example)
+        writer.close()
+        more = size >= SHARD_BYTES
+        if n:
+            about["shards"].append(n)
+        else:
+            path.unlink()
+        about.update(taken=taken, bytes=about["bytes"] + size, refused=list(refused), done=not more)
+        if about["done"] and not about["shards"]:
+            why = f"the first is refused because {refused[0][1]}" if refused else "it is empty"
+            raise DataError(f"{split} of {source} has no usable record; {why}")
+        save()
+
+
+def _fingerprint(name: str, keys: dict[str, str], source: Path, tables: Iterable[Path]) -> str:
+    about = " ".join([name, RECORD_VERSION, *(f"{key}={value}" for key, value in sorted(keys.items()))])
+    digest = hashlib.sha256(about.encode())
     for table in tables:
-        digest.update(hashlib.sha256(table.read_bytes()).digest())
+        if not Path(os.path.realpath(table)).is_relative_to(source.resolve()):
+            continue  # a link out of the folder, which the reader refuses
+        with table.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -673,7 +811,7 @@ def _check_prepared(folder: Path) -> dict:
         raise DataError(f"no prepared records in {folder}; make them with: {_prepare_command(folder)}")
     try:
         made = _json_object(marker)
-        command = _prepare_command(folder, made["name"], made["source"])
+        command = _prepare_command(folder, made["name"], made["source"], made.get("keys"))
         sizes = dict(made["files"])
         made["splits"], made["fingerprint"]
     except (DataError, KeyError, TypeError, ValueError):
@@ -686,24 +824,18 @@ def _check_prepared(folder: Path) -> dict:
     return made
 
 
-def _prepare_command(folder: Path, name: str = "ambi_rvos", source: str = "DIR") -> str:
-    return f"python -m icseg_jax.data prepare {name} source={source} out={folder}"
+def _prepare_command(folder: Path, name: str = "ambi_rvos", source: str = "DIR", keys: dict[str, str] | None = None
+                     ) -> str:
+    further = "".join(f" {key}={value}" for key, value in (keys or {}).items())
+    return f"python -m icseg_jax.data prepare {name} source={source} out={folder}{further}"
 
 
 def _refuse_foreign(out: Path) -> None:
     """Only what prepare itself wrote may be replaced."""
-    ours = re.compile(r"(prepared|features|dataset_info)\.json|[a-z_]+-[a-z]+\.array_record-.*")
+    ours = re.compile(r"(prepared|features|dataset_info)\.json|[a-z0-9_]+-[A-Za-z_]+\.array_record-.*")
     foreign = [p.name for p in out.iterdir() if not ours.fullmatch(p.name)] if out.is_dir() else [out.name]
     if foreign:
         raise DataError(f"{out} holds other things ({foreign[0]}); give another out=")
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Half-written folders of earlier prepares that were killed."""
-    for path in out.parent.glob(f".{out.name}.partial.*"):
-        pid = path.name.rsplit(".", 1)[-1]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(path, ignore_errors=True)
 
 
 class PreparedDataset(Sequence):
@@ -719,7 +851,7 @@ class PreparedDataset(Sequence):
             raise DataError(f"{folder} has no split {split!r}; it has {', '.join(made['splits'])}")
         self.refused: list[tuple[str, str]] = [tuple(pair) for pair in made["splits"][split]["refused"]]
         self.source = made["source"]  # the folder it was prepared from
-        self._command = _prepare_command(folder, made["name"], made["source"])
+        self._command = _prepare_command(folder, made["name"], made["source"], made.get("keys"))
         self._features = _features(encoded=True)
         try:
             builder = tfds.builder_from_directory(folder)
@@ -771,6 +903,60 @@ def order(seed: int, step: int, refill: int, n: int, batch: int) -> Int[np.ndarr
     return pool[np.arange((refill - 1) * batch, refill * batch) % n]
 
 
+def mixed(seed: int, step: int, sizes: Sequence[int], rates: Sequence[float], batch: int) -> list[tuple[int, int]]:
+    """(dataset, sample) for each place of a supervised batch over several datasets, as MIRAS mixes them (DATA.md 1.4).
+
+    Each place draws a dataset in proportion to `rates` (MIRAS's second stage: conversations 10, VQA 2), then one of
+    its `sizes` samples, both with replacement: a pure function of (seed, step), so the data state is the step number.
+    Raises ValueError for an empty dataset, for rates that are negative or all 0, or when the two differ in length.
+    """
+    if len(sizes) != len(rates) or min(sizes, default=0) < 1 or min(rates) < 0 or sum(rates) <= 0 or batch < 1:
+        raise ValueError(f"cannot mix a batch of {batch} from datasets of {list(sizes)} samples at the rates "
+                         f"{list(rates)}; [500, 200] at [10, 2] works")
+    rng = np.random.default_rng([seed, 2, step])
+    places = rng.choice(len(sizes), batch, p=np.array(rates, float) / sum(rates))
+    return [(int(k), int(rng.integers(sizes[k]))) for k in places]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What the user says, turn by turn, what was answered, and what the localisation at the end should be.
+
+    A supervised stage puts its token loss on every answer of `rounds`, then on key frame, box and point, or, where
+    there is nothing to localise, on `answer`. An evaluation says the same user turns and keeps the policy's
+    own answers in the history (DATA.md 1.4).
+    """
+
+    rounds: list[tuple[str, str]]  # (user, answer) before the mask is asked for
+    query: str  # the turn that asks for it
+    answer: str | None  # what the dataset says to it, with the mask or, in plain talk, in its place
+    frame: int | None  # fid of the shown frame with most of the target; -1: no target; None: nothing to localise
+    box: list[int] | None  # 0..1000 of width and height, inclusive; zeros without a target
+    point: list[int] | None
+
+
+def conversation(sample: Sample, positions: Sequence[int]) -> Conversation:
+    """The sample as a conversation; one without `dialogue` (any referring set) is its query alone.
+
+    `positions`: of the frames shown. A sample with hidden labels, or whose target is on none of these frames, has
+    nothing to localise; one that says that nothing matches has METHOD.md 11.4's answer. Raises DataError when the
+    dialogue does not alternate between user and assistant.
+    """
+    said = sample.dialogue or []
+    if [turn["role"] for turn in said] != ["user", "assistant"] * (len(said) // 2):
+        raise DataError(f"the dialogue of {sample.id} does not alternate between user and assistant")
+    rounds = [(said[i]["text"], said[i + 1]["text"]) for i in range(0, len(said), 2)]
+    answer = sample.meta.get("answer")
+    if sample.ability == "none" or sample.initial_count == 0:
+        return Conversation(rounds, sample.query, answer, -1, [0] * 4, [0] * 2)
+    hidden = sample.masks is None and sample.amodal_masks is None
+    truth = {} if hidden else ground_truth({sample.frame_ids[p]: sample.truth(p) for p in positions})
+    if not truth:
+        return Conversation(rounds, sample.query, answer, None, None, None)
+    fid, best = max(truth.items(), key=lambda entry: entry[1]["area"])
+    return Conversation(rounds, sample.query, answer, int(fid), best["bbox_2d"], best["point_2d"])
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Commands
 # ---------------------------------------------------------------------------------------------------------
@@ -778,75 +964,100 @@ def order(seed: int, step: int, refill: int, n: int, batch: int) -> Int[np.ndarr
 USAGE = """\
 usage: python -m icseg_jax.data COMMAND ...
 
-  generate out=DIR train=N test=N [seed=0]   write the synthetic world in Ambi-RVOS's layout
-  prepare ambi_rvos source=DIR out=DIR       turn such a folder into array_record files
-  preview NAME_OR_DIR out=PNG [split=test] [n=8]
-                                             a picture of samples; NAME: synthetic (made on the spot)
-  stats DIR                                  counts per split and ability, of a folder of either kind
+  generate out=DIR train=N test=N [seed=0] [layout=ambi_rvos]
+                                             write the synthetic world, in the layout of any dataset but RefCOCO
+  prepare NAME source=DIR out=DIR [strict=true]
+                                             turn a dataset's folder into array_record files
+  ambiguate NAME source=DIR out=DIR [test=SPLIT] [strict=true]
+                                             an ambiguous benchmark in Ambi-RVOS's layout, by rules, out of the clear
+                                             expressions of a referring video set; test=valid_u is MeViS's
+  preview NAME_OR_DIR out=PNG [source=DIR] [split=test] [n=8]
+                                             a picture of samples: of the dataset NAME in source=, of a prepared
+                                             or Ambi-RVOS folder, or of `synthetic`, made on the spot
+  stats NAME_OR_DIR [source=DIR]             counts, candidates, frames and mask areas per split and ability
+
+NAME: {names}
+prepare, preview and stats of muva also take amodal_key= and visible_key=, the names of its masks.
 """
 
 
-def open_splits(path: str | Path) -> dict[str, tuple[Iterable[Sample], list[tuple[str, str]]]]:
-    """The samples of every split, and the list to which refused records are added while they are read, of a
-    prepared folder or one in Ambi-RVOS's layout; DataError when it is neither."""
+def open_splits(path: str | Path, name: str | None = None, **keys: str
+                ) -> dict[str, tuple[Iterable[Sample], list[tuple[str, str]]]]:
+    """The samples of every split, and the list to which refused records are added while they are read, of the
+    dataset `name` in a folder; without a name, of a prepared folder or one in Ambi-RVOS's layout. `keys`: see
+    `readers.read`. DataError when it is no such folder."""
+    from icseg_jax import readers
+
     path = Path(path)
-    if (path / MARKER).is_file():
+    if name is None and (path / MARKER).is_file():
         prepared = [load_prepared(path, split) for split in _check_prepared(path)["splits"]]
         return {dataset.split: (dataset, dataset.refused) for dataset in prepared}
-    splits = [split for split in SPLITS if (path / f"{split}.parquet").is_file()]
-    if not splits:
-        raise DataError(f"{path} is neither a prepared folder (no {MARKER}) nor one in Ambi-RVOS's layout "
-                        f"(no {SPLITS[0]}.parquet)")
-    refused: dict[str, list[tuple[str, str]]] = {split: [] for split in splits}
-    return {split: (read_ambi_rvos(path, split, refused=refused[split]), refused[split]) for split in splits}
+    if name is None:
+        if not any((path / f"{split}.parquet").is_file() for split in SPLITS):
+            raise DataError(f"{path} is neither a prepared folder (no {MARKER}) nor one in Ambi-RVOS's layout (no "
+                            f"{SPLITS[0]}.parquet); of another dataset, say its name and source={path}")
+        name = "ambi_rvos"
+    refused: dict[str, list[tuple[str, str]]] = {split: [] for split in readers.splits_of(name, path)}
+    return {split: (readers.read(name, path, split, refused=refused[split], **keys), refused[split])
+            for split in refused}
 
 
-def generate(out: str, train: int, test: int, seed: int = 0) -> None:
+def generate(out: str, train: int, test: int, seed: int = 0, layout: str = "ambi_rvos") -> None:
     from icseg_jax import synthetic
 
-    synthetic.write_dataset(out, train=train, test=test, seed=seed)
+    synthetic.write_dataset(out, train=train, test=test, seed=seed, layout=layout)
     print(f"{train} train and {test} test videos in {out}")
 
 
-def stats(path: str) -> None:
+def stats(path: str, source: str | None = None, **keys: str) -> None:
     """Prints what a dataset holds: per split and ability the samples, the means of candidates, of questions
-    needed and of frames, and the share of samples whose target is visible on at least one frame."""
+    needed and of frames, the share of samples whose target is visible on at least one frame, and the mean share of
+    the picture, in percent, that it covers where it is visible."""
 
     def mean(values: Iterable[float]) -> str:
         known = [v for v in values if v >= 0]
         return f"{np.mean(known):.2f}" if known else "-"
 
-    for split, (samples, refused) in open_splits(path).items():
-        abilities: dict[str, list[tuple[int, int, int, bool]]] = {}
+    opened = open_splits(path, **keys) if source is None else open_splits(source, path, **keys)
+    for split, (samples, refused) in opened.items():
+        abilities: dict[str, list[tuple[float, ...]]] = {}
         for sample in samples:
-            seen = sample.masks is not None and any(sample.masks(p).any() for p in range(len(sample)))
+            hidden = sample.masks is None and sample.amodal_masks is None
+            areas = [] if hidden else [a for p in range(len(sample)) if (a := 100 * sample.truth(p).mean())]
             abilities.setdefault(sample.ability or "-", []).append(
-                (sample.initial_count, sample.max_count, len(sample), seen))
+                (sample.initial_count, sample.max_count, len(sample), -1 if hidden else bool(areas),
+                 float(np.mean(areas)) if areas else -1))
         print(f"{split}: {sum(map(len, abilities.values()))} samples, {len(refused)} refused")
-        print("  ability      samples  candidates  questions  frames  visible")
+        print("  ability      samples  candidates  questions  frames  visible  area %")
         for ability, rows in sorted(abilities.items()):
-            candidates, questions, frames, visible = (mean(column) for column in zip(*rows, strict=True))
-            print(f"  {ability:<12}{len(rows):>8}{candidates:>12}{questions:>11}{frames:>8}{visible:>9}")
+            candidates, questions, frames, visible, area = (mean(column) for column in zip(*rows, strict=True))
+            print(f"  {ability:<12}{len(rows):>8}{candidates:>12}{questions:>11}{frames:>8}{visible:>9}{area:>8}")
         for id, reason in refused:
             print(f"  refused {id}: {reason}")
 
 
-def preview(source: str, out: str, split: str = "test", n: int = 8) -> None:
-    """Draws `n` samples, a row of shown frames each, with the target outlined in red, into the PNG `out`."""
-    import tempfile
-
+def preview(name: str, out: str, source: str | None = None, split: str | None = None, n: int = 8, **keys: str
+            ) -> None:
+    """Draws `n` samples, a row of shown frames each, with the target outlined in red and, where they are known, the
+    other candidates in yellow, into the PNG `out`. `split` None: test, or else the last one there is."""
     if n < 1:
         raise DataError(f"n={n} shows nothing; use 1 or more")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(source)
-        if source == "synthetic" and not folder.exists():
+        folder = Path(name if source is None else source)
+        if source is None and name == "synthetic" and not folder.exists():
             from icseg_jax import synthetic
 
             folder = synthetic.write_dataset(Path(scratch) / "world", train=1, test=n, progress=False)
-        splits = open_splits(folder)
+        splits = open_splits(folder, None if source is None else name, **keys)
+        split = split or ("test" if "test" in splits else list(splits)[-1])
         if split not in splits:
             raise DataError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
-        sheet = _contact_sheet(list(itertools.islice(splits[split][0], n)))
+        samples, refused = splits[split]
+        chosen = list(itertools.islice(samples, n))
+        if not chosen:
+            why = f"the first is refused because {refused[0][1]}" if refused else "it is empty"
+            raise DataError(f"{split} of {folder} has no usable record; {why}")
+        sheet = _contact_sheet(chosen)
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
@@ -861,30 +1072,65 @@ def _contact_sheet(samples: Sequence[Sample]) -> Image.Image:
     row = caption + tile + 2 * gap
     sheet = Image.new("RGB", (gap + shown * (tile + gap), len(samples) * row), (250, 250, 248))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+
+    def write(left: int, top: int, text: str, color: tuple[int, int, int]) -> None:
+        text = _one_line(text)  # Pillow draws a line break as one
+        while draw.textlength(text, font) > sheet.width - left - gap:
+            text = text[:-2] + "\u2026"
+        draw.text((left, top), text, font=font, fill=color)
+
     for i, sample in enumerate(samples):
         top = i * row + gap
-        about = [sample.id, sample.ability or ""]
+        about = [sample.id, *filter(None, (sample.ability, sample.mask_type))]
         if sample.initial_count >= 0:
-            about.append(f"{sample.initial_count} match, {sample.max_count} to ask")
-        draw.text((gap, top), " \u00b7 ".join(about), font=font, fill=(120, 120, 120))
-        draw.text((gap, top + 16), sample.query, font=font, fill=(20, 20, 20))
+            about.append(f"{sample.initial_count} match")
+        if sample.max_count >= 0:
+            about.append(f"{sample.max_count} to ask")
+        if found := _candidates(sample):
+            about.append(", ".join(text for text, _ in found))
+        write(gap, top, " \u00b7 ".join(about), (120, 120, 120))
+        write(gap, top + 16, sample.query, (20, 20, 20))
         for column, position in enumerate(sample_frames(len(sample), shown)):
             frame = ImageOps.contain(Image.fromarray(_outlined(sample, position)), (tile, tile))
             sheet.paste(frame, (gap + column * (tile + gap), top + caption))
     return sheet
 
 
+def _candidates(sample: Sample) -> list[tuple[str, dict | None]]:
+    """What the query could mean, the target included: a few words, and the object of the scene graph if there is
+    one. Empty where nobody wrote it down."""
+    privileged = sample.privileged or {}
+    if graph := privileged.get("scene_graph"):
+        objects = {o["oid"]: o for o in graph["objects"]}
+        return [(f"{objects[oid]['color']} {objects[oid]['shape']}", objects[oid]) for oid in graph["candidates"]]
+    path = privileged.get("all_target_path")
+    if path is None or not path.is_file():
+        return []
+    found = _json_object(path).get("candidates")  # METHOD.md 6
+    return [(str(c.get("description", c.get("oid"))), None) for c in found or [] if isinstance(c, dict)]
+
+
 def _outlined(sample: Sample, position: int) -> np.ndarray:
     image = sample.image(position).copy()
-    if sample.masks is not None:
-        mask = sample.truth(position)
-        line = ndimage.binary_dilation(mask, iterations=max(1, max(mask.shape) // 160)) & ~mask
-        image[line] = (255, 0, 0)
+    for _, graph in _candidates(sample):
+        if graph is not None and str(graph["oid"]) not in sample.target_ids:
+            x1, y1, x2, y2 = graph["per_frame"][position]["bbox"]
+            drawn = Image.fromarray(image)
+            ImageDraw.Draw(drawn).rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), outline=(255, 220, 0))
+            image = np.array(drawn)
+    if sample.masks is not None or sample.amodal_masks is not None:
+        image = outlined(image, sample.truth(position))
     return image
 
 
-def _prepare_and_report(name: str, source: str, out: str) -> None:
-    made = prepare(name, source, out)
+def outlined(image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
+    """The image with a red line around the mask, outside of it, of 2 to 4 pixels (METHOD.md 2.1)."""
+    line = ndimage.binary_dilation(mask, iterations=min(4, max(2, max(mask.shape) // 320))) & ~mask
+    return np.where(line[..., None], np.uint8((255, 0, 0)), image)
+
+
+def _prepare_and_report(name: str, source: str, out: str, strict: bool = False, **keys: str) -> None:
+    made = prepare(name, source, out, strict=strict, **keys)
     for split, result in made["splits"].items():
         print(f"{split}: {result['examples']} samples, {len(result['refused'])} refused"
               + (" (prepared before)" if made["reused"] else ""))
@@ -893,12 +1139,27 @@ def _prepare_and_report(name: str, source: str, out: str) -> None:
     print(out)
 
 
+def _ambiguate_and_report(name: str, source: str, out: str, test: str | None = None, strict: bool = False) -> None:
+    from icseg_jax import ambiguate
+
+    for split, made in ambiguate.ambiguate(name, source, out, test=test, strict=strict).items():
+        levels = ", ".join(f"{count} {level}" for level, count in sorted(made["levels"].items())) or "none"
+        print(f"{split}: queries about {made['videos']} videos: {levels}; {len(made['refused'])} refused")
+        for id, reason in made["refused"]:
+            print(f"  refused {id}: {reason}")
+    print(out)
+
+
+KEYS: dict[str, type] = {"amodal_key": str, "visible_key": str}  # of muva
+
 # Command -> function, positional arguments, types of the key=value ones, how many of these are required.
 COMMANDS: dict[str, tuple[Callable[..., None], list[str], dict[str, type], int]] = {
-    "generate": (generate, [], {"out": str, "train": int, "test": int, "seed": int}, 3),
-    "prepare": (_prepare_and_report, ["name"], {"source": str, "out": str}, 2),
-    "preview": (preview, ["source"], {"out": str, "split": str, "n": int}, 1),
-    "stats": (stats, ["path"], {}, 0),
+    "generate": (generate, [], {"out": str, "train": int, "test": int, "seed": int, "layout": str}, 3),
+    "prepare": (_prepare_and_report, ["name"],
+                {"source": str, "out": str, "strict": bool} | KEYS, 2),
+    "ambiguate": (_ambiguate_and_report, ["name"], {"source": str, "out": str, "test": str, "strict": bool}, 2),
+    "preview": (preview, ["name_or_dir"], {"out": str, "source": str, "split": str, "n": int} | KEYS, 1),
+    "stats": (stats, ["name_or_dir"], {"source": str} | KEYS, 0),
 }
 
 
@@ -927,8 +1188,10 @@ def _parse(argv: Sequence[str]) -> Callable[[], None]:
         if key not in types:
             raise DataError(f"{command} has no {key!r}{_closest(key, types)}; it takes "
                             f"{', '.join(f'{k}=' for k in types) or 'no key=value'}")
+        if types[key] is bool and value not in ("true", "false"):
+            raise DataError(f"{key}={value} is neither true nor false")
         try:
-            arguments[key] = types[key](value)
+            arguments[key] = value == "true" if types[key] is bool else types[key](value)
         except ValueError:
             raise DataError(f"{key}={value} is no whole number; {key}=8 is one") from None
         if value == "":
@@ -941,7 +1204,9 @@ def _parse(argv: Sequence[str]) -> Callable[[], None]:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        print(USAGE, end="")
+        from icseg_jax import readers
+
+        print(USAGE.format(names=textwrap.fill(", ".join(readers.DATASETS), 110, subsequent_indent="      ")), end="")
         return 0
     try:
         _parse(argv)()
@@ -954,4 +1219,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from icseg_jax import data  # under its own name, so that readers and commands share one DataError
+
+    sys.exit(data.main())

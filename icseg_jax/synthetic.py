@@ -3,21 +3,20 @@
 A scene is a 12-frame clip of 128 x 128 pixels with two to seven flat shapes, some moving, some covering
 others, and a query that zero, one or several of them satisfy. Everything is known exactly: masks, candidate
 sets, the optimal questions. Scenes are built on an attribute table first (cheap to reject), and placed
-afterwards. Only numpy is needed.
+afterwards. Scenes need only numpy; writing them also needs Pillow, pyarrow or pycocotools.
 
 1 Constants · 2 Scenes · 3 Attribute tables and queries · 4 Placement · 5 Pictures and masks · 6 Texts ·
-7 Optimal questions and baselines · 8 Demonstrations and conversations · 9 On disk
+7 Optimal questions and baselines · 8 Demonstrations and conversations · 9 On disk · 10 The layouts of other datasets
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -979,42 +978,36 @@ def conversation(scene: Scene, rng: np.random.Generator) -> tuple[list[tuple[str
 # ------------------------------------------------------------------------------------------------------------
 
 
-def write_dataset(out: str | os.PathLike, *, train: int, test: int, seed: int = 0, progress: bool = True
-                  ) -> Path:
+def write_dataset(out: str | os.PathLike, *, train: int, test: int, seed: int = 0, progress: bool = True,
+                  layout: str = "ambi_rvos") -> Path:
     """Writes scenes in Ambi-RVOS's layout (DATA.md 3.1, 3.2, 6.5), AmodalAnnotations and scene_graph added.
 
     Annotations, Visualization and descriptions are there for every candidate; a query without a target has
-    oid -1 and all-zero masks. The folder appears whole or not at all. Raises ValueError when `out` holds
-    something already, or when a count is negative.
+    oid -1 and all-zero masks. Another `layout` (LAYOUTS) writes the same scenes as that dataset would have them.
+    The folder appears whole or not at all. Raises ValueError when `out` holds something already, when a count is
+    negative, or for an unknown layout.
     """
     out = Path(out)
+    if layout not in LAYOUTS:
+        raise ValueError(f"generate: unknown layout {layout!r}; use one of {', '.join(LAYOUTS)}")
     if train < 0 or test < 0 or train + test == 0:
         raise ValueError(f"generate: train={train} test={test} makes no videos; give counts of 0 or more")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"generate: {out} exists already; remove it or choose another out=DIR")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        building.chmod(0o755)
+    from icseg_jax import data  # here, so that scenes can be made without the readers
+
+    with data.whole_folder(out, "generate") as building:
         for split, count in (("train", train), ("test", test)):
-            _write_split(building, split, count, seed, progress)
-        os.replace(building, out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+            LAYOUTS[layout](building, split, count, seed, progress)
     return out
 
 
 def _write_split(root: Path, split: str, count: int, seed: int, progress: bool) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from tqdm import tqdm
 
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     folder = root / f"RVOS_{split.capitalize()}"
     rows = []
-    quiet = None if progress else True  # None: quiet where nobody watches
-    for aid, index in enumerate(tqdm(rng.permutation(count), desc=f"{split} videos", disable=quiet)):
+    for aid, index in enumerate(_watched(rng.permutation(count), split, progress)):
         scene = make_scene(int(index), seed=seed, split=split)
         _write_video(folder, scene)
         row = {"id": scene.id, "question": scene.query, "images": [f"{t:05d}" for t in range(scene.n_frames)],
@@ -1032,6 +1025,12 @@ def _write_split(root: Path, split: str, count: int, seed: int, progress: bool) 
                         ("object", pa.string()), ("initial_count", pa.int64()), ("max_count", pa.int64()),
                         *([("aid", pa.int64())] if split == "train" else [])])
     pq.write_table(pa.Table.from_pylist(rows, schema), root / f"{split}.parquet")
+
+
+def _watched(items: Iterable, split: str, progress: bool) -> Iterable:
+    from tqdm import tqdm
+
+    return tqdm(items, desc=f"{split} videos", disable=None if progress else True)  # None: quiet where nobody watches
 
 
 def _write_video(folder: Path, scene: Scene) -> None:
@@ -1065,12 +1064,17 @@ def _with_contour(pictures: np.ndarray, masks: np.ndarray) -> np.ndarray:
     return marked
 
 
-def _write_pictures(folder: Path, pictures: np.ndarray) -> None:
-    from PIL import Image
-
+def _write_pictures(folder: Path, pictures: np.ndarray, every: int = 1) -> None:
     folder.mkdir(parents=True)
     for t, picture in enumerate(pictures):
-        Image.fromarray(picture).save(folder / f"{t:05d}.jpg", quality=95, subsampling=0)
+        _write_picture(folder / f"{every * t:05d}.jpg", picture)
+
+
+def _write_picture(path: Path, picture: np.ndarray) -> None:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path, quality=95, subsampling=0)
 
 
 def _write_masks(folder: Path, masks: np.ndarray) -> None:
@@ -1081,6 +1085,329 @@ def _write_masks(folder: Path, masks: np.ndarray) -> None:
         Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{t:05d}.png", compress_level=1)
 
 
-def _write_json(path: Path, content: dict) -> None:
+def _write_json(path: Path, content: dict | list) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content), encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 10 The layouts of other datasets (DATA.md 1 to 4 and 6.5), so that their readers meet files of the real shape
+# ------------------------------------------------------------------------------------------------------------
+#
+# DATA.md 6.5 would have them all in one folder over shared frames. Here each stands alone with frames of its own,
+# as the originals do: a reader may not leave its folder. RefCOCO's tables are pickles, which nothing here writes.
+
+
+def _scenes(split: str, count: int, seed: int, progress: bool, level: str | None = None) -> Iterable[Scene]:
+    for index in _watched(range(count), split, progress):
+        yield make_scene(index, seed=seed, split=split, level=level)
+
+
+def _expressions(scene: Scene) -> list[tuple[str, tuple[int, ...]]]:
+    """What can be said about a scene: its query, and each object by name; with the oids that it fits."""
+    names: dict[str, list[int]] = {}
+    for obj in scene.objects:
+        names.setdefault(_named(obj), []).append(obj.oid)
+    return [(scene.query, scene.candidates), *((text, tuple(oids)) for text, oids in names.items())]
+
+
+def _single(scene: Scene) -> list[tuple[str, int]]:
+    """The expressions that fit one object."""
+    return [(text, oids[0]) for text, oids in _expressions(scene) if len(oids) == 1]
+
+
+def _visible(scene: Scene) -> np.ndarray:
+    """[T, n, H, W]"""
+    return np.stack([visible_masks(scene, t) for t in range(scene.n_frames)])
+
+
+def _rle(mask: np.ndarray) -> dict:
+    from pycocotools import mask as coco
+
+    code = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": [int(n) for n in code["size"]], "counts": code["counts"].decode("ascii")}
+
+
+def _frame_names(scene: Scene, every: int = 1) -> list[str]:
+    return [f"{every * t:05d}" for t in range(scene.n_frames)]
+
+
+def _write_ok_vos(root: Path, split: str, count: int, seed: int, progress: bool) -> None:
+    """Clear queries only; the ability is named after how much the query says."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows, folder = [], root / split
+    for scene in _scenes(split, count, seed, progress, level="clear"):
+        _write_pictures(folder / "JPEGImages" / scene.id, render(scene, range(scene.n_frames)))
+        _write_masks(folder / "Annotations" / scene.id / str(scene.target), _visible(scene)[:, scene.target - 1])
+        ability = ("one-hop", "multi-hop", "relational")[min(len(scene.mentioned), 3) - 1]
+        rows.append({"id": scene.id, "question": scene.query, "images": _frame_names(scene), "ability": ability,
+                     "video": scene.id, "oid": scene.target})
+    if rows:
+        pq.write_table(pa.Table.from_pylist(rows), root / f"{split}.parquet")
+
+
+def _tracks(scene: Scene, first: int) -> dict[str, list]:
+    """A mask_dict's tracks of all objects, numbered from `first`; null where nothing is to be seen."""
+    masks = _visible(scene)
+    return {str(first + i): [_rle(mask) if mask.any() else None for mask in masks[:, i]]
+            for i in range(len(scene.objects))}
+
+
+def _write_mevis(root: Path, split: str, count: int, seed: int, progress: bool) -> None:
+    folder = root / {"train": "train", "test": "valid_u"}[split]
+    videos, mask_dict = {}, {}
+    for scene in _scenes(split, count, seed, progress):
+        first = len(mask_dict)
+        mask_dict |= _tracks(scene, first)
+        _write_pictures(folder / "JPEGImages" / scene.id, render(scene, range(scene.n_frames)))
+        said = [{"exp": text, "obj_id": [oid - 1 for oid in oids], "anno_id": [first + oid - 1 for oid in oids]}
+                for text, oids in _expressions(scene) if oids]
+        videos[scene.id] = {"frames": _frame_names(scene), "expressions": {str(i): e for i, e in enumerate(said)}}
+    if videos:
+        _write_json(folder / "meta_expressions.json", {"videos": videos})
+        _write_json(folder / "mask_dict.json", mask_dict)
+
+
+def _write_revos(root: Path, split: str, count: int, seed: int, progress: bool) -> None:
+    """Both splits share the mask tables; type_id 0: named, 1: the ambiguous query, 2: no match."""
+    tables = {name: root / f"{name}.json" for name in ("mask_dict", "mask_dict_foreground")}
+    mask_dict, foreground = (json.loads(p.read_text()) if p.is_file() else {} for p in tables.values())
+    videos = {}
+    for scene in _scenes(split, count, seed, progress):
+        first, video = len(mask_dict), f"syn/{scene.id}"
+        mask_dict |= _tracks(scene, first)
+        foreground[video] = {"masks_rle": [_rle(masks.any(0)) for masks in _visible(scene)]}
+        _write_pictures(root / "JPEGImages" / video, render(scene, range(scene.n_frames)))
+        said = [{"exp": text, "type_id": (1 if i == 0 else 0) if oids else 2,
+                 "obj_id": [oid - 1 for oid in oids], "anno_id": [first + oid - 1 for oid in oids]}
+                for i, (text, oids) in enumerate(_expressions(scene))]
+        videos[video] = {"frames": _frame_names(scene), "expressions": {str(i): e for i, e in enumerate(said)}}
+    if videos:
+        _write_json(root / f"meta_expressions_{'train' if split == 'train' else 'valid'}_.json", {"videos": videos})
+        _write_json(tables["mask_dict"], mask_dict)
+        _write_json(tables["mask_dict_foreground"], foreground)
+
+
+def _write_palettes(folder: Path, scene: Scene, every: int = 1) -> None:
+    """Object indices as colours of a palette, 0 where none is."""
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    for t in range(scene.n_frames):
+        image = Image.fromarray(_index_map(scene.objects, scene.occluder, t))
+        image.putpalette([0, 0, 0, *itertools.chain.from_iterable(COLORS.values()), *RED])
+        image.save(folder / f"{every * t:05d}.png")
+
+
+def _write_ref_youtube_vos(root: Path, split: str, count: int, seed: int, progress: bool) -> None:
+    """Every fifth frame; the labels of valid are hidden, as they are in truth."""
+    name = {"train": "train", "test": "valid"}[split]
+    videos, objects = {}, {}
+    for scene in _scenes(split, count, seed, progress):
+        _write_pictures(root / name / "JPEGImages" / scene.id, render(scene, range(scene.n_frames)), every=5)
+        if split == "train":
+            _write_palettes(root / name / "Annotations" / scene.id, scene, every=5)
+        said = [{"exp": text} | ({"obj_id": str(oid)} if split == "train" else {}) for text, oid in _single(scene)]
+        frames = _frame_names(scene, every=5)
+        videos[scene.id] = {"frames": frames, "expressions": {str(i): e for i, e in enumerate(said)}}
+        objects[scene.id] = {"objects": {str(o.oid): {"category": o.shape, "frames": frames} for o in scene.objects}}
+    if videos:
+        _write_json(root / "meta_expressions" / name / "meta_expressions.json", {"videos": videos})
+        if split == "train":
+            _write_json(root / name / "meta.json", {"videos": objects})
+
+
+def _write_ref_davis17(root: Path, split: str, count: int, seed: int, progress: bool) -> None:
+    """As ReferFormer's converter leaves it, with the mask_dict of protocol B; four expressions per object."""
+    name = {"train": "train", "test": "valid"}[split]
+    videos, tracks = {}, {}
+    for scene in _scenes(split, count, seed, progress):
+        _write_pictures(root / name / "JPEGImages" / scene.id, render(scene, range(scene.n_frames)))
+        _write_palettes(root / name / "Annotations" / scene.id, scene)
+        said = [{"obj_id": str(o.oid), "exp": f"{_named(o)}, {way}"} for o in scene.objects
+                for way in ("at first", "in the video", "first of all", "all along")]
+        videos[scene.id] = {"expressions": {str(i): e for i, e in enumerate(said)}, "frames": _frame_names(scene)}
+        of_object = list(_tracks(scene, 0).values())
+        tracks |= {(scene.id, str(i)): of_object[i // 4] for i in range(len(said))}
+    if videos:
+        _write_json(root / "meta_expressions" / name / "meta_expressions.json", {"videos": videos})
+        numbered = {str(i): tracks[pair] for i, pair in enumerate(sorted(tracks))}  # DATA.md 4.2
+        _write_json(root / name / "mask_dict.json", numbered)
+
+
+def _write_long_rvos(root: Path, split: str, count: int, seed: int, progress: bool) -> None:
+    folder, videos = root / split, {}
+    for scene in _scenes(split, count, seed, progress):
+        _write_pictures(folder / "JPEGImages" / scene.id, render(scene, range(scene.n_frames)))
+        masks = _visible(scene)
+        for obj in scene.objects:
+            _write_masks(folder / "Annotations" / scene.id / str(obj.oid), masks[:, obj.oid - 1])
+        said = [{"exp": text, "obj_id": oid, "type": "hybrid" if text != scene.query else
+                 "dynamic" if "motion" in scene.mentioned else "static"} for text, oid in _single(scene)]
+        videos[scene.id] = {"frames": _frame_names(scene), "expressions": {str(i): e for i, e in enumerate(said)}}
+    if videos:
+        _write_json(folder / "meta_expressions.json", {"videos": videos})
+
+
+def _write_reason_vos(root: Path, split: str, count: int, seed: int, progress: bool) -> None:
+    """Its only split is valid: the scenes of test."""
+    if split == "train":
+        if count:
+            raise ValueError(f"generate: reason_vos has no training split; use train=0, not train={count}")
+        return
+    videos = {}
+    for scene in _scenes(split, count, seed, progress):
+        _write_pictures(root / "JPEGImages" / scene.id, render(scene, range(scene.n_frames)))
+        masks = _visible(scene)
+        said = [{"exp_text": f"which of them would you call {text}?", "obj_id": oid}
+                for text, oid in {oid: (text, oid) for text, oid in _single(scene)}.values()]
+        for expression in said:
+            _write_masks(root / "Annotations" / f"mose_{scene.id}_{expression['obj_id']}",
+                         masks[:, expression["obj_id"] - 1])
+        videos[scene.id] = {"source": "MOSE", "frames": _frame_names(scene), "is_sent": True,
+                            "expressions": {str(i): e for i, e in enumerate(said)}}
+    _write_json(root / "meta_expressions.json", {"videos": videos})
+
+
+def _polygon(obj: Object, frame: int) -> list[list[float]]:
+    """The exact vertices of a shape, [[x, y], ...]; a circle has 32 (DATA.md 6.5)."""
+    r, (x, y) = obj.radius, obj.centers[frame].tolist()
+    if obj.shape == "circle":
+        corners = [(r * math.cos(k * math.pi / 16), r * math.sin(k * math.pi / 16)) for k in range(32)]
+    elif obj.shape == "square":
+        corners = [(0.87 * r * a, 0.87 * r * b) for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+    elif obj.shape == "triangle":
+        corners = [(0, -r), (r, 0.85 * r), (-r, 0.85 * r)]
+    else:
+        arm = 0.34 * r
+        quarter = [(arm, -r), (arm, -arm), (r, -arm)]
+        corners = [p for _ in range(4) for p in quarter]
+        for k in range(3, 12):  # each quarter is the one before, turned by 90 degrees
+            corners[k] = (-corners[k - 3][1], corners[k - 3][0])
+    return [[x + a, y + b] for a, b in corners]
+
+
+def _write_reason_seg(root: Path, split: str, count: int, seed: int, progress: bool) -> None:
+    """The first frame; the target are all candidates, one other object is to be ignored."""
+    for scene in _scenes(split, count, seed, progress):
+        text, oids = next((text, oids) for text, oids in _expressions(scene) if oids)
+        shapes = [{"label": "target", "points": _polygon(scene.object(oid), QUERY_FRAME)} for oid in oids]
+        others = [o for o in scene.objects if o.oid not in oids]
+        shapes += [{"label": "ignore", "points": _polygon(o, QUERY_FRAME)} for o in others[:1]]
+        shapes.append({"label": "flag", "points": [[0, 0], [WIDTH, 0], [WIDTH, HEIGHT]]})
+        _write_picture(root / split / f"{scene.id}.jpg", render(scene, [QUERY_FRAME])[0])
+        _write_json(root / split / f"{scene.id}.json", {"text": [text], "is_sentence": False, "shapes": shapes})
+
+
+def _full_name(obj: Object) -> str:
+    """Every attribute: no two objects of a scene share it."""
+    return f"{_named(obj).removeprefix('the ')} in the {obj.value('column')}"
+
+
+def _write_prist(root: Path, split: str, count: int, seed: int, progress: bool) -> None:
+    entries = []
+    for scene in _scenes(split, count, seed, progress):
+        rng = np.random.default_rng([seed, SPLITS.index(split), scene.index, 1])
+        for _ in range(50):  # polygons know nothing of what covers them: take an object that nothing does
+            rounds, oid = conversation(scene, rng)
+            if scene.visible[oid - 1, QUERY_FRAME] == 1:
+                break
+        stem = hashlib.sha256(scene.id.encode()).hexdigest()[:16]
+        _write_picture(root / "images" / f"{stem}.jpg", render(scene, [QUERY_FRAME])[0])
+        shapes = [{"label": _full_name(o), "points": _polygon(o, QUERY_FRAME)} for o in scene.objects]
+        _write_json(root / "masks" / f"{stem}.json",
+                    {"imageHeight": scene.height, "imageWidth": scene.width, "shapes": shapes})
+        turns = [{"from": who, "value": text} for pair in rounds
+                 for who, text in zip(("human", "gpt"), pair, strict=True)]
+        entries.append({"img_id": f"{stem}.jpg", "dialogue": turns, "focus": _full_name(scene.object(oid))})
+    if entries:
+        _write_json(root / f"{split}.json", entries)
+
+
+def _write_llava(root: Path, split: str, count: int, seed: int, progress: bool) -> None:
+    """The conversations without the round that asks for a mask."""
+    entries = []
+    for scene in _scenes(split, count, seed, progress):
+        rounds, _ = conversation(scene, np.random.default_rng([seed, SPLITS.index(split), scene.index, 2]))
+        turns = [{"from": who, "value": text} for pair in rounds[:-1]
+                 for who, text in zip(("human", "gpt"), pair, strict=True)]
+        turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+        _write_picture(root / "images" / f"{scene.id}.jpg", render(scene, [QUERY_FRAME])[0])
+        entries.append({"id": scene.id, "image": f"{scene.id}.jpg", "conversations": turns})
+    if entries:
+        _write_json(root / f"{split}.json", entries)
+
+
+def _amodal_table(root: Path, images: str, split: str, count: int, seed: int, progress: bool, keys: tuple[str, str]
+                  ) -> tuple[dict, list[dict]]:
+    """Of every scene the frame with most hidden; COCO's table of it, and R2SM's records (DATA.md 2.2, 2.3, 6.5)."""
+    from icseg_jax.readers import AMODAL_QUERIES  # here, so that scenes can be made without the readers
+
+    table: dict[str, list] = {"images": [], "annotations": [],
+                              "categories": [{"id": i + 1, "name": shape} for i, shape in enumerate(SHAPES)]}
+    queries: list[dict] = []
+    for scene in _scenes(split, count, seed, progress):
+        frame = int(scene.visible.sum(0).argmin())
+        name, image_id = f"{scene.id}.jpg", len(table["images"]) + 1
+        _write_picture(root / images / name, render(scene, [frame])[0])
+        table["images"].append({"id": image_id, "file_name": name, "height": scene.height, "width": scene.width})
+        seen, whole = visible_masks(scene, frame), complete_masks(scene, frame)
+        names = [" ".join(obj.value(a) for a in ("size", "color", "shape")) for obj in scene.objects]
+        for i, obj in enumerate(scene.objects):
+            rows, columns = np.flatnonzero(whole[i].any(1)), np.flatnonzero(whole[i].any(0))
+            area, hidden = int(whole[i].sum()), int((whole[i] & ~seen[i]).sum())
+            rate = hidden / area
+            annotation = {
+                "id": len(table["annotations"]) + 1, "image_id": image_id, "category_id": SHAPES.index(obj.shape) + 1,
+                "iscrowd": 0, "area": area, "occlude_rate": rate, keys[0]: _rle(whole[i]), keys[1]: _rle(seen[i]),
+                "bbox": [int(columns[0]), int(rows[0]), int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1]}
+            if hidden:  # absent where nothing covers it
+                annotation["invisible_mask"] = _rle(whole[i] & ~seen[i])
+            table["annotations"].append(annotation)
+            if names.count(names[i]) > 1 or (hidden and not COVERED[0] <= rate <= COVERED[1]):
+                continue
+            for kind, text in AMODAL_QUERIES.items():
+                queries.append({
+                    "id": f"{annotation['id']}-{kind}", "image_path": f"{images}/{name}",
+                    "query": text.format(names[i]), "mask_type": kind, "ann_id": annotation["id"],
+                    "category": obj.shape,
+                    "segmentation_rle": annotation[keys[kind == "modal"]], "visible_rle": annotation[keys[1]],
+                    "amodal_rle": annotation[keys[0]], "occlude_rate": rate, "source": "synthetic"})
+    return table, queries
+
+
+_AMODAL_KEYS = ("segmentation", "visible_mask")
+
+
+def _write_r2sm(root: Path, split: str, count: int, seed: int, progress: bool) -> None:
+    table, queries = _amodal_table(root, "images", split, count, seed, progress, _AMODAL_KEYS)
+    if count:
+        _write_json(root / f"{split}.json", table)
+        _write_json(root / f"{split}_queries.json", queries)
+
+
+def _write_coco_amodal(names: dict[str, tuple[str, str]], keys: tuple[str, str], root: Path, split: str, count: int,
+                       seed: int, progress: bool) -> None:
+    """`names`: the table's name and the images' folder, per split."""
+    name, images = names[split]
+    table, _ = _amodal_table(root, images, split, count, seed, progress, keys)
+    if count:
+        _write_json(root / "annotations" / name, table)
+
+
+LAYOUTS: dict[str, Callable[..., None]] = {
+    "ambi_rvos": _write_split, "ok_vos": _write_ok_vos, "mevis": _write_mevis, "revos": _write_revos,
+    "ref_youtube_vos": _write_ref_youtube_vos, "ref_davis17": _write_ref_davis17, "long_rvos": _write_long_rvos,
+    "reason_seg": _write_reason_seg, "reason_vos": _write_reason_vos, "prist": _write_prist,
+    "llava": _write_llava, "r2sm": _write_r2sm,
+    "cocoa_cls": functools.partial(_write_coco_amodal, {
+        "train": ("COCO_amodal_train2014_with_classes.json", "train2014"),
+        "test": ("COCO_amodal_val2014_with_classes.json", "val2014")}, _AMODAL_KEYS),
+    "d2sa": functools.partial(_write_coco_amodal, {
+        "train": ("D2S_amodal_training_rot0.json", "images"),
+        "test": ("D2S_amodal_validation.json", "images")}, _AMODAL_KEYS),
+    "muva": functools.partial(_write_coco_amodal, {
+        "train": ("train.json", "images"), "test": ("test.json", "images")}, ("amodal_mask", "modal_mask")),
+}

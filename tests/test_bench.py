@@ -47,9 +47,19 @@ def test_the_shipped_base_lists_what_fits(capsys, tmp_path):
     assert counted == told["ambiguous"]["dialogues"] + told["clear"]["dialogues"]
 
 
+def test_jf_are_three_times_faster_than_the_reference(capsys):
+    """Of the same scores; the ratio of CPU seconds, so a busy machine does not matter."""
+    assert bench.main(["metrics"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["frame"] == [480, 854] and told["least_ratio"] >= 3
+    assert told["object"]["area"] < 0.2 < 0.5 < told["large"]["area"]
+
+
 def test_bad_input_is_one_line(capsys):
+    assert bench.main(["metrics", "seed=1"]) == 2
+    assert capsys.readouterr().err == "error: metrics takes no config and no key=value, not seed=1\n"
     assert bench.main(["advantages", "update.loss=sdpo"]) == 2
     assert capsys.readouterr().err.startswith("error: update.loss=sdpo: ")
     assert bench.main(["speed"]) == 2
-    known = "advantages, lists, perception, reading"
+    known = "advantages, lists, metrics, perception, reading"
     assert capsys.readouterr().err == f"error: unknown measurement 'speed'; known: {known}\n"

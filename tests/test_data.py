@@ -25,7 +25,8 @@ from icseg_jax import data, synthetic
 # --- frames -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("stem", "number"), [("00012", 12), ("clip_00012", 12), ("a_b_7", 7), ("1_2", 2)])
+@pytest.mark.parametrize(("stem", "number"), [("00012", 12), ("clip_00012", 12), ("a_b_7", 7), ("1_2", 2),
+                                              ("frame0391", 391), ("img-0007", 7)])
 def test_frame_id(stem: str, number: int) -> None:
     assert data.frame_id(stem) == number
 
@@ -552,6 +553,46 @@ def test_leftovers_of_a_killed_prepare_are_removed(world: Path, tmp_path: Path) 
     assert not leftover.exists() and rival.exists()
 
 
+def test_a_killed_prepare_goes_on_where_it_stopped(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                   ) -> None:
+    rows = [make_row(id=f"q{i}") for i in range(5)]
+    write_table(root, [*rows[:2], make_row(id="bad", oid=9), *rows[2:], rows[0]])
+    monkeypatch.setattr(data, "SHARD_BYTES", 1)  # a file for every sample
+    to_record, opened = data._to_record, []
+
+    def interrupted(sample: data.Sample) -> dict:
+        if len(opened) == 4:
+            raise KeyboardInterrupt
+        opened.append(sample.id)
+        return to_record(sample)
+
+    monkeypatch.setattr(data, "_to_record", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare("ambi_rvos", root, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists() and opened == ["q0", "q1", "q2", "q3"]
+    (left,) = tmp_path.glob(".out.partial.*")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left.rename(tmp_path / f".out.partial.{dead.pid}")  # as if another process had been killed
+
+    monkeypatch.setattr(data, "_to_record", lambda sample: (opened.append(sample.id), to_record(sample))[1])
+    made = data.prepare("ambi_rvos", root, tmp_path / "out", progress=False)
+    assert opened == ["q0", "q1", "q2", "q3", "q4"]  # nothing twice
+    assert [id for id, _ in made["splits"]["train"]["refused"]] == ["bad", "q0"]  # once each, the second q0 too
+    assert [s.id for s in data.load_prepared(tmp_path / "out", "train")] == [f"q{i}" for i in range(5)]
+    assert len(list((tmp_path / "out").glob("*array_record*"))) == 5 and not list(tmp_path.glob(".out*"))
+
+    with monkeypatch.context() as patch:  # other tables begin anew
+        patch.setattr(data, "_to_record", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opened.clear()
+            data.prepare("ambi_rvos", root, tmp_path / "other", progress=False)
+    write_table(root, rows[:2])
+    opened.clear()
+    assert data.prepare("ambi_rvos", root, tmp_path / "other", progress=False)["splits"]["train"]["examples"] == 2
+    assert opened == ["q0", "q1"] and not list(tmp_path.glob(".other*"))
+
+
 def test_threads_may_share_a_dataset(prepared: Path) -> None:
     records = data.load_prepared(prepared, "train")
     expected = [records[i].image(0).sum() for i in range(6)]
@@ -568,6 +609,29 @@ def test_reading_records_needs_neither_tensorflow_nor_torch(prepared: Path) -> N
 
 
 # --- order ------------------------------------------------------------------------------------------------
+
+
+def test_what_a_link_leads_to_outside_is_not_even_hashed(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    secret, table = tmp_path / "secret", tmp_path / "in" / "table.json"
+    table.symlink_to(secret)
+    found = []
+    for content in "ab":
+        secret.write_text(content)
+        found.append(data._fingerprint("mevis", {}, tmp_path / "in", [table]))
+    assert found[0] == found[1]
+
+
+def test_mixed_takes_sets_at_their_rates() -> None:
+    drawn = [place for step in range(60) for place in data.mixed(0, step, [30, 7, 5], [10, 2, 0], 16)]
+    share = sum(k == 0 for k, _ in drawn) / len(drawn)
+    assert abs(share - 10 / 12) < 0.06 and {k for k, _ in drawn} == {0, 1}
+    assert {i for k, i in drawn if k == 1} == set(range(7)) and {i for k, i in drawn if k == 0} == set(range(30))
+    assert data.mixed(0, 5, [30, 7], [1, 1], 8) == data.mixed(0, 5, [30, 7], [1, 1], 8)
+    assert data.mixed(0, 5, [30, 7], [1, 1], 8) != data.mixed(1, 5, [30, 7], [1, 1], 8)
+    for bad in (([], [], 1), ([3], [1, 1], 1), ([0], [1], 1), ([3], [0], 1), ([3, 3], [2, -1], 1), ([3], [1], 0)):
+        with pytest.raises(ValueError, match="cannot mix"):
+            data.mixed(0, 0, *bad)
 
 
 @given(seed=st.integers(0, 2**31), n=st.integers(1, 60), data_=st.data())
@@ -617,7 +681,7 @@ def test_commands_from_nothing_to_a_picture(tmp_path: Path, capsys: pytest.Captu
 
 
 BAD_COMMANDS = {
-    "": "no command; use one of generate, prepare, preview, stats",
+    "": "no command; use one of generate, prepare, ambiguate, preview, stats",
     "generte out=x": "did you mean 'generate'",
     "generate out=x train=2": "generate needs test=",
     "generate out=x train=two test=1": "train=two is no whole number",
@@ -625,14 +689,20 @@ BAD_COMMANDS = {
     "generate out= train=1 test=1": "out= is empty",
     "generate now out=x train=1 test=1": "takes only key=value",
     "prepare source=a out=b": "prepare takes NAME",
-    "prepare mevis source=a out=b": "unknown dataset 'mevis'; use one of ambi_rvos",
-    "prepare ambi_rvos source=nowhere out=b": "no train.parquet or test.parquet",
+    "prepare mevvis source=a out=b": "unknown dataset 'mevvis' (did you mean 'mevis'?); use one of ambi_rvos",
+    "prepare ambi_rvos source=nowhere out=b": "no dataset folder",
+    "prepare ambi_rvos source=. out=b": "no train.parquet or test.parquet",
+    "prepare ambi_rvos source=. out=b strict=yes": "strict=yes is neither true nor false",
+    "generate out=x train=1 test=1 layout=mevvis": "unknown layout 'mevvis'; use one of ambi_rvos",
+    "generate out=x train=1 test=1 layout=reason_vos": "use train=0",
+    "preview mevis out=x.png source=.": "no valid_u/meta_expressions.json",
+    "stats mevis source=nowhere": "no dataset folder nowhere",
     "preview nowhere out=x.png": "neither a prepared folder",
     "preview synthetic out=x.png n=0": "n=0",
     "preview synthetic out=x.png split=val": "has no split 'val'; it has train, test",
     "preview synthetic out=/proc/none/x.png n=1": "/proc/none",
     "stats nowhere": "neither a prepared folder",
-    "stats": "stats takes PATH",
+    "stats": "stats takes NAME_OR_DIR",
 }
 
 

@@ -1,0 +1,159 @@
+"""ambiguate.py: what expressions say, which queries come of them, and the benchmark it writes of MeViS's layout."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from icseg_jax import ambiguate, data, synthetic
+
+SEED, COUNTS = 3, {"train": 4, "test": 2}
+
+
+@pytest.mark.parametrize(("text", "noun", "values"), [
+    ("The small blue circle that moves leftward", "circle", {"size": "small", "color": "blue", "motion": "leftward"}),
+    ("segment the visible part of the cross", "cross", {}),
+    ("two dogs walking to the left", "dog", {"motion": "leftward"}),
+    ("dog on the left", "dog", {"position": "left"}),
+    ("the man on the back of a horse", "man", {}),
+    ("dog standing in front of the right car", "dog", {}),
+    ("The left dog turns right", "dog", {"position": "left", "motion": "rightward"}),
+    ("white dog with a red ball", "dog", {"color": "white"}),
+    ("the elephant not moving", "elephant", {"motion": "still"}),
+    ("a person without a black hat", "person", {}),
+    ("People standing still", "person", {"motion": "still"}),
+    ("the dog is still eating", "dog", {}),
+    ("baby elephant following its mother", "elephant", {"age": "young"}),
+    ("the baby", "baby", {"age": "young"}),
+    ("the white building", "building", {"color": "white"}),
+    ("the white one", "one", {"color": "white"}),
+    ("moving left", "", {"motion": "leftward"}),
+    ("one moving up", "", {"motion": "upward"}),
+    ("which one is it?", "", {}),
+    ("", "", {}),
+    ("\u0000 \u4e2d\u6587 !", "", {}),
+])
+def test_what_expressions_say(text: str, noun: str, values: dict[str, str]) -> None:
+    assert ambiguate.parse(text) == ambiguate.Said(noun, values)
+
+
+def made(*expressions: tuple[str, str]) -> list[tuple]:
+    queries = ambiguate.ambiguous([(text, ids.split()) for text, ids in expressions])
+    return [(q.text, q.target, " ".join(q.candidates), q.level, q.max_count) for q in queries]
+
+
+def test_words_are_dropped_until_two_match() -> None:
+    pair = [("white dog", "1"), ("the black dog moving left", "2"), ("the cat", "3"), ("two dogs", "1 2")]
+    assert made(*pair) == [("the dog", "1", "1 2", "simple", 1), ("the dog", "2", "1 2", "simple", 1)]
+    # Of an animal nobody knows whether it is a dog (but dogs are animals); of a thing of no name nothing is known.
+    assert made(*pair, ("the animal on the left", "4")) == [("the animal", "4", "1 2 3 4", "difficult", -1)]
+    assert made(*pair, ("eating", "4")) == []
+    assert len(made(*pair, ("the person", "4"))) == 2
+    # Words that stay: two white ones, and the black one is none of them. Twins in what is known: -1.
+    three = [("white dog", "1"), ("the white dog eating", "2"), ("black puppy", "3")]
+    assert made(*three) == [("the white dog", "1", "1 2", "simple", -1), ("the white dog", "2", "1 2", "simple", -1)]
+    assert made(("the cat", "1"), ("the dog", "2")) == [] == made(("two dogs", "1 2"))
+    # What joins two is said of neither.
+    assert made(("the dog", "1"), ("a dog and a cat", "1 2"), ("the kitten", "2")) == []
+
+
+def test_levels() -> None:
+    many = [(f"the {color} car", str(i)) for i, color in enumerate(("red", "blue", "white", "black"))]
+    assert {(q[3], q[4]) for q in made(*many[:3])} == {("medium", 1)}
+    assert {(q[3], q[4]) for q in made(*many)} == {("difficult", 1)}
+    directions = [("the car driving left", "1"), ("the car moving right", "2")]
+    assert made(*directions)[0] == ("the car", "1", "1 2", "difficult", 1)  # motion alone tells them apart
+    assert made(*directions, ("the red car", "1"), ("the blue car", "2"))[0][3] == "simple"
+    both = [("small red car", "1"), ("small blue car", "2"), ("large red car", "3"), ("large blue car", "4")]
+    assert [q[:4] for q in made(*both)] == [
+        (f"the {size} car", str(i), "1 2" if size == "small" else "3 4", "simple")
+        for i, size in enumerate(("small", "small", "large", "large"), 1)]
+    assert ambiguate._questions([{"size": {s}, "color": {c}} for s in ("small", "large") for c in ("red", "blue")]) == 2
+
+
+@pytest.fixture(scope="module")
+def mevis(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("mevis") / "world"
+    return synthetic.write_dataset(out, **COUNTS, seed=SEED, progress=False, layout="mevis")
+
+
+def test_the_worlds_videos_become_a_benchmark(mevis: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    assert data.main(["ambiguate", "mevis", f"source={mevis}", f"out={out}"]) == 0
+    printed = capsys.readouterr().out
+    assert "train: queries about" in printed and "; 0 refused" in printed and printed.endswith(f"{out}\n")
+    total = 0
+    for split, count in COUNTS.items():
+        first, scenes = {}, {}
+        for i in range(count):
+            scene = synthetic.make_scene(i, seed=SEED, split=split)
+            first[scene.id], scenes[scene.id] = sum(len(s.objects) for s in scenes.values()), scene
+        rows = pq.read_table(out / f"{split}.parquet").to_pylist()
+        samples = list(data.read_ambi_rvos(out, split, strict=True, decode=True))
+        assert len(samples) == len(rows) > 0
+        for sample in samples:
+            total += 1
+            scene, said = scenes[sample.meta["video"]], ambiguate.parse(sample.query)
+            wanted = said.values | {"shape": said.noun}
+            matching = [o for o in scene.objects if all(o.value(a) == v for a, v in wanted.items())]
+            target = scene.object(int(sample.target_ids[0]) - first[scene.id] + 1)
+            assert target in matching and sample.initial_count == len(matching) >= 2
+            for p in (0, 11):
+                assert (sample.masks(p) == synthetic.visible_masks(scene, p)[target.oid - 1]).all()
+            values = [{a: o.value(a) for a in ("color", "size", "motion")} for o in matching]
+            worst = synthetic.optimal_questions(values, ("color", "size", "motion"))[0]
+            assert sample.max_count == (-1 if worst == float("inf") else worst)
+            assert sample.ability == "difficult" or len(matching) == {"simple": 2, "medium": 3}[sample.ability]
+            listed = json.loads(sample.privileged["all_target_path"].read_text())
+            assert listed["query"] == sample.query and listed["target_oid"] == sample.target_ids[0]
+            assert [int(c["oid"]) - first[scene.id] + 1 for c in listed["candidates"]] == [o.oid for o in matching]
+            about = json.loads(sample.privileged["target_path"].read_text())
+            assert about in listed["candidates"] and about["category"] == target.shape
+            assert about["attributes"] == {"color": target.color, "size": target.size}
+            assert about["motion"] == target.motion and synthetic._named(target) in about["description"]
+            assert about["position_by_frame"]["0"] == target.value("column", 0)
+            seen = data.decode_image(sample.privileged["visual_paths"][0]).astype(int)
+            assert ((seen[..., 0] > 200) & (seen[..., 1:] < 90).all(-1)).any()  # the red contour, as a JPEG has it
+        assert [s.id for s in samples] == [row["id"] for row in rows]
+    assert total > 4
+
+
+def test_names_do_not_lead_out(mevis: Path, tmp_path: Path) -> None:
+    """An annotation's id is the name of a folder in what is written."""
+    root = Path(shutil.copytree(mevis, tmp_path / "mevis"))
+    shutil.rmtree(root / "valid_u")
+    folder = root / "train"
+    table, masks = (json.loads((folder / n).read_text()) for n in ("meta_expressions.json", "mask_dict.json"))
+    for video in table["videos"].values():
+        for said in video["expressions"].values():
+            said["anno_id"] = [f"../../../{id}" for id in said["anno_id"]]
+    (folder / "meta_expressions.json").write_text(json.dumps(table))
+    (folder / "mask_dict.json").write_text(json.dumps({f"../../../{id}": track for id, track in masks.items()}))
+    with pytest.raises(data.DataError, match="no video of mevis in"):
+        ambiguate.ambiguate("mevis", root, tmp_path / "out", progress=False)
+    with pytest.raises(data.DataError, match="^video .* leaves the dataset folder"):
+        ambiguate.ambiguate("mevis", root, tmp_path / "out", progress=False, strict=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mevis"]
+
+
+@pytest.mark.parametrize(("words", "part"), [
+    ("prist source=. out=x", "'prist' does not say which expressions mean the same object; use one of mevis"),
+    ("mevvis source=. out=x", "(did you mean 'mevis'?)"), ("mevis source=nowhere out=x", "no dataset folder nowhere"),
+    ("mevis source=. out=x", "with a record in ."), ("mevis source=.", "needs out="),
+    ("mevis source=. out=x endpoint=http://x", "ambiguate has no 'endpoint'"),
+])
+def test_bad_input_is_one_line(words: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                               capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert data.main(["ambiguate", *words.split()]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1 and part in told and list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_something_in_it_stays(mevis: Path, tmp_path: Path) -> None:
+    with pytest.raises(data.DataError, match="ambiguate: .* exists already"):
+        ambiguate.ambiguate("mevis", mevis, mevis, progress=False)
+    with pytest.raises(data.DataError, match="test=valid: .* has the splits train, valid_u"):
+        ambiguate.ambiguate("mevis", mevis, tmp_path / "out", test="valid")
