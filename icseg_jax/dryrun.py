@@ -104,7 +104,7 @@ def lower_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any],
     # The words of a tokenizer are data: any with the special tokens gives the same programs.
     real = (source / "tokenizer.json").is_file()
     tokenizer = train.load_tokenizer(source if real else train.resolve_path("asset:embedded_base"))
-    policy = train.Policy(policy_config, c.policy.remat, mesh)
+    policy = train.Policy(policy_config, c.policy.remat, mesh, c.policy.attention)
     speaker = train.Speaker(c.protocol, policy_config, tokenizer)
     sampler = train.Sampler(c, policy, speaker, mesh)
 

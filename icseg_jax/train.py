@@ -92,6 +92,7 @@ class PolicySection:
     path: str = "asset:embedded_base"  # a Hugging Face directory, such as a run's trained/; "asset:" is in the package
     shape: str | None = None  # a config.json: random weights to start from (stage: sft), what dryrun compiles
     dtype: str = "bfloat16"  # type of the computation; master parameters are always float32
+    attention: str = "xla"  # of many queries: xla everywhere | splash on TPU | cudnn on NVIDIA, in bfloat16
     remat: bool = True  # recompute activations in the backward pass
     freeze_vision: bool = False  # METHOD.md 5.1: the released recipe trains the vision tower
     logits_tokens: int = 512  # tokens whose vocabulary logits exist at a time
@@ -251,6 +252,7 @@ class EvaluateSection:
 class CheckpointSection:
     every: int = 20  # steps
     keep: int = 2
+    bucket: str | None = None  # where finished ones are copied to, such as gs://BUCKET/RUN (any file system of fsspec)
 
 
 @dataclass(frozen=True)
@@ -423,6 +425,20 @@ def check_config(c: Config) -> Config:
     need(c.stage in ("rl", "sft"), "stage", c.stage, "use rl or sft")
     need(c.steps >= 1, "steps", c.steps, "use 1 or more")
     need(c.policy.dtype in ("float32", "bfloat16"), "policy.dtype", c.policy.dtype, "use float32 or bfloat16")
+    kinds = ("xla", "splash", "cudnn")
+    need(c.policy.attention in kinds, "policy.attention", c.policy.attention, f"use one of {', '.join(kinds)}")
+    need(
+        c.policy.attention == "xla" or c.stage == "rl",
+        "policy.attention",
+        c.policy.attention,
+        "stage=sft packs several dialogues into a row, which only xla masks",
+    )
+    need(
+        c.policy.attention != "cudnn" or c.policy.dtype == "bfloat16",
+        "policy.dtype",
+        c.policy.dtype,
+        "policy.attention=cudnn computes in bfloat16",
+    )
     need(c.protocol.prompts in PROMPTS, "protocol.prompts", c.protocol.prompts, f"use one of {', '.join(PROMPTS)}")
     need(c.protocol.max_turns >= 1, "protocol.max_turns", c.protocol.max_turns, "use 1 or more (6 in the paper)")
     need(
@@ -894,11 +910,87 @@ _attend.defvjp(_attend_forward, _attend_backward)
 MASKED = -1e30  # a finite minus infinity: a fully masked row stays finite
 
 
+def fused_attend(q: Array, parts: Sequence[tuple[Array, Array, Array]], kind: str, *, interpret: bool = False) -> Array:
+    """`attend` by a fused kernel on one device's rows: splash on TPU, cudnn on NVIDIA, the same masks.
+
+    The last part holds the rows' own keys, in which a query sees itself and what came before; the parts before it are
+    seen whole, as far as they are valid. Shared parts are laid beside each row's own: where these kernels pay, a device
+    has few rows. What a padded query gets is undefined. interpret: splash in plain JAX, for tests.
+    """
+    p, n, t, heads, size = q.shape
+    groups = parts[0][0].shape[-2]
+
+    def of_row(x):
+        return jnp.broadcast_to(x[:, None] if x.ndim == 4 else x, (p, n, *x.shape[-3:])).astype(q.dtype)
+
+    k, v = (jnp.concatenate([of_row(part[i]) for part in parts], 2) for i in (0, 1))
+    # Validity of each key: of a context it is the same for all queries, of the own part it is the diagonal.
+    valid = [jnp.broadcast_to(mask[:, :, 0], (p, n, mask.shape[-1])) for _, _, mask in parts[:-1]]
+    own = jnp.broadcast_to(parts[-1][2], (p, n, t, t))
+    valid = jnp.concatenate([*valid, jnp.diagonal(own, axis1=-2, axis2=-1)], -1)
+    before = k.shape[2] - t
+    if kind == "cudnn":
+        causal = jnp.arange(before + t) <= before + jnp.arange(t)[:, None]
+        mask = (valid[:, :, None] & causal).reshape(p * n, 1, t, before + t)
+        flat = lambda x: x.reshape(p * n, *x.shape[2:])  # noqa: E731
+        out = jax.nn.dot_product_attention(flat(q), flat(k), flat(v), mask=mask, implementation="cudnn")
+        return out.reshape(q.shape)
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    queries, total = -(-t // 128) * 128, -(-k.shape[2] // 128) * 128
+    fill = lambda x, axis, to: jnp.pad(x, [(0, to - d if i == axis else 0) for i, d in enumerate(x.shape)])  # noqa: E731
+    block = lambda length: next(b for b in (512, 256, 128) if length % b == 0)  # noqa: E731
+    bq, bk = block(queries), block(total)
+    kernel = splash_attention_kernel.make_splash_mqa_single_device(
+        splash_attention_mask.MultiHeadMask(
+            [splash_attention_mask.CausalMask((queries, total), offset=before)] * (heads // groups)
+        ),
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=bq, block_kv=bk, block_q_dkv=bq, block_kv_dkv=bk, block_q_dq=bq, block_kv_dq=bk
+        ),
+        interpret=interpret,
+    )
+    grouped = fill(q * size**-0.5, 2, queries).reshape(p, n, queries, groups, heads // groups, size)
+    segments = splash_attention_kernel.SegmentIds(
+        jnp.ones((p, n, queries), jnp.int32), fill(valid.astype(jnp.int32), 2, total)
+    )
+    heads_first = lambda x: jnp.moveaxis(x, 2, -2)  # noqa: E731
+    over_groups = jax.vmap(kernel, (0, 0, 0, None))  # q [K,g,t,h], k and v [K,S,h], segments of the row
+    out = jax.vmap(jax.vmap(over_groups))(
+        heads_first(grouped), heads_first(fill(k, 2, total)), heads_first(fill(v, 2, total)), segments
+    )
+    return jnp.moveaxis(out, -2, 2)[:, :, :t].reshape(q.shape)
+
+
+def attend_by(kind: str, mesh: Mesh | None, q: Array, parts: Sequence[tuple[Array, Array, Array]]) -> Array:
+    """`policy.attention`: XLA everywhere; a fused kernel where it can run, on many queries that are not split over
+    devices. Kernels see the rows and heads of their own device."""
+    p, n, t = row_axes(mesh, *q.shape[:3])
+    groups = parts[0][0].shape[-2]
+    whole = mesh is None or mesh.size == 1
+    if kind == "xla" or q.shape[2] < 128 or t is not None or not (whole or divides(mesh, "tensor", groups)):
+        return attend(q, parts)
+    if whole:
+        return fused_attend(q, parts, kind)
+    spec = lambda x, *axes: Spec(*(a if x.shape[i] > 1 else None for i, a in enumerate(axes)))  # noqa: E731
+    keys = [
+        (Spec(p, None, "tensor"),) * 2 if k.ndim == 4 else (Spec(p, n, None, "tensor"),) * 2 for k, _, _ in parts
+    ]
+    specs = [(*pair, spec(mask, p, n)) for pair, (_, _, mask) in zip(keys, parts, strict=True)]
+    rows = Spec(p, n, None, "tensor")
+    local = jax.shard_map(
+        lambda q, parts: fused_attend(q, parts, kind), mesh=mesh, in_specs=(rows, specs), out_specs=rows,
+        check_vma=False,
+    )  # fmt: skip
+    return local(q, list(parts))
+
+
 class Layer(nn.Module):
     """One decoder layer. The context's keys and values are arguments, the new ones are a result."""
 
     config: PolicyConfig
     mesh: Mesh | None = None
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, carry, context, rope, mask, context_masks, visual):
@@ -925,7 +1017,7 @@ class Layer(nn.Module):
         q = hold(q, p, n, t, "tensor")
         k, v = (hold(x, p, n, None, "tensor" if divides(self.mesh, "tensor", groups) else None) for x in (k, v))
         parts = [(keys.k, keys.v, m) for keys, m in zip(context, context_masks, strict=True)] + [(k, v, mask)]
-        out = hold(attend(q, parts), p, n, t, "tensor")
+        out = hold(attend_by(self.attention, self.mesh, q, parts), p, n, t, "tensor")
         x = x + jnp.einsum(
             "pnthe,hed->pntd", out, _weight(self, "o", [heads, size, width], ["heads", None, "embed"]).astype(x.dtype)
         )
@@ -1077,6 +1169,7 @@ class Policy(nn.Module):
     config: PolicyConfig
     remat: bool = False
     mesh: Mesh | None = None
+    attention: str = "xla"
 
     def setup(self):
         c = self.config
@@ -1090,7 +1183,7 @@ class Policy(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
             length=c.num_hidden_layers,
-        )(c, self.mesh)
+        )(c, self.mesh, self.attention)
         self.norm = _weight(self, "norm", [c.hidden_size], ["norm"], 1.0)
         if not c.tie_word_embeddings:
             self.output = _weight(self, "output", [c.hidden_size, c.vocab_size], ["embed", "vocab"])
@@ -3835,6 +3928,7 @@ class Run:
         self.stop = False
         self._writer = None
         self._lock = None
+        self._bucket: Bucket | None = None
         if self.writes:
             self._open()
         if jax.process_count() > 1:
@@ -3914,8 +4008,14 @@ class Run:
         from orbax.checkpoint import v1 as ocp
 
         if not hasattr(self, "_checkpointer"):
+            folder = (self.path / "checkpoints").resolve()
+            if self.config.checkpoint.bucket and self.writes:
+                self._bucket = Bucket(self.config.checkpoint.bucket, self.config.checkpoint.keep)
+                self._bucket.fetch(folder)
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("checkpoints")
             self._checkpointer = ocp.training.Checkpointer(
-                (self.path / "checkpoints").resolve(),
+                folder,
                 preservation_policy=ocp.training.preservation_policies.LatestN(self.config.checkpoint.keep),
             )
         return self._checkpointer
@@ -3942,7 +4042,12 @@ class Run:
     def save(self, state: TrainState, step: int) -> None:
         keeper = self.checkpointer()
         if keeper.latest is None or keeper.latest.step != step:
+            self._copy_out()  # those before: this one is still being written
             keeper.save_checkpointables_async(step, _parts(state))
+
+    def _copy_out(self) -> None:
+        if self._bucket is not None:
+            self._bucket.copy(self.path / "checkpoints", [c.step for c in self._checkpointer.checkpoints])
 
     def _rows(self) -> list[dict]:
         rows = []
@@ -3977,10 +4082,76 @@ class Run:
     def close(self) -> None:
         if hasattr(self, "_checkpointer"):
             self._checkpointer.close()
+        if self._bucket is not None:
+            finished = [int(f.name) for f in (self.path / "checkpoints").iterdir() if f.name.isdigit()]
+            self._bucket.copy(self.path / "checkpoints", finished)
+            self._bucket.close()
         if self._writer is not None:
             self._writer.close()
         if self._lock is not None:
             self._lock.close()
+
+
+class Bucket:
+    """Copies of finished checkpoints in a bucket: the run goes on from there on a machine that has nothing of it.
+
+    A checkpoint counts once its marker is there, which is written last. Copying happens beside the training; one that
+    fails is said and tried again with the next.
+    """
+
+    def __init__(self, url: str, keep: int):
+        import fsspec
+
+        self.url, self.keep = url.rstrip("/"), keep
+        try:
+            self.files, self.root = fsspec.core.url_to_fs(self.url)
+            self.files.makedirs(self.root, exist_ok=True)
+            self.files.pipe_file(f"{self.root}/.writable", b"")
+        except Exception as error:  # every file system has its own
+            raise ConfigError(
+                f"checkpoint.bucket={url}: can not be written ({_first_line(error)}); give a URL that fsspec knows, "
+                "such as gs://BUCKET/RUN with gcsfs installed"
+            ) from None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+
+    def _steps(self) -> list[int]:
+        names = [name.rsplit("/", 1)[-1] for name in self.files.ls(self.root, detail=False)]
+        return sorted(int(n.removesuffix(".complete")) for n in names if re.fullmatch(r"\d+\.complete", n))
+
+    def fetch(self, folder: Path) -> None:
+        """Brings the latest one into `folder`, unless that holds a later one. Raises ConfigError."""
+        here = [int(f.name) for f in folder.iterdir() if f.name.isdigit()] if folder.is_dir() else []
+        steps = self._steps()
+        if not steps or steps[-1] <= max(here, default=-1):
+            return
+        step = steps[-1]
+        partial = folder / f".{step}.{os.getpid()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.files.get(f"{self.root}/{step}/", f"{partial}/", recursive=True)
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise ConfigError(f"{self.url}/{step}: can not be read ({_first_line(error)})") from None
+        os.replace(partial, folder / str(step))
+
+    def copy(self, folder: Path, steps: Sequence[int]) -> None:
+        """Begins to copy those of `steps` that are not there yet."""
+        self._pool.submit(self._copy, folder, sorted(steps)[-self.keep :])
+
+    def _copy(self, folder: Path, steps: Sequence[int]) -> None:
+        try:
+            for step in sorted(set(steps) - set(self._steps())):
+                self.files.put(f"{folder / str(step)}/", f"{self.root}/{step}/", recursive=True)
+                self.files.pipe_file(f"{self.root}/{step}.complete", b"")
+            for step in self._steps()[: -self.keep]:
+                self.files.rm(f"{self.root}/{step}.complete")
+                self.files.rm(f"{self.root}/{step}", recursive=True)
+        except Exception as error:
+            print(f"{self.url}: a checkpoint was not copied ({_first_line(error)})", file=sys.stderr)
+
+    def close(self) -> None:
+        """Waits for what is under way."""
+        self._pool.shutdown(wait=True)
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
@@ -4274,7 +4445,7 @@ class Trainer:
             raise ConfigError(
                 f"{self.source}: the tokenizer has {len(self.tokenizer)} tokens, the policy {policy_config.vocab_size}"
             )
-        self.policy = Policy(policy_config, c.policy.remat, self.mesh)
+        self.policy = Policy(policy_config, c.policy.remat, self.mesh, c.policy.attention)
         self.speaker = Speaker(c.protocol, policy_config, self.tokenizer)
         self.sampler = Sampler(c, self.policy, self.speaker, self.mesh)
         self.cast = reading_copy(self.policy, self.mesh, c.policy.dtype)
