@@ -1486,6 +1486,12 @@ def row_owners(mesh: Mesh, prompts: int, rollouts: int) -> np.ndarray:
     return out
 
 
+def fills(mesh: Mesh, prompts: int, rollouts: int) -> bool:
+    """Whether rows [P,N] keep every device busy with rows of its own."""
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    return prompts % data == 0 and (rollouts % fsdp == 0 or prompts % (data * fsdp) == 0)
+
+
 def check_mesh(c: Config, mesh: Mesh) -> None:
     """No device shall do the work of another again. Raises ConfigError naming the key and a value that works."""
     data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
@@ -1493,7 +1499,7 @@ def check_mesh(c: Config, mesh: Mesh) -> None:
     def need(prompts: int, rollouts: int, key: str, of: str) -> None:
         if prompts % data:
             raise ConfigError(f"{key}={prompts}: {of} are spread over mesh.data={data}; use a multiple of it")
-        if rollouts % fsdp and prompts % (data * fsdp):
+        if not fills(mesh, prompts, rollouts):
             raise ConfigError(
                 f"{key}={prompts}: {of}, with {rollouts} rollouts each, are spread over mesh.data={data} times "
                 f"mesh.fsdp={fsdp}; use a multiple of {data * fsdp}, or a mesh.fsdp that divides {rollouts}"
@@ -2518,13 +2524,14 @@ class Sampler:
 
     def compact(self, grid, lane_prompts, lanes, live):
         """Leaves ended rows behind once half of the prompts have none that goes on; the group axis stays whole."""
-        p = len(grid)
+        p, n = len(grid), len(grid[0])
         going = [i for i in range(p) if any(live(d) for d in grid[i])]
-        size = p // 2
-        while size >= self.c.rollout.least_prompts and len(going) <= size // 2:
-            size //= 2
-        if len(going) > size or size < self.c.rollout.least_prompts:
+        sizes = [p >> k for k in range(1, p.bit_length()) if p % (1 << k) == 0]
+        least = self.c.rollout.least_prompts
+        sizes = [size for size in sizes if size >= max(least, len(going)) and fills(self.mesh, size, n)]
+        if not sizes:
             return grid, lane_prompts, lanes
+        size = sizes[-1]
         chosen = (going + [i for i in range(p) if i not in going])[:size]
         lanes = self.pick(lanes, np.array(chosen, np.int32))
         return [grid[i] for i in chosen], [lane_prompts[i] for i in chosen], lanes
@@ -3423,16 +3430,18 @@ def make_programs(policy: Policy, config: Config, state: TrainState | None = Non
 
         slope = jax.value_and_grad(micro_loss, has_aux=True)
         micros = in_micros((batch, credit, guided), prompts)
-        first = jax.tree.map(lambda x: x[0], micros)
-        (_, stats), grads = slope(state.params, teacher, *first, total)
 
-        def add(carry, micro):
+        def one(micro):
             (_, stats), grads = slope(state.params, teacher, *micro, total)
-            return jax.tree.map(jnp.add, carry, (grads, stats)), None
+            return grads, stats
 
-        rest = jax.tree.map(lambda x: x[1:], micros)
-        if len(rest[1].mask):
-            (grads, stats), _ = jax.lax.scan(add, (grads, stats), rest)
+        first = jax.tree.map(lambda x: x[0], micros)
+        if len(micros[1].mask) == 1:
+            grads, stats = one(first)
+        else:
+            none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
+            add = lambda carry, micro: (jax.tree.map(jnp.add, carry, one(micro)), None)  # noqa: E731
+            (grads, stats), _ = jax.lax.scan(add, none, micros)
         stats["gradient_norm"] = optax.tree.norm(grads)
         state = apply_gradients(optimiser, state, grads, rate)
         if state.teacher is not None and c.credit.teacher_update == "ema":
