@@ -78,10 +78,13 @@ def open_topology(name: str) -> tuple[list[Any], float, str]:
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
-    """The tree as shapes, each with where it lies."""
+    """The tree as shapes, each with where it lies: shardings in a tree like it, or in the order of its leaves."""
     import jax
 
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+    leaves, form = jax.tree.flatten(tree)
+    places = jax.tree.leaves(shardings)
+    made = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(leaves, places, strict=True)]
+    return jax.tree.unflatten(form, made)
 
 
 def lower_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any], Any]]:

@@ -1596,20 +1596,21 @@ def parameter_shapes(config: PolicyConfig) -> Any:
     ]
 
 
-def batch_placements(mesh: Mesh, tree: Any) -> Any:
-    """Where each array of a batch lies: rows [P, ...] and [P, N, ...] as `row_axes` says, images [I, ...] over all that
-    rows are spread over, where they divide."""
+def batch_placements(mesh: Mesh, tree: Any) -> list[NamedSharding]:
+    """Where each array of a batch lies, in the order of its leaves: rows [P, ...] and [P, N, ...] as `row_axes` says,
+    images [I, ...] over all that rows are spread over, where they divide."""
 
-    def place(x: Any) -> Any:
+    def of(x: Any) -> list[NamedSharding]:
         if isinstance(x, Images):
             size = len(x.patches)
             both = size % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
             axis = ("data", "fsdp") if both else "data" if divides(mesh, "data", size) else None
-            return jax.tree.map(lambda leaf: placement(mesh, [axis]), x)
+            return [placement(mesh, [axis])] * len(jax.tree.leaves(x))
         p, n, _ = row_axes(mesh, *(*np.shape(x), 1)[:2]) if np.ndim(x) else (None, None, None)
-        return placement(mesh, [p, n][: np.ndim(x)])
+        return [placement(mesh, [p, n][: np.ndim(x)])]
 
-    return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, Images))
+    parts = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Images))
+    return [where for part in parts for where in of(part)]
 
 
 def shard_batch(mesh: Mesh, tree: Any) -> Any:
@@ -1619,7 +1620,8 @@ def shard_batch(mesh: Mesh, tree: Any) -> Any:
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
-    return jax.tree.map(put, tree, batch_placements(mesh, tree))
+    leaves, form = jax.tree.flatten(tree)
+    return jax.tree.unflatten(form, map(put, leaves, batch_placements(mesh, tree)))
 
 
 # ======================================================================================================
@@ -2203,21 +2205,22 @@ class Sampler:
             static = {"commit": ("length",), "prefill": ("rollouts",)}.get(name)
             setattr(self, name, Program(name, getattr(self, f"_{name}"), static_argnames=static))
 
-    def layout(self, lanes: Lanes) -> Lanes:
-        """Where each part of the lanes lies: prompts over data, rollouts over fsdp, heads over tensor."""
+    def layout(self, lanes: Lanes) -> list[NamedSharding]:
+        """Where each part of the lanes lies, in the order of its leaves: prompts over data, rollouts over fsdp, heads
+        and words over tensor."""
         config, mesh = self.policy.config, self.mesh
         p, n, _ = row_axes(mesh, *lanes.past_length.shape)
         heads = "tensor" if divides(mesh, "tensor", config.num_key_value_heads) else None
         words = "tensor" if divides(mesh, "tensor", config.vocab_size) else None
-        prompt, past = placement(mesh, (None, p, None, heads)), placement(mesh, (None, p, n, None, heads))
-        rows = placement(mesh, (p, n))
-        return Lanes(
-            Keys(prompt, prompt), placement(mesh, (p,)), Visual(placement(mesh, (p,)), placement(mesh, (None, p))),
-            Keys(past, past), rows, placement(mesh, (p, n, words)),
-        )  # fmt: skip
+        prompt, past = (None, p, None, heads), (None, p, n, None, heads)
+        axes = [prompt, prompt, (p,), (p,), (None, p), past, past, (p, n), (p, n, words)]
+        return [placement(mesh, x) for x in axes]
 
     def _hold(self, lanes: Lanes) -> Lanes:
-        return lanes if self.mesh.size == 1 else jax.lax.with_sharding_constraint(lanes, self.layout(lanes))
+        if self.mesh.size == 1:
+            return lanes
+        leaves, form = jax.tree.flatten(lanes)
+        return jax.tree.unflatten(form, map(jax.lax.with_sharding_constraint, leaves, self.layout(lanes)))
 
     # Device programs
 
@@ -2278,12 +2281,11 @@ class Sampler:
         count = (rows.segment > 0).sum(-1)
         last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[..., None, None], 2)[:, :, 0]
         logits = self.policy.apply({"params": params}, last, method=Policy.head)
-        where = self.layout(lanes)
-        return (
-            jax.lax.with_sharding_constraint((fresh, count, logits), (where.past, where.past_length, where.logits))
-            if self.mesh.size > 1
-            else (fresh, count, logits)
-        )
+        if self.mesh.size > 1:
+            *_, past, _, rows, words = self.layout(lanes)
+            hold = jax.lax.with_sharding_constraint
+            fresh, count, logits = jax.tree.map(lambda x: hold(x, past), fresh), hold(count, rows), hold(logits, words)
+        return fresh, count, logits
 
     def _commit(self, lanes: Lanes, fresh: Keys, count, length: int):
         """Lays `count` fresh keys and values of each row behind its past, in a cache of `length` slots."""

@@ -378,6 +378,7 @@ def test_groups_without_spread_are_replaced(world, played, scored, monkeypatch, 
         def __init__(self):
             self.config, self.clock, self.user, self.expert, self.mask_reward = config, train.Clock(), None, None, None
             self.cast, self.state = (lambda params: params), types.SimpleNamespace(params=None)
+            self.mesh = world.mesh
             self.sampler = types.SimpleNamespace(play=lambda params, rows, *_, **__: [[d] * ROLLOUTS for d in rows])
 
         def training_prompts(self, step, refill):
