@@ -366,7 +366,7 @@ def test_groups_without_spread_are_replaced(world, played, scored, monkeypatch, 
     config = train.load_config(CONFIG, [*SMALL, f"rollout.refills={refills}", "reward.weights.mask=0"])
     spread = iter([[1, 0, 1, 0], [0, 0, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]])
 
-    def score(dialogues, c, expert, masks):
+    def score(dialogues, c, expert, masks, owners):
         assert masks is None
         iou = np.array(next(spread), np.float32)[:, None] * np.arange(ROLLOUTS, dtype=np.float32)
         terms = {**{t: np.zeros_like(iou) for t in train.TERMS}, "iou": iou}
