@@ -3123,7 +3123,11 @@ def predict(
     last = jnp.maximum(there.sum(-1) - 1, 0)[..., None, None]  # [P,1,1,1]
     if share_prefix:
         before, keys = run(prompts.tokens, prompts.positions, own_mask(prompts), visual=visual, slots=prompts.slots)
-        keys = jax.tree.map(lambda x: x[:, :, 0], keys)
+        # Held where the rollouts read them: XLA's own way there from the prompts' layout computes wrong slopes on a mesh
+        # with all three axes above one (jax 0.10.2, with Shardy and without).
+        heads = "tensor" if divides(policy.mesh, "tensor", policy.config.num_key_value_heads) else None
+        axes = (None, row_axes(policy.mesh, p, n)[0], None, heads)
+        keys = jax.tree.map(lambda x: laid(x[:, :, 0], policy.mesh, *axes), keys)
         hidden, _ = run(
             rows.tokens, rows.positions, own_mask(rows), visual=visual, slots=rows.slots,
             context=(keys,), context_masks=(there[:, :, None, :],),
