@@ -15,8 +15,15 @@
 `python -m icseg_jax.bench lists [CONFIG] policy.path=DIR [key=value ...]`
     What becomes of dialogues about test queries, greedy, by what their first list of candidates looks like, and how
     crowding spoils such lists. CONFIG defaults to experiments/embedded.yaml.
+`python -m icseg_jax.bench rollout [model=DIR] [prompts=4 rollouts=8 images=6 ...] [against=huggingface]`
+    A fixed dialogue of several turns, every one of them as long as it may be: sampled tokens over the wall time of a
+    second, warm dialogue. `against=huggingface` plays the same on the same rows with `generate` of transformers.
+`python -m icseg_jax.bench growth [model=DIR] [prompts=4 new_tokens=32]`
+    Seconds per decoded token as the shared prompt grows (256, 1k, 4k tokens) and as rollouts share it (1 to 16).
+`python -m icseg_jax.bench update [prompts=2 rollouts=8 prompt_tokens=1024 response_tokens=256 ...]`
+    An update that runs each prompt once per group against one that runs it again for every rollout.
 
-Prints one JSON object.
+Prints, last, one JSON object.
 """
 
 from __future__ import annotations
@@ -26,11 +33,14 @@ import dataclasses
 import json
 import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen
 import jax
 import numpy as np
 from scipy import ndimage
@@ -353,6 +363,304 @@ def teacher_forced(config: train.Config) -> tuple[Callable, train.SceneTeacher, 
     return logits_of, scenes, tokenizer
 
 
+# ------------------------------------------------------------------------------------------------------
+# Speed of the two halves of a step. These take their sizes as key=value, not a config.
+# ------------------------------------------------------------------------------------------------------
+
+RANDOM_MODEL = {  # of `rollout` and `growth` without model=
+    "model_type": "qwen3_vl", "tie_word_embeddings": True, "image_token_id": 31990, "video_token_id": 31991,
+    "vision_start_token_id": 31992, "vision_end_token_id": 31993,
+    "text_config": {
+        "vocab_size": 32000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "rope_theta": 1e6,
+        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [8, 4, 4]},
+    },
+    "vision_config": {
+        "depth": 4, "hidden_size": 128, "intermediate_size": 512, "num_heads": 4, "out_hidden_size": 256,
+        "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 1, 2], "patch_size": 16,
+        "temporal_patch_size": 2, "spatial_merge_size": 2,
+    },
+}  # fmt: skip
+
+
+def sizes(arguments: Sequence[str], **defaults: Any) -> dict[str, Any]:
+    """key=value over defaults of the same types, whole numbers from 1 up. Raises ConfigError."""
+    out = dict(defaults)
+    for item in arguments:
+        key, equals, value = item.partition("=")
+        if not equals or key not in defaults:
+            raise train.ConfigError(f"{item!r}: known are {', '.join(f'{k}={v}' for k, v in defaults.items())}")
+        if isinstance(defaults[key], int):
+            if not value.isdigit() or int(value) < 1:
+                raise train.ConfigError(f"{item}: use a whole number from 1 up, for example {key}={defaults[key]}")
+            value = int(value)
+        out[key] = value
+    return out
+
+
+def random_policy(raw: dict) -> tuple[train.PolicyConfig, Any]:
+    config = train.PolicyConfig.from_json(raw)
+    init = jax.jit(lambda key: train.Policy(config).init(key, train.example_images(config.vision)))
+    return config, flax.linen.unbox(init(jax.random.key(0)))["params"]
+
+
+def model_of(path: str) -> tuple[train.PolicyConfig, Any]:
+    """The policy in a directory as it is stored, or RANDOM_MODEL."""
+    return train.load_policy(path) if path else random_policy(RANDOM_MODEL)
+
+
+class FixedDialogue:
+    """A dialogue without words: prompts of images and random text, then turns of as many tokens as may be sampled with
+    an observation between each two. The device programs and their order are those of `train.Sampler.play`."""
+
+    def __init__(self, policy_config: train.PolicyConfig, given: dict[str, Any]):
+        self.given, g = given, given
+        unit = policy_config.vision.patch_size * policy_config.vision.spatial_merge_size
+        protocol = train.ProtocolSection(
+            frames=g["images"], frame_size=g["image_size"], keyframe_size=unit, action_tokens=g["new_tokens"]
+        )
+        cache = g["turns"] * (g["new_tokens"] + g["observation_tokens"])
+        rollout = train.RolloutSection(
+            prompts=g["prompts"], rollouts=g["rollouts"], cache_buckets=[cache], decode_tokens=g["new_tokens"]
+        )
+        self.config = train.Config(protocol=protocol, rollout=rollout)
+        tokenizer = train.load_tokenizer(train.resolve_path("asset:embedded_base"))  # its words are never used
+        self.speaker = train.Speaker(protocol, policy_config, tokenizer)
+        self.mesh = train.make_mesh(train.MeshSection())
+        self.sampler = train.Sampler(
+            self.config, train.Policy(policy_config, mesh=self.mesh), self.speaker, self.mesh
+        )
+        self.sampler.allowed = np.ones(policy_config.vocab_size, bool)
+        self.sampler.stop_state, self.sampler.ends = -1, np.array([-1])  # nothing ends a turn
+        rng = np.random.default_rng(0)
+        p, words = g["prompts"], min(policy_config.vocab_size, policy_config.image_token_id)
+        self.text = rng.integers(0, words, (p, g["text_tokens"]))
+        self.told = rng.integers(0, words, (g["turns"], p, g["rollouts"], g["observation_tokens"]))
+        rows = []
+        for text in self.text.tolist():
+            row = train.Transcript()
+            row.add(text[: len(text) // 2])
+            for i in range(g["images"]):
+                row.add([policy_config.vision_start_token_id])
+                row.add_image(policy_config.image_token_id, i * self.speaker.frame_tokens, self.speaker.frame_grid)
+                row.add([policy_config.vision_end_token_id])
+            row.add(text[len(text) // 2 :])
+            rows.append(row)
+        self.start = rows[0].position
+        self.tokens = np.array([row.tokens for row in rows])
+        self.rows = train.stack_rows([[[row]] for row in rows], len(rows[0]), 0)
+        merge = policy_config.vision.spatial_merge_size**2
+        shape = (p * g["images"], self.speaker.frame_tokens * merge, policy_config.vision.patch_dim)
+        self.images = self.speaker.images(rng.standard_normal(shape, np.float32), self.speaker.frame_grid)
+
+    def observation(self, turn: int, position: int) -> train.Rows:
+        def row(tokens: list[int]) -> list[train.Transcript]:
+            out = train.Transcript(position)
+            out.add(tokens)
+            return [out]
+
+        grid = [[row(tokens) for tokens in line] for line in self.told[turn].tolist()]
+        return train.stack_rows(grid, self.given["observation_tokens"], 0)
+
+    def play(self, params: Any, seed: int = 0) -> dict[str, float]:
+        """Seconds per phase of one dialogue."""
+        g, s, clock = self.given, self.sampler, train.Clock()
+        p, n = g["prompts"], g["rollouts"]
+        done = jax.block_until_ready
+        with clock("encode"):
+            visual = done(train.Visual(*s.encode(params, train.shard_batch(self.mesh, self.images))))
+        with clock("prefill"):
+            lanes = done(s.prefill(params, train.shard_batch(self.mesh, self.rows), visual, rollouts=n))
+        fill = lambda value, kind=np.int32: np.full((p, n), value, kind)  # noqa: E731
+        position, capacity = self.start, self.config.rollout.cache_buckets[0]
+        rollout = np.broadcast_to(np.arange(n, dtype=np.int32), (p, n))
+        for turn in range(g["turns"]):
+            with clock("decode"):
+                keys = s.keys(seed, turn, np.arange(p, dtype=np.int32), rollout)
+                lanes, fresh, length, words, _ = s.generate(
+                    params, lanes, fill(position), fill(0), fill(g["new_tokens"]), keys, fill(1.0, np.float32)
+                )
+                assert all(len(ids) == g["new_tokens"] for line in words for ids, _ in line)
+            position += g["new_tokens"]
+            if turn + 1 == g["turns"]:
+                break
+            with clock("extend"):
+                lanes = s.commit(lanes, fresh, length, length=capacity)
+                rows = train.shard_batch(self.mesh, self.observation(turn, position))
+                fresh, count, logits = s.extend(params, lanes, rows)
+                lanes = done(s.commit(lanes, fresh, count, length=capacity).replace(logits=logits))
+            position += g["observation_tokens"]
+        return clock.take()
+
+
+def rollout(arguments: Sequence[str]) -> dict[str, Any]:
+    """Tokens per second of a fixed dialogue."""
+    g = sizes(
+        arguments, model="", prompts=4, rollouts=8, images=6, image_size=224, text_tokens=64, turns=3, new_tokens=32,
+        observation_tokens=16, against="",
+    )  # fmt: skip
+    if g["against"] not in ("", "huggingface"):
+        raise train.ConfigError(f"against={g['against']}: use huggingface, or leave it out")
+    policy_config, params = model_of(g["model"])
+    dialogue = FixedDialogue(policy_config, g)
+    first = sum(dialogue.play(params).values())
+    spent = dialogue.play(params, seed=1)
+    total = sum(spent.values())
+    out: dict[str, Any] = {
+        "tokens_per_s": g["prompts"] * g["rollouts"] * g["turns"] * g["new_tokens"] / total,
+        **{f"{phase}_s": spent.get(phase, 0.0) for phase in ("encode", "prefill", "decode", "extend")},
+        "compile_s": first - total,
+        "peak_rss_gib": (train.peak_memory("self") or 0.0) * 1e9 / 2**30,
+        "prompt_tokens": int(dialogue.tokens.shape[1]),
+    }
+    if g["against"]:
+        with tempfile.TemporaryDirectory() as folder:
+            train.save_policy(folder, policy_config, params)
+            np.savez(
+                f"{folder}/dialogue.npz", tokens=dialogue.tokens, told=dialogue.told, patches=dialogue.images.patches
+            )
+            grid = [side * policy_config.vision.spatial_merge_size for side in dialogue.speaker.frame_grid]
+            job = {"folder": folder, "grid": grid, **{k: g[k] for k in ("rollouts", "turns", "new_tokens", "images")}}
+            code = "import json, sys; from icseg_jax import bench; bench.huggingface(json.loads(sys.argv[1]))"
+            done = subprocess.run(
+                [sys.executable, "-c", code, json.dumps(job)], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+                raise train.ConfigError(f"against=huggingface: {last}")
+            told = json.loads(done.stdout.strip().splitlines()[-1])
+        out["huggingface"] = told
+        out["times_huggingface"] = out["tokens_per_s"] / told["tokens_per_s"]
+    return out
+
+
+def huggingface(job: dict[str, Any]) -> None:
+    """The dialogue of `rollout` by transformers, in a process of its own: each turn a `generate` on all rows with its
+    own cache, the second dialogue timed. Prints one JSON object."""
+    import torch
+
+    from icseg_jax.sam2_sidecar import import_torchvision
+
+    import_torchvision()
+    from transformers import Qwen3VLForConditionalGeneration
+
+    saved = np.load(f"{job['folder']}/dialogue.npz")
+    model = Qwen3VLForConditionalGeneration.from_pretrained(job["folder"], dtype="auto").eval()
+    n = job["rollouts"]
+    rows = np.repeat(saved["tokens"], n, 0)
+    p = len(saved["tokens"])
+    images = job["images"]
+    pixels = saved["patches"].reshape(p, images * saved["patches"].shape[1], -1)
+    pixels = torch.from_numpy(np.repeat(pixels, n, 0).reshape(-1, pixels.shape[-1]))
+    grids = torch.tensor([[1, *job["grid"]]] * (len(rows) * images))
+    model.generation_config.eos_token_id = None
+    length = job["new_tokens"]
+
+    def play() -> float:
+        begun = time.perf_counter()
+        ids = torch.from_numpy(rows)
+        with torch.inference_mode():
+            for turn in range(job["turns"]):
+                kinds = (ids == model.config.image_token_id).int()
+                ids = model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, image_grid_thw=grids,
+                    mm_token_type_ids=kinds, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                    max_new_tokens=length, min_new_tokens=length, use_cache=True, pad_token_id=0,
+                )  # fmt: skip
+                if turn + 1 < job["turns"]:
+                    told = torch.from_numpy(saved["told"][turn].reshape(len(rows), -1))
+                    ids = torch.cat([ids, told], 1)
+        return time.perf_counter() - begun
+
+    play()
+    spent = play()
+    print(json.dumps({"tokens_per_s": len(rows) * job["turns"] * length / spent, "seconds": spent}))
+
+
+def growth(arguments: Sequence[str]) -> dict[str, Any]:
+    """Milliseconds per decoded token of a row, and of a step of all rows."""
+    g = sizes(arguments, model="", prompts=4, new_tokens=32)
+    policy_config, params = model_of(g["model"])
+    unit = policy_config.vision.patch_size * policy_config.vision.spatial_merge_size
+
+    def step_ms(prompt: int, rollouts: int) -> float:
+        fixed = dict(images=1, image_size=unit, turns=1, observation_tokens=16, text_tokens=prompt - 3)
+        dialogue = FixedDialogue(policy_config, {**g, **fixed, "rollouts": rollouts})
+        dialogue.play(params)
+        return 1e3 * min(dialogue.play(params, seed=k)["decode"] for k in (1, 2, 3)) / g["new_tokens"]
+
+    by_prompt = {str(length): step_ms(length, 8) for length in (256, 1024, 4096)}
+    by_rollouts = {str(n): step_ms(1024, n) for n in (1, 2, 4, 8, 16)}
+    per_row = lambda told, n: {k: v / (g["prompts"] * (n or int(k))) for k, v in told.items()}  # noqa: E731
+    return {
+        "step_ms_by_prompt_tokens": by_prompt, "row_ms_by_prompt_tokens": per_row(by_prompt, 8),
+        "step_ms_by_rollouts": by_rollouts, "row_ms_by_rollouts": per_row(by_rollouts, None),
+    }  # fmt: skip
+
+
+def update(arguments: Sequence[str]) -> dict[str, Any]:
+    """Forward, backward and optimiser, with the prompt run once per group and once per rollout."""
+    g = sizes(
+        arguments, prompts=2, rollouts=8, prompt_tokens=1024, response_tokens=256, layers=8, width=512, vocabulary=4096
+    )
+    text = RANDOM_MODEL["text_config"] | {
+        "num_hidden_layers": g["layers"], "hidden_size": g["width"], "intermediate_size": 3 * g["width"],
+        "vocab_size": g["vocabulary"],
+    }  # fmt: skip
+    vision = RANDOM_MODEL["vision_config"] | {"out_hidden_size": g["width"]}
+    policy_config, params = random_policy(RANDOM_MODEL | {"text_config": text, "vision_config": vision})
+    params = jax.device_get(params)
+    rng = np.random.default_rng(0)
+
+    def rows(count: int, length: int, start: int) -> train.Rows:
+        def row() -> list[train.Transcript]:
+            out = train.Transcript(start)
+            out.add(rng.integers(0, g["vocabulary"], length).tolist(), trained=True)
+            return [out]
+
+        return train.stack_rows([[row() for _ in range(count)] for _ in range(g["prompts"])], length, 0)
+
+    p, n, t = g["prompts"], g["rollouts"], g["response_tokens"]
+    batch = train.Batch(rows(1, g["prompt_tokens"], 0), rows(n, t, g["prompt_tokens"]), None, None)
+    advantages = rng.standard_normal((p, n, 1), np.float32) * np.ones((1, 1, t), np.float32)
+    found: dict[bool, dict[str, Any]] = {}
+    for shared in (True, False):
+        section = train.UpdateSection(
+            loss="vanilla", learning_rate=1e-6, clip_high=0.2, clip_norm=1e9, share_prefix=shared
+        )
+        config = train.Config(policy=train.PolicySection(dtype="float32"), update=section)
+        policy = train.Policy(policy_config, config.policy.remat)
+        logprob, step = train.make_programs(policy, config)
+        state = train.fresh_state(jax.tree.map(jax.numpy.asarray, params), config, teacher=False)
+        old = np.asarray(logprob(state.params, batch))
+        credit = train.Credit(advantages, old, batch.rows.trained)
+        memory = step.jitted.lower(state, batch, credit, None, np.float32(0)).compile().memory_analysis()
+        after, stats = step(state, batch, credit, None, np.float32(0))
+        held = [after]
+
+        def again(step=step, held=held, credit=credit) -> Any:
+            held[0], stats = step(held[0], batch, credit, None, np.float32(0))
+            return stats
+
+        # After one update the first moment is (1 - beta1) times the gradient.
+        grads = jax.tree.map(lambda x, rest=1 - section.beta1: np.asarray(x) / rest, after.optimiser[1].mu)
+        found[shared] = {
+            "loss": float(stats["loss"]), "grads": grads,
+            "peak_gib": (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 2**30,
+            "seconds": seconds(again, 3),
+        }  # fmt: skip
+    gap = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), found[True]["grads"], found[False]["grads"])
+    size = max(float(np.abs(x).max()) for x in jax.tree.leaves(found[False]["grads"]))
+    return {
+        "shared_s": found[True]["seconds"], "unshared_s": found[False]["seconds"],
+        "times_faster": found[False]["seconds"] / found[True]["seconds"],
+        "max_grad_difference": max(jax.tree.leaves(gap)), "max_grad": size,
+        "loss_difference": abs(found[True]["loss"] - found[False]["loss"]),
+        "shared_peak_gib": found[True]["peak_gib"], "unshared_peak_gib": found[False]["peak_gib"],
+    }  # fmt: skip
+
+
+SPEEDS = {"rollout": rollout, "growth": growth, "update": update}
 MEASUREMENTS = {
     "advantages": (advantages, "experiments/embedded.yaml"),
     "lists": (lists, "experiments/embedded.yaml"),
@@ -370,8 +678,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     try:
+        if name in SPEEDS:
+            print(json.dumps(SPEEDS[name](rest), indent=1))
+            return 0
         if name not in MEASUREMENTS:
-            raise train.ConfigError(f"unknown measurement {name!r}; known: {', '.join(MEASUREMENTS)}")
+            raise train.ConfigError(f"unknown measurement {name!r}; known: {', '.join([*MEASUREMENTS, *SPEEDS])}")
         measure, default = MEASUREMENTS[name]
         if default is None:
             if rest:

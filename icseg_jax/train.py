@@ -68,6 +68,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax import struct
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
@@ -89,8 +90,9 @@ class ConfigError(ValueError):
 @dataclass(frozen=True)
 class PolicySection:
     path: str = "asset:embedded_base"  # a Hugging Face directory, such as a run's trained/; "asset:" is in the package
-    shape: str | None = None  # a config.json to start from random weights instead (stage: sft)
+    shape: str | None = None  # a config.json: random weights to start from (stage: sft), what dryrun compiles
     dtype: str = "bfloat16"  # type of the computation; master parameters are always float32
+    attention: str = "xla"  # of many queries: xla everywhere | splash on TPU | cudnn on NVIDIA, in bfloat16
     remat: bool = True  # recompute activations in the backward pass
     freeze_vision: bool = False  # METHOD.md 5.1: the released recipe trains the vision tower
     logits_tokens: int = 512  # tokens whose vocabulary logits exist at a time
@@ -129,6 +131,7 @@ class RolloutSection:
     refills: int = 3  # times that zero-spread groups are replaced by new prompts
     cache_buckets: list[int] = field(default_factory=lambda: [1024, 2048, 4096, 8192])  # lengths of a rollout's cache
     observation_buckets: list[int] = field(default_factory=lambda: [64, 256, 1024, 4096])  # of a turn's observations
+    decode_tokens: int = 512  # tokens said before they join the cache, whose bucket then fits what was really said
     least_prompts: int = 4  # ended prompts are left behind down to this many: each size is a program
 
 
@@ -249,13 +252,16 @@ class EvaluateSection:
 class CheckpointSection:
     every: int = 20  # steps
     keep: int = 2
+    bucket: str | None = None  # where finished ones are copied to, such as gs://BUCKET/RUN (any file system of fsspec)
 
 
 @dataclass(frozen=True)
 class MeshSection:
-    data: int = -1  # -1: what the other axes leave
-    fsdp: int = 1
-    tensor: int = 1
+    data: int | None = None  # prompts are spread over it; -1: what the other axes leave
+    fsdp: int | None = None  # rollouts are spread over it, and parameters and optimiser are cut over it
+    tensor: int | None = None  # heads, MLP width and vocabulary are cut over it
+    distributed: bool = False  # several processes, one per host, find each other (BUILD.md)
+    preset: str = "dp"  # the sizes not given: dp (all devices on data) | fsdp (all on fsdp) | fsdp_tp (tensor 2)
 
 
 @dataclass(frozen=True)
@@ -270,6 +276,7 @@ class Config:
     seed: int = 0
     steps: int = 100
     run_dir: str | None = None  # default runs/<name>
+    topology: str | None = None  # the machine: chooses from the YAML's `topologies:`, such as v5p:4x4x4 or gpu:8
     policy: PolicySection = PolicySection()
     data: DataSection = DataSection()
     protocol: ProtocolSection = ProtocolSection()
@@ -286,6 +293,7 @@ class Config:
     profile: ProfileSection = ProfileSection()
 
 
+DECODINGS = ("greedy", "sampled")  # of an evaluation, side by side
 TERMS = ("iou", "box", "point", "frame", "process", "mask")
 LEVELS = ("simple", "medium", "difficult", "clear", "none")
 TURN_KINDS = ("reduction", "ratio", "log", "resolution_x_efficiency", "linear", "format", "parent_tpr")
@@ -300,13 +308,13 @@ WHOLE = {
     "data": {"generate_train": 0, "generate_test": 0, "generate_seed": 0},
     "protocol": {"frames": 1, "frame_size": 1, "keyframe_size": 1, "prompt_tokens": 1, "response_tokens": 1}
     | {"action_tokens": 1, "observation_tokens": 1},
-    "rollout": {"prompts": 1, "refills": 0, "cache_buckets": 1, "observation_buckets": 1, "least_prompts": 1},
+    "rollout": {"prompts": 1, "refills": 0, "cache_buckets": 1, "observation_buckets": 1, "decode_tokens": 1}
+    | {"least_prompts": 1},
     "update": {"warmup": 0, "minibatches": 1, "micro_prompts": 0, "token_buckets": 1},
     "warmstart": {"scenes": 1, "rows": 1, "practice": 0, "row_tokens": 1, "keyframes": 1, "warmup": 0},
     "sidecar": {"threads": 1},
     "evaluate": {"every": 0, "prompts": 1, "samples": 0, "clips": 0, "gallery": 0},
     "checkpoint": {"every": 0, "keep": 1},
-    "mesh": {"fsdp": 1, "tensor": 1},
 }
 POSITIVE = {
     "reward": ("box_l1", "point_l2"),
@@ -356,9 +364,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
                     raise ConfigError(f"{where}: {prefix}{key} is a section of keys, got {value!r}")
                 known(value, inner, where, f"{prefix}{key}.")
 
+    def on_topology(raw: Any, name: Any) -> Any:
+        """What a YAML says of the machine that was chosen stands between its common keys and the command line."""
+        machines = raw.pop("topologies", None) or {}
+        if name is None or not machines:
+            return raw
+        if not OmegaConf.is_dict(machines) or not OmegaConf.is_dict(machines.get(name)):
+            names = ", ".join(map(str, machines)) if OmegaConf.is_dict(machines) else "a mapping of names to keys only"
+            raise ConfigError(f"topology={name}: {path} knows {names}")
+        known(OmegaConf.to_container(machines[name]), Config, f"{path}: topologies.{name}")
+        return OmegaConf.merge(raw, machines[name])
+
     file = Path(path).resolve()
     try:
-        raw = read(file, ())
+        raw, told = read(file, ()), OmegaConf.create()
         for item in overrides:
             key, equals, value = item.partition("=")
             if not equals:
@@ -370,7 +389,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             except Exception as error:  # yaml's own errors
                 raise ConfigError(f"override {item!r} is not YAML ({_first_line(error)}); such as steps=4") from None
             known(OmegaConf.to_container(given), Config, "command line")
-            raw = OmegaConf.merge(raw, given)
+            told = OmegaConf.merge(told, given)
+        raw = OmegaConf.merge(on_topology(raw, told.get("topology", raw.get("topology"))), told)
         known(OmegaConf.to_container(raw, resolve=True), Config, str(path))
         schema = OmegaConf.structured(Config)
         for node in (schema, *(schema[f.name] for f in dataclasses.fields(Config))):
@@ -405,7 +425,20 @@ def check_config(c: Config) -> Config:
     need(c.stage in ("rl", "sft"), "stage", c.stage, "use rl or sft")
     need(c.steps >= 1, "steps", c.steps, "use 1 or more")
     need(c.policy.dtype in ("float32", "bfloat16"), "policy.dtype", c.policy.dtype, "use float32 or bfloat16")
-    need(c.policy.shape is None or c.stage == "sft", "policy.shape", c.policy.shape, "random weights need stage=sft")
+    kinds = ("xla", "splash", "cudnn")
+    need(c.policy.attention in kinds, "policy.attention", c.policy.attention, f"use one of {', '.join(kinds)}")
+    need(
+        c.policy.attention == "xla" or c.stage == "rl",
+        "policy.attention",
+        c.policy.attention,
+        "stage=sft packs several dialogues into a row, which only xla masks",
+    )
+    need(
+        c.policy.attention != "cudnn" or c.policy.dtype == "bfloat16",
+        "policy.dtype",
+        c.policy.dtype,
+        "policy.attention=cudnn computes in bfloat16",
+    )
     need(c.protocol.prompts in PROMPTS, "protocol.prompts", c.protocol.prompts, f"use one of {', '.join(PROMPTS)}")
     need(c.protocol.max_turns >= 1, "protocol.max_turns", c.protocol.max_turns, "use 1 or more (6 in the paper)")
     need(
@@ -544,7 +577,12 @@ def check_config(c: Config) -> Config:
         list(c.rollout.cache_buckets),
         f"the largest must hold protocol.response_tokens={c.protocol.response_tokens}",
     )
-    need(c.mesh.data == -1 or c.mesh.data >= 1, "mesh.data", c.mesh.data, "use -1 (what is left) or a count of devices")
+    need(c.stage == "rl" or not c.mesh.distributed, "mesh.distributed", "true", "stage=sft runs in one process")
+    need(c.mesh.preset in PRESETS, "mesh.preset", c.mesh.preset, f"use one of {', '.join(PRESETS)}")
+    for axis in AXES:
+        size = getattr(c.mesh, axis)
+        ok = size is None or size == -1 or size >= 1
+        need(ok, f"mesh.{axis}", size, "use -1 (what is left) or a count of devices")
     return c
 
 
@@ -703,7 +741,10 @@ def _weight(
     axes: Sequence[str | None],
     scale: float | Callable | None = None,
 ):
-    """One description of a parameter: its shape, its logical axes and how it starts (a scale or an initialiser)."""
+    """One description of a parameter: its shape, its logical axes and how it starts (a scale or an initialiser).
+
+    What FSDP cut is gathered here, where it is read; what tensor parallelism cut stays cut.
+    """
     if callable(scale):
         start = scale
     elif scale is None:
@@ -714,7 +755,8 @@ def _weight(
         start = nn.initializers.constant(scale)
     else:
         start = nn.initializers.normal(scale)
-    return module.param(name, nn.with_logical_partitioning(start, tuple(axes)), tuple(shape))
+    weight = module.param(name, nn.with_logical_partitioning(start, tuple(axes)), tuple(shape))
+    return weight if module.mesh is None else laid(weight, module.mesh, *mesh_axes(module.mesh, axes, shape, "tensor"))
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
@@ -778,6 +820,41 @@ def _scores(q: Array, k: Array, mask: Array) -> Array:
     return jnp.where(mask[:, :, None, None], scores, MASKED)
 
 
+QUERY_BLOCK = 512  # queries whose attention logits exist at a time
+
+
+def _over_queries(step: Callable, carry: Any, queries: tuple[Array, ...], masks: tuple[Array, ...]) -> tuple[Any, Any]:
+    """step(carry, queries, masks) -> (carry, results) for QUERY_BLOCK queries after the other; their axis is the fifth
+    of queries and results, the third of masks.
+
+    A block holds every n-th query, so that each device's part of a sequence that is split over devices gives to every
+    block.
+    """
+    t = queries[0].shape[4]
+    pieces = -(-t // QUERY_BLOCK)
+    if pieces == 1:
+        return step(carry, queries, masks)
+    rows = -(-t // (pieces * 64)) * 64
+
+    def split(x, axis):
+        x = jnp.pad(x, [(0, rows * pieces - t if i == axis else 0) for i in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], rows, pieces, *x.shape[axis + 1 :]), axis + 1, 0)
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, 5)
+        return x.reshape(*x.shape[:4], rows * pieces, *x.shape[6:])[:, :, :, :, :t]
+
+    own = [m.shape[2] > 1 for m in masks]  # the others are the same for all queries
+
+    def block(carry, piece):
+        some = iter(piece[1])
+        return step(carry, piece[0], tuple(next(some) if o else m for m, o in zip(masks, own, strict=True)))
+
+    cut = tuple(split(m, 2) for m, o in zip(masks, own, strict=True) if o)
+    carry, out = jax.lax.scan(block, carry, (tuple(split(q, 4) for q in queries), cut))
+    return carry, jax.tree.map(join, out)
+
+
 @jax.custom_vjp
 def _attend(q: Array, keys: tuple[tuple[Array, Array], ...], masks: tuple[Array, ...]) -> Array:
     """q [P,N,K,g,t,h], already scaled -> the same shape. Backward computes the weights again from their log-sum, so
@@ -787,33 +864,44 @@ def _attend(q: Array, keys: tuple[tuple[Array, Array], ...], masks: tuple[Array,
 
 
 def _attend_forward(q, keys, masks):
-    scores = [_scores(q, k, mask) for (k, _), mask in zip(keys, masks, strict=True)]
-    top = functools.reduce(jnp.maximum, [x.max(-1) for x in scores])
-    weights = [jnp.exp(x - top[..., None]) for x in scores]
-    total = functools.reduce(operator.add, [w.sum(-1) for w in weights])
-    sums = [
-        _contract("pnkgts,*kh->pnkgth", w.astype(q.dtype), v, v.ndim == 4)
-        for w, (_, v) in zip(weights, keys, strict=True)
-    ]
-    out = (functools.reduce(operator.add, sums) / total[..., None]).astype(q.dtype)
-    return out, (q, keys, masks, out, top + jnp.log(total))
+    def step(_, queries, masks):
+        (q,) = queries
+        scores = [_scores(q, k, mask) for (k, _), mask in zip(keys, masks, strict=True)]
+        top = functools.reduce(jnp.maximum, [x.max(-1) for x in scores])
+        weights = [jnp.exp(x - top[..., None]) for x in scores]
+        total = functools.reduce(operator.add, [w.sum(-1) for w in weights])
+        sums = [
+            _contract("pnkgts,*kh->pnkgth", w.astype(q.dtype), v, v.ndim == 4)
+            for w, (_, v) in zip(weights, keys, strict=True)
+        ]
+        out = (functools.reduce(operator.add, sums) / total[..., None]).astype(q.dtype)
+        return None, (out, top + jnp.log(total))
+
+    _, (out, log_sum) = _over_queries(step, None, (q,), masks)
+    return out, (q, keys, masks, out, log_sum)
 
 
 def _attend_backward(kept, slope):
     q, keys, masks, out, log_sum = kept
-    inner = (slope.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
-    q_slope, key_slopes = 0.0, []
-    for (k, v), mask in zip(keys, masks, strict=True):
-        shared = k.ndim == 4
-        weight = jnp.exp(_scores(q, k, mask) - log_sum[..., None])
-        change = (weight * (_contract("pnkgth,*kh->pnkgts", slope, v, shared) - inner)).astype(q.dtype)
-        q_slope += _contract("pnkgts,*kh->pnkgth", change, k, shared)
-        to_key = "pnkgts,pnkgth->pskh" if shared else "pnkgts,pnkgth->pnskh"
-        key_slopes.append((
-            _contract(to_key, change, q, shared).astype(k.dtype),
-            _contract(to_key, weight.astype(q.dtype), slope, shared).astype(v.dtype),
-        ))  # fmt: skip
-    return q_slope.astype(q.dtype), tuple(key_slopes), tuple(None for _ in masks)
+
+    def step(sums, queries, masks):
+        q, out, log_sum, slope = queries
+        inner = (slope.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
+        q_slope, key_slopes = 0.0, []
+        for (k, v), mask in zip(keys, masks, strict=True):
+            shared = k.ndim == 4
+            weight = jnp.exp(_scores(q, k, mask) - log_sum[..., None])
+            change = (weight * (_contract("pnkgth,*kh->pnkgts", slope, v, shared) - inner)).astype(q.dtype)
+            q_slope += _contract("pnkgts,*kh->pnkgth", change, k, shared)
+            to_key = "pnkgts,pnkgth->pskh" if shared else "pnkgts,pnkgth->pnskh"
+            key_slopes.append((
+                _contract(to_key, change, q, shared), _contract(to_key, weight.astype(q.dtype), slope, shared)
+            ))  # fmt: skip
+        return jax.tree.map(jnp.add, sums, tuple(key_slopes)), q_slope.astype(q.dtype)
+
+    none = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), keys)
+    sums, q_slope = _over_queries(step, none, (q, out, log_sum, slope), masks)
+    return q_slope, jax.tree.map(lambda x, key: x.astype(key.dtype), sums, keys), tuple(None for _ in masks)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -822,10 +910,87 @@ _attend.defvjp(_attend_forward, _attend_backward)
 MASKED = -1e30  # a finite minus infinity: a fully masked row stays finite
 
 
+def fused_attend(q: Array, parts: Sequence[tuple[Array, Array, Array]], kind: str, *, interpret: bool = False) -> Array:
+    """`attend` by a fused kernel on one device's rows: splash on TPU, cudnn on NVIDIA, the same masks.
+
+    The last part holds the rows' own keys, in which a query sees itself and what came before; the parts before it are
+    seen whole, as far as they are valid. Shared parts are laid beside each row's own: where these kernels pay, a device
+    has few rows. What a padded query gets is undefined. interpret: splash in plain JAX, for tests.
+    """
+    p, n, t, heads, size = q.shape
+    groups = parts[0][0].shape[-2]
+
+    def of_row(x):
+        return jnp.broadcast_to(x[:, None] if x.ndim == 4 else x, (p, n, *x.shape[-3:])).astype(q.dtype)
+
+    k, v = (jnp.concatenate([of_row(part[i]) for part in parts], 2) for i in (0, 1))
+    # Validity of each key: of a context it is the same for all queries, of the own part it is the diagonal.
+    valid = [jnp.broadcast_to(mask[:, :, 0], (p, n, mask.shape[-1])) for _, _, mask in parts[:-1]]
+    own = jnp.broadcast_to(parts[-1][2], (p, n, t, t))
+    valid = jnp.concatenate([*valid, jnp.diagonal(own, axis1=-2, axis2=-1)], -1)
+    before = k.shape[2] - t
+    if kind == "cudnn":
+        causal = jnp.arange(before + t) <= before + jnp.arange(t)[:, None]
+        mask = (valid[:, :, None] & causal).reshape(p * n, 1, t, before + t)
+        flat = lambda x: x.reshape(p * n, *x.shape[2:])  # noqa: E731
+        out = jax.nn.dot_product_attention(flat(q), flat(k), flat(v), mask=mask, implementation="cudnn")
+        return out.reshape(q.shape)
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    queries, total = -(-t // 128) * 128, -(-k.shape[2] // 128) * 128
+    fill = lambda x, axis, to: jnp.pad(x, [(0, to - d if i == axis else 0) for i, d in enumerate(x.shape)])  # noqa: E731
+    block = lambda length: next(b for b in (512, 256, 128) if length % b == 0)  # noqa: E731
+    bq, bk = block(queries), block(total)
+    kernel = splash_attention_kernel.make_splash_mqa_single_device(
+        splash_attention_mask.MultiHeadMask(
+            [splash_attention_mask.CausalMask((queries, total), offset=before)] * (heads // groups)
+        ),
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=bq, block_kv=bk, block_q_dkv=bq, block_kv_dkv=bk, block_q_dq=bq, block_kv_dq=bk
+        ),
+        interpret=interpret,
+    )
+    grouped = fill(q * size**-0.5, 2, queries).reshape(p, n, queries, groups, heads // groups, size)
+    segments = splash_attention_kernel.SegmentIds(
+        jnp.ones((p, n, queries), jnp.int32), fill(valid.astype(jnp.int32), 2, total)
+    )
+    heads_first = lambda x: jnp.moveaxis(x, 2, -2)  # noqa: E731
+    over_groups = jax.vmap(kernel, (0, 0, 0, None))  # q [K,g,t,h], k and v [K,S,h], segments of the row
+    out = jax.vmap(jax.vmap(over_groups))(
+        heads_first(grouped), heads_first(fill(k, 2, total)), heads_first(fill(v, 2, total)), segments
+    )
+    return jnp.moveaxis(out, -2, 2)[:, :, :t].reshape(q.shape)
+
+
+def attend_by(kind: str, mesh: Mesh | None, q: Array, parts: Sequence[tuple[Array, Array, Array]]) -> Array:
+    """`policy.attention`: XLA everywhere; a fused kernel where it can run, on many queries that are not split over
+    devices. Kernels see the rows and heads of their own device."""
+    p, n, t = row_axes(mesh, *q.shape[:3])
+    groups = parts[0][0].shape[-2]
+    whole = mesh is None or mesh.size == 1
+    if kind == "xla" or q.shape[2] < 128 or t is not None or not (whole or divides(mesh, "tensor", groups)):
+        return attend(q, parts)
+    if whole:
+        return fused_attend(q, parts, kind)
+    spec = lambda x, *axes: Spec(*(a if x.shape[i] > 1 else None for i, a in enumerate(axes)))  # noqa: E731
+    keys = [
+        (Spec(p, None, "tensor"),) * 2 if k.ndim == 4 else (Spec(p, n, None, "tensor"),) * 2 for k, _, _ in parts
+    ]
+    specs = [(*pair, spec(mask, p, n)) for pair, (_, _, mask) in zip(keys, parts, strict=True)]
+    rows = Spec(p, n, None, "tensor")
+    local = jax.shard_map(
+        lambda q, parts: fused_attend(q, parts, kind), mesh=mesh, in_specs=(rows, specs), out_specs=rows,
+        check_vma=False,
+    )  # fmt: skip
+    return local(q, list(parts))
+
+
 class Layer(nn.Module):
     """One decoder layer. The context's keys and values are arguments, the new ones are a result."""
 
     config: PolicyConfig
+    mesh: Mesh | None = None
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, carry, context, rope, mask, context_masks, visual):
@@ -833,6 +998,8 @@ class Layer(nn.Module):
         x, index = carry
         heads, groups, size = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         width, inner = c.hidden_size, c.intermediate_size
+        p, n, t = row_axes(self.mesh, *x.shape[:3])
+        hold = lambda x, *axes: laid(x, self.mesh, *axes)  # noqa: E731
 
         y = rms_norm(x, _weight(self, "attention_norm", [width], ["norm"], 1.0), c.rms_norm_eps)
         q = jnp.einsum(
@@ -846,23 +1013,33 @@ class Layer(nn.Module):
         )
         q = rotate(rms_norm(q, _weight(self, "q_norm", [size], ["norm"], 1.0), c.rms_norm_eps), *rope)
         k = rotate(rms_norm(k, _weight(self, "k_norm", [size], ["norm"], 1.0), c.rms_norm_eps), *rope)
+        # A sequence that is split over devices asks from where it lies; what it asks is whole on each of them.
+        q = hold(q, p, n, t, "tensor")
+        k, v = (hold(x, p, n, None, "tensor" if divides(self.mesh, "tensor", groups) else None) for x in (k, v))
         parts = [(keys.k, keys.v, m) for keys, m in zip(context, context_masks, strict=True)] + [(k, v, mask)]
-        out = attend(q, parts)
+        out = hold(attend_by(self.attention, self.mesh, q, parts), p, n, t, "tensor")
         x = x + jnp.einsum(
             "pnthe,hed->pntd", out, _weight(self, "o", [heads, size, width], ["heads", None, "embed"]).astype(x.dtype)
         )
+        x = hold(x, p, n, t)
 
         y = rms_norm(x, _weight(self, "mlp_norm", [width], ["norm"], 1.0), c.rms_norm_eps)
         gate = y @ _weight(self, "gate", [width, inner], ["embed", "mlp"]).astype(x.dtype)
         up = y @ _weight(self, "up", [width, inner], ["embed", "mlp"]).astype(x.dtype)
-        x = x + (jax.nn.silu(gate) * up) @ _weight(self, "down", [inner, width], ["mlp", "embed"]).astype(x.dtype)
+        inside = hold(jax.nn.silu(gate) * up, p, n, t, "tensor")
+        x = hold(x + inside @ _weight(self, "down", [inner, width], ["mlp", "embed"]).astype(x.dtype), p, n, t)
 
         if visual is not None:
             deepstack, slots = visual  # [taps, P, B, D], [P, N, t]
             taps = deepstack.shape[0]
             added = look_up(deepstack[jnp.minimum(index, taps - 1)], slots)
-            x = x + jnp.where(index < taps, added, 0).astype(x.dtype)
+            x = hold(x + jnp.where(index < taps, added, 0).astype(x.dtype), p, n, t)
         return (x, index + 1), Keys(k, v)
+
+
+def project(hidden: Array, kernel: Array) -> Array:
+    """hidden [..., D], kernel [D, V] -> logits [..., V] in fp32."""
+    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def look_up(bank: Array, slots: Array) -> Array:
@@ -876,6 +1053,7 @@ class Merger(nn.Module):
 
     config: VisionConfig
     norm_after: bool
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -897,6 +1075,7 @@ class Merger(nn.Module):
 
 class VisionBlock(nn.Module):
     config: VisionConfig
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: Array, rope: tuple[Array, Array], valid: Array) -> tuple[Array, None]:
@@ -948,13 +1127,13 @@ class Vision(nn.Module):
 
     config: VisionConfig
     remat: bool = False
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, images: Images) -> tuple[Array, Array]:
         c = self.config
-        x = images.patches @ _weight(self, "patch", [c.patch_dim, c.hidden_size], [None, "vision"]).astype(
-            images.patches.dtype
-        )
+        kernel = _weight(self, "patch", [c.patch_dim, c.hidden_size], [None, "vision"])
+        x = images.patches.astype(kernel.dtype) @ kernel
         x = x + _weight(self, "patch_bias", [c.hidden_size], ["norm"], 0.0).astype(x.dtype)
         grid = _weight(
             self, "position", [c.num_position_embeddings, c.hidden_size], [None, "vision"], sine_grid
@@ -976,11 +1155,11 @@ class Vision(nn.Module):
                     in_axes=(nn.broadcast, nn.broadcast),
                     metadata_params={nn.PARTITION_NAME: "layers"},
                     length=end - done,
-                )(c, name=f"blocks_{number}")(x, rope, images.valid)
+                )(c, self.mesh, name=f"blocks_{number}")(x, rope, images.valid)
             done = end
             if number < len(c.deepstack_visual_indexes):
-                taps.append(Merger(c, True, name=f"deepstack_{number}")(x))
-        merged = Merger(c, False, name="merger")(x)
+                taps.append(Merger(c, True, self.mesh, name=f"deepstack_{number}")(x))
+        merged = Merger(c, False, self.mesh, name="merger")(x)
         return merged, jnp.stack(taps) if taps else jnp.zeros((0, *merged.shape), merged.dtype)
 
 
@@ -989,11 +1168,13 @@ class Policy(nn.Module):
 
     config: PolicyConfig
     remat: bool = False
+    mesh: Mesh | None = None
+    attention: str = "xla"
 
     def setup(self):
         c = self.config
         self.embedding = _weight(self, "embedding", [c.vocab_size, c.hidden_size], ["vocab", "embed"], 0.02)
-        self.vision = Vision(c.vision, self.remat)
+        self.vision = Vision(c.vision, self.remat, self.mesh)
         layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
         self.layers = nn.scan(
             layer,
@@ -1002,13 +1183,21 @@ class Policy(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
             length=c.num_hidden_layers,
-        )(c)
+        )(c, self.mesh, self.attention)
         self.norm = _weight(self, "norm", [c.hidden_size], ["norm"], 1.0)
         if not c.tie_word_embeddings:
             self.output = _weight(self, "output", [c.hidden_size, c.vocab_size], ["embed", "vocab"])
 
     def encode(self, images: Images) -> tuple[Array, Array]:
-        return self.vision(images)
+        """Merged tokens [I, M/merge^2, D] and DeepStack features [taps, I, M/merge^2, D]; every device takes images."""
+        count = len(images.patches)
+        blank = -count % (1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+
+        def spread(x):
+            return laid(jnp.pad(x, [(0, blank)] + [(0, 0)] * (x.ndim - 1)), self.mesh, ("data", "fsdp"))
+
+        tokens, deepstack = self.vision(jax.tree.map(spread, images))
+        return tokens[:count], deepstack[:, :count]
 
     def run(self, tokens, positions, mask, *, context=(), context_masks=(), visual: Visual | None = None, slots=None):
         """Hidden states after the final norm, and the new keys and values.
@@ -1024,6 +1213,7 @@ class Policy(nn.Module):
             x = jnp.where((slots >= 0)[..., None], look_up(visual.tokens, slots).astype(x.dtype), x)
             if visual.deepstack.shape[0]:
                 injected = (visual.deepstack, slots)
+        x = laid(x, self.mesh, *row_axes(self.mesh, *tokens.shape))
         rope = mrope_angles(self.config, positions)
         (x, _), keys = self.layers((x, 0), tuple(context), rope, mask, tuple(context_masks), injected)
         return rms_norm(x, self.norm, self.config.rms_norm_eps), keys
@@ -1033,8 +1223,11 @@ class Policy(nn.Module):
 
     def head(self, hidden: Array) -> Array:
         """hidden [..., D] -> logits [..., V] in fp32."""
-        kernel = self.embedding.T if self.config.tie_word_embeddings else self.output
-        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return project(hidden, self.kernel())
+
+    def kernel(self) -> Array:
+        """The output matrix [D, V]: read once by those who use it often."""
+        return self.embedding.T if self.config.tie_word_embeddings else self.output
 
     def __call__(self, images: Images):
         """Touches every parameter once; used by init and to read shapes and logical axes."""
@@ -1192,6 +1385,8 @@ def pack_images(config: VisionConfig, patches: Sequence[np.ndarray], grids: Iter
 # 3  Mesh and sharding
 # ======================================================================================================
 
+AXES = ("data", "fsdp", "tensor")
+
 # Logical axis of a parameter -> mesh axis. `embed` is what FSDP cuts; heads and MLP width are what tensor
 # parallelism cuts; everything named here exists on purpose, a name that is missing is an error.
 RULES = {
@@ -1208,47 +1403,183 @@ RULES = {
 }
 
 
-def make_mesh(section: MeshSection) -> Mesh:
-    """Mesh (data, fsdp, tensor). Raises ConfigError when it does not match the number of devices."""
-    count = jax.device_count()
-    fixed = section.fsdp * section.tensor
-    rest = count // fixed if section.data == -1 else section.data
-    if rest * fixed != count or rest < 1:
+PRESETS = {"dp": (-1, 1, 1), "fsdp": (1, -1, 1), "fsdp_tp": (1, -1, 2)}  # data, fsdp, tensor; -1: what is left
+
+
+def mesh_shape(section: MeshSection, count: int) -> tuple[int, int, int]:
+    """Devices along data, fsdp and tensor. Raises ConfigError when they do not cover `count` devices."""
+    given = (section.data, section.fsdp, section.tensor)
+    shape = tuple(own or common for own, common in zip(given, PRESETS[section.preset], strict=True))
+    fixed = math.prod(size for size in shape if size > 0)
+    shape = tuple(count // fixed if size == -1 else size for size in shape)
+    if math.prod(shape) != count:
+        named = " ".join(f"{axis}={size}" for axis, size in zip(AXES, given, strict=True) if size is not None)
         raise ConfigError(
-            f"mesh data={section.data} fsdp={section.fsdp} tensor={section.tensor}: does not cover {count} devices; "
-            "their product must, with data=-1 for what is left"
+            f"mesh.preset={section.preset} {named}: does not cover {count} devices; the product of data, fsdp and "
+            "tensor must, with -1 for what is left"
         )
+    return shape
+
+
+def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
+    """Mesh (data, fsdp, tensor) of all devices. Raises ConfigError when it does not match their number."""
+    shape = mesh_shape(section, len(devices or jax.devices()))
     # Auto on purpose: since JAX 0.9 the default makes every gather name its output sharding.
-    return jax.make_mesh(
-        (rest, section.fsdp, section.tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
-    )
+    # An axis of 8 may lie on half of a torus of 4x4x4: physical axes may be split.
+    laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def placement(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
+def join_processes() -> None:
+    """Makes this process one of several, before any device is touched. TPU pods, Slurm and Kubernetes know of each
+    other; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it. Raises ConfigError."""
+    own: dict[str, Any] = {}
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        try:
+            names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+            own = {key: int(os.environ[name]) for key, name in names.items()}
+        except (KeyError, ValueError):
+            raise ConfigError(
+                "mesh.distributed=true: JAX_COORDINATOR_ADDRESS wants whole numbers in JAX_NUM_PROCESSES and "
+                "JAX_PROCESS_ID beside it"
+            ) from None
+    try:
+        jax.distributed.initialize(**own)
+    except Exception as error:
+        raise ConfigError(
+            f"mesh.distributed=true: the processes did not find each other ({_first_line(error)}); on a machine of "
+            "your own set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from None
+
+
+def exchange(mine: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What the processes know together: each gives plain values by key, all get all. All call it at the same point."""
+    if jax.process_count() == 1:
+        return dict(mine)
+    packed = np.frombuffer(json.dumps(list(mine.items())).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array([len(packed)]))[:, 0]
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(packed)] = packed
+    out: dict[Any, Any] = {}
+    for length, part in zip(lengths, multihost_utils.process_allgather(padded), strict=True):
+        out |= dict(json.loads(part[: int(length)].tobytes()))
+    return out
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """All of an array, in every process."""
+    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+
+
+def agreed(mine: bool) -> bool:
+    """Whether any process says so."""
+    return any(exchange({jax.process_index(): bool(mine)}).values())
+
+
+def row_owners(mesh: Mesh, prompts: int, rollouts: int) -> np.ndarray:
+    """Index of the process that speaks for each row [P,N]: to users, experts and segmenters. The lowest of those that
+    hold it, since tensor parallelism may spread a row over several."""
+    where = placement(mesh, row_axes(mesh, prompts, rollouts)).devices_indices_map((prompts, rollouts))
+    out = np.full((prompts, rollouts), np.iinfo(np.int32).max, np.int32)
+    for device, index in where.items():
+        out[index] = np.minimum(out[index], device.process_index)
+    return out
+
+
+def fills(mesh: Mesh, prompts: int, rollouts: int) -> bool:
+    """Whether rows [P,N] keep every device busy with rows of its own."""
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    return prompts % data == 0 and (rollouts % fsdp == 0 or prompts % (data * fsdp) == 0)
+
+
+def check_mesh(c: Config, mesh: Mesh) -> None:
+    """No device shall do the work of another again. Raises ConfigError naming the key and a value that works."""
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+
+    def need(prompts: int, rollouts: int, key: str, of: str) -> None:
+        if prompts % data:
+            raise ConfigError(f"{key}={prompts}: {of} are spread over mesh.data={data}; use a multiple of it")
+        if not fills(mesh, prompts, rollouts):
+            raise ConfigError(
+                f"{key}={prompts}: {of}, with {rollouts} rollouts each, are spread over mesh.data={data} times "
+                f"mesh.fsdp={fsdp}; use a multiple of {data * fsdp}, or a mesh.fsdp that divides {rollouts}"
+            )
+
+    if c.stage == "rl":
+        size = c.rollout.prompts // c.update.minibatches
+        need(c.rollout.prompts, c.rollout.rollouts, "rollout.prompts", "prompts")
+        need(size, c.rollout.rollouts, "rollout.prompts / update.minibatches", "the prompts of an update")
+        if c.update.micro_prompts:
+            need(c.update.micro_prompts, c.rollout.rollouts, "update.micro_prompts", "the prompts of a micro-batch")
+        if c.evaluate.every:
+            need(c.evaluate.prompts, len(DECODINGS), "evaluate.prompts", "dialogues")
+
+
+def placement(mesh: Mesh, axes: Sequence[str | tuple[str, ...] | None]) -> NamedSharding:
     """One spelling for one layout: without axes of a single device, since a program is compiled for each spelling."""
-    kept = [axis if axis and mesh.shape[axis] > 1 else None for axis in axes]
+
+    def spelled(axis):
+        kept = [a for a in ((axis,) if isinstance(axis, str) else axis or ()) if mesh.shape[a] > 1]
+        return kept[0] if len(kept) == 1 else tuple(kept) or None
+
+    kept = [spelled(axis) for axis in axes]
     while kept and kept[-1] is None:
         kept.pop()
     return NamedSharding(mesh, Spec(*kept))
 
 
-def parameter_specs(policy: Policy, mesh: Mesh, *, log: Callable[[str], None] = lambda line: None) -> Any:
-    """NamedSharding of every parameter by the rules table; an axis that does not divide is replicated and said so."""
-    boxed = jax.eval_shape(lambda: policy.init(jax.random.key(0), example_images(policy.config.vision)))["params"]
+def divides(mesh: Mesh | None, axis: str, size: int) -> bool:
+    return mesh is None or size % mesh.shape[axis] == 0
+
+
+def mesh_axes(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int], *kinds: str) -> list[str | None]:
+    """Mesh axes of a parameter by the rules table, those of `kinds` only; what does not divide is replicated."""
+    out: list[str | None] = []
+    for name, size in zip(names, shape, strict=True):
+        axis = RULES[name]
+        out.append(axis if axis in kinds and axis not in out and divides(mesh, axis, size) else None)
+    return out
+
+
+def row_axes(mesh: Mesh | None, prompts: int, rollouts: int, tokens: int = 1) -> tuple:
+    """Mesh axes of rows [P, N, t]: P over data, N over fsdp. Where N does not divide, P takes both, else t takes fsdp:
+    the prompt pass has a row per prompt only, and no device should do another's work again."""
+    if mesh is None:
+        return (None, None, None)
+    fsdp = mesh.shape["fsdp"]
+    p = "data" if divides(mesh, "data", prompts) else None
+    if rollouts % fsdp == 0:
+        return (p, "fsdp", None)
+    if prompts % (mesh.shape["data"] * fsdp) == 0:
+        return (("data", "fsdp"), None, None)
+    return (p, None, "fsdp" if tokens % fsdp == 0 else None)
+
+
+def laid(x: Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> Array:
+    """x, held to a layout: the mesh axes of its first dimensions; the others are whole on every device."""
+    return x if mesh is None or mesh.size == 1 else jax.lax.with_sharding_constraint(x, placement(mesh, axes))
+
+
+def parameter_specs(
+    policy: Policy, mesh: Mesh, *kinds: str, log: Callable[[str], None] = lambda line: None
+) -> Any:
+    """NamedSharding of every parameter by the rules table, cut over the mesh axes `kinds`: fsdp and tensor by default.
+
+    An axis that does not divide is replicated and said so. Raises ConfigError for a parameter that no rule knows.
+    """
+    kinds = kinds or ("fsdp", "tensor")
+    plain = Policy(policy.config)
+    boxed = jax.eval_shape(lambda: plain.init(jax.random.key(0), example_images(policy.config.vision)))["params"]
 
     def spec(path, box) -> NamedSharding:
         name = "/".join(str(k.key) for k in path)
-        names = box.names
-        axes = []
-        for axis, size in zip(names, box.value.shape, strict=True):
+        for axis, size in zip(box.names, box.value.shape, strict=True):
             if axis not in RULES:
                 raise ConfigError(f"parameter {name}: logical axis {axis!r} is in no sharding rule")
             target = RULES[axis]
-            if target is not None and size % mesh.shape[target]:
+            if target in kinds and not divides(mesh, target, size):
                 log(f"{name}: {axis}={size} does not divide by {target}={mesh.shape[target]}, replicated")
-                target = None
-            axes.append(None if target in axes else target)
-        return placement(mesh, axes)
+        return placement(mesh, mesh_axes(mesh, box.names, box.value.shape, *kinds))
 
     return jax.tree_util.tree_map_with_path(spec, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
@@ -1265,16 +1596,32 @@ def parameter_shapes(config: PolicyConfig) -> Any:
     ]
 
 
+def batch_placements(mesh: Mesh, tree: Any) -> list[NamedSharding]:
+    """Where each array of a batch lies, in the order of its leaves: rows [P, ...] and [P, N, ...] as `row_axes` says,
+    images [I, ...] over all that rows are spread over, where they divide."""
+
+    def of(x: Any) -> list[NamedSharding]:
+        if isinstance(x, Images):
+            size = len(x.patches)
+            both = size % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+            axis = ("data", "fsdp") if both else "data" if divides(mesh, "data", size) else None
+            return [placement(mesh, [axis])] * len(jax.tree.leaves(x))
+        p, n, _ = row_axes(mesh, *(*np.shape(x), 1)[:2]) if np.ndim(x) else (None, None, None)
+        return [placement(mesh, [p, n][: np.ndim(x)])]
+
+    parts = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Images))
+    return [where for part in parts for where in of(part)]
+
+
 def shard_batch(mesh: Mesh, tree: Any) -> Any:
-    """Host arrays [P, ...] and [P, N, ...] -> device arrays: P over data, N over fsdp where it divides."""
+    """Host arrays -> device arrays. Every process holds the whole of them and gives its devices their part."""
 
-    def put(x: np.ndarray) -> jax.Array:
-        spec = []
-        for axis, size in zip(("data", "fsdp"), x.shape[:2], strict=False):
-            spec.append(axis if size % mesh.shape[axis] == 0 else None)
-        return jax.device_put(x, placement(mesh, spec))
+    def put(x: Any, where: NamedSharding) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
-    return jax.tree.map(put, tree)
+    leaves, form = jax.tree.flatten(tree)
+    return jax.tree.unflatten(form, map(put, leaves, batch_placements(mesh, tree)))
 
 
 # ======================================================================================================
@@ -1858,6 +2205,23 @@ class Sampler:
             static = {"commit": ("length",), "prefill": ("rollouts",)}.get(name)
             setattr(self, name, Program(name, getattr(self, f"_{name}"), static_argnames=static))
 
+    def layout(self, lanes: Lanes) -> list[NamedSharding]:
+        """Where each part of the lanes lies, in the order of its leaves: prompts over data, rollouts over fsdp, heads
+        and words over tensor."""
+        config, mesh = self.policy.config, self.mesh
+        p, n, _ = row_axes(mesh, *lanes.past_length.shape)
+        heads = "tensor" if divides(mesh, "tensor", config.num_key_value_heads) else None
+        words = "tensor" if divides(mesh, "tensor", config.vocab_size) else None
+        prompt, past = (None, p, None, heads), (None, p, n, None, heads)
+        axes = [prompt, prompt, (p,), (p,), (None, p), past, past, (p, n), (p, n, words)]
+        return [placement(mesh, x) for x in axes]
+
+    def _hold(self, lanes: Lanes) -> Lanes:
+        if self.mesh.size == 1:
+            return lanes
+        leaves, form = jax.tree.flatten(lanes)
+        return jax.tree.unflatten(form, map(jax.lax.with_sharding_constraint, leaves, self.layout(lanes)))
+
     # Device programs
 
     def _run(self, params, *args, **kwargs):
@@ -1869,9 +2233,10 @@ class Sampler:
     def _insert(self, visual: Visual, tokens, deepstack, prompt, first):
         """Lays newly encoded images [I, m, D] into the banks: image i at prompt[i], from token first[i] on."""
         where = first[:, None] + jnp.arange(tokens.shape[1])
+        p, *_ = row_axes(self.mesh, visual.tokens.shape[0], 1)
         return Visual(
-            visual.tokens.at[prompt[:, None], where].set(tokens, mode="drop"),
-            visual.deepstack.at[:, prompt[:, None], where].set(deepstack, mode="drop"),
+            laid(visual.tokens.at[prompt[:, None], where].set(tokens, mode="drop"), self.mesh, p),
+            laid(visual.deepstack.at[:, prompt[:, None], where].set(deepstack, mode="drop"), self.mesh, None, p),
         )
 
     def _prefill(self, params, prompts: Rows, images: Visual, rollouts: int):
@@ -1894,7 +2259,7 @@ class Sampler:
         keys = jax.tree.map(lambda x: x[:, :, 0], keys)
         capacity = min(c.rollout.cache_buckets)
         past = jax.tree.map(lambda x: jnp.zeros((x.shape[0], count, rollouts, capacity, *x.shape[3:]), x.dtype), keys)
-        return Lanes(keys, there, visual, past, jnp.zeros((count, rollouts), jnp.int32), logits)
+        return self._hold(Lanes(keys, there, visual, past, jnp.zeros((count, rollouts), jnp.int32), logits))
 
     def _context(self, lanes: Lanes):
         here = jnp.arange(lanes.past.k.shape[3]) < lanes.past_length[..., None]
@@ -1915,7 +2280,12 @@ class Sampler:
         )
         count = (rows.segment > 0).sum(-1)
         last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[..., None, None], 2)[:, :, 0]
-        return fresh, count, self.policy.apply({"params": params}, last, method=Policy.head)
+        logits = self.policy.apply({"params": params}, last, method=Policy.head)
+        if self.mesh.size > 1:
+            *_, past, _, rows, words = self.layout(lanes)
+            hold = jax.lax.with_sharding_constraint
+            fresh, count, logits = jax.tree.map(lambda x: hold(x, past), fresh), hold(count, rows), hold(logits, words)
+        return fresh, count, logits
 
     def _commit(self, lanes: Lanes, fresh: Keys, count, length: int):
         """Lays `count` fresh keys and values of each row behind its past, in a cache of `length` slots."""
@@ -1925,16 +2295,18 @@ class Sampler:
         source = jnp.clip(slot - offset, 0, fresh.k.shape[3] - 1)
 
         def lay(past, fresh):
+            past = past[:, :, :, :length]  # what is beyond it belongs to rows that ended
             past = jnp.pad(past, ((0, 0),) * 3 + ((0, length - past.shape[3]),) + ((0, 0),) * 2)
             moved = jnp.take_along_axis(fresh, source[None, ..., None, None], 3)
             return jnp.where(new[None, ..., None, None], moved, past)
 
-        return lanes.replace(past=jax.tree.map(lay, lanes.past, fresh), past_length=lanes.past_length + count)
+        past = jax.tree.map(lay, lanes.past, fresh)
+        return self._hold(lanes.replace(past=past, past_length=lanes.past_length + count))
 
     def _pick(self, lanes: Lanes, p):
         """The lanes of prompts p [P']: those whose rollouts all ended are left behind."""
         first, second = (lambda x: x[p]), (lambda x: x[:, p])
-        return Lanes(
+        chosen = Lanes(
             jax.tree.map(second, lanes.prompt),
             first(lanes.prompt_mask),
             Visual(first(lanes.visual.tokens), second(lanes.visual.deepstack)),
@@ -1942,21 +2314,23 @@ class Sampler:
             first(lanes.past_length),
             first(lanes.logits),
         )
+        return self._hold(chosen)
 
     def _keys(self, seed, step, prompt, rollout):
         key = jax.random.fold_in(jax.random.key(seed), step)
         fold = jax.vmap(jax.vmap(lambda p, n: jax.random.fold_in(jax.random.fold_in(key, p), n)))
         return fold(jnp.broadcast_to(prompt[:, None], rollout.shape), rollout)
 
-    def _decode(self, params, lanes: Lanes, position, budget, keys, temperature):
-        """One turn: samples until every row stopped or spent its budget.
+    def _decode(self, params, lanes: Lanes, position, budget, state, keys, temperature):
+        """One stretch of a turn: samples until every row stopped, spent its budget or said rollout.decode_tokens.
 
         position [P,N]: M-RoPE position of the next token; budget [P,N]: tokens a row may still say, 0 for rows that
-        are out; keys [P,N]; temperature [P,N], 0 takes the likeliest. Returns tokens and logp [P,N,R], length [P,N],
-        finished [P,N] (a stop string or the end of the turn was said) and the fresh Keys.
+        are out; state [P,N]: of the stop automaton; keys [P,N]; temperature [P,N], 0 takes the likeliest. Returns
+        tokens and logp [P,N,R], length and state [P,N], finished [P,N] (a stop string or the end of the turn was
+        said), all of them whole on every device, then the fresh Keys and the logits [P,N,V] of the next token.
         """
         p, n = budget.shape
-        most = self.c.protocol.action_tokens
+        most = min(self.c.protocol.action_tokens, self.c.rollout.decode_tokens)
         context, masks = self._context(lanes)
         recent = jax.tree.map(lambda x: jnp.zeros((*x.shape[:3], most, *x.shape[4:]), x.dtype), lanes.past)
         one = jnp.ones((p, n, 1, 1), bool)
@@ -1980,7 +2354,7 @@ class Sampler:
             tokens = tokens.at[:, :, at].set(token)
             logp = logp.at[:, :, at].set(jnp.where(live, chance, 0.0))
             length = length + live
-            state = self.table[state, token]
+            state = jnp.where(live, self.table[state, token], state)
             stopped = (state == self.stop_state) | (token[..., None] == self.ends).any(-1)
             finished = finished | (live & stopped)
             live = live & ~stopped & (length < budget)
@@ -1997,11 +2371,12 @@ class Sampler:
 
         blank = jnp.zeros((p, n), jnp.int32)
         start = (
-            jnp.int32(0), lanes.logits, budget > 0, blank, jnp.zeros((p, n, most), jnp.int32),
+            jnp.int32(0), lanes.logits, budget > 0, state, jnp.zeros((p, n, most), jnp.int32),
             jnp.zeros((p, n, most), jnp.float32), blank, jnp.zeros((p, n), bool), recent,
         )  # fmt: skip
-        _, _, _, _, tokens, logp, length, finished, recent = jax.lax.while_loop(go_on, body, start)
-        return tokens, logp, length, finished, recent
+        _, logits, _, state, *said, recent = jax.lax.while_loop(go_on, body, start)
+        tokens, logp, length, finished = (laid(x, self.mesh) for x in said)
+        return tokens, logp, length, laid(state, self.mesh), finished, recent, logits
 
     # Host side
 
@@ -2072,29 +2447,26 @@ class Sampler:
                 rollout = per_row(lambda d: number[id(d)], 0, np.int32)
                 keys = self.keys(seed, step, np.array([p.key for p in lane_prompts], np.int32), rollout)
                 heat = per_row(lambda d: temperatures[number[id(d)]], 0.0, np.float32)
-                tokens, logp, length, finished, fresh = self.decode(
-                    params, lanes, per_row(lambda d: d.row.position, 0, np.int32), budget, keys, heat
-                )
-                tokens, logp, said, finished = jax.device_get((tokens, logp, length, finished))
+                place, held = per_row(lambda d: d.row.position, 0, np.int32), per_row(lambda d: len(d.row), 0, np.int32)
+                lanes, fresh, length, words, finished = self.generate(params, lanes, place, held, budget, keys, heat)
             with clock("act"):
                 for i, row in enumerate(grid):
                     for j, d in enumerate(row):
                         if live(d):
-                            k = int(said[i, j])
-                            d.say(
-                                tokens[i, j, :k].tolist(),
-                                logp[i, j, :k].tolist(),
-                                speaker,
-                                finished=bool(finished[i, j]),
-                                last=turn == calls,
-                            )
+                            ids, logp = words[i][j]
+                            d.say(ids, logp, speaker, finished=bool(finished[i, j]), last=turn == calls)
                 talking = [(i, d) for i, row in enumerate(grid) for d in row if live(d)]
             with clock("simulator"):
-                asking = [d for _, d in talking if d.wants_user()]
+                owners = row_owners(self.mesh, len(grid), n)
+                asking = {
+                    i * n + j: d for i, row in enumerate(grid) for j, d in enumerate(row)
+                    if live(d) and d.wants_user() and owners[i, j] == jax.process_index()
+                }  # fmt: skip
                 replies = simulator.answer_all(
-                    user, [(d.prompt.graph, d.prompt.fids, d.actions[-1].question) for d in asking]
+                    user, [(d.prompt.graph, d.prompt.fids, d.actions[-1].question) for d in asking.values()]
                 )
-                replies = {id(d): simulator.sanitise(r) for d, r in zip(asking, replies, strict=True)}
+                replies = {k: simulator.sanitise(r) for k, r in zip(asking, replies, strict=True)}
+                replies = {id(grid[k // n][k % n]): reply for k, reply in exchange(replies).items()}
             with clock("act"):
                 starts, shown = {}, [(i, set(p.keyframes)) for i, p in enumerate(lane_prompts)]
                 for _, d in talking:
@@ -2117,6 +2489,33 @@ class Sampler:
                 lanes = jax.block_until_ready(self.commit(lanes, fresh, count, length=size).replace(logits=logits))
         return out
 
+    def generate(self, params, lanes: Lanes, position, held, budget, keys, temperature):
+        """One turn of all rows, in stretches of rollout.decode_tokens, each laid into the cache before the next.
+
+        held [P,N]: tokens of each row so far. Returns the lanes, the fresh Keys and lengths of the last stretch, which
+        are not in the cache yet, (ids, logp) of each row [P][N], and which rows finished [P,N].
+        """
+        p, n = budget.shape
+        words: list[list[tuple[list[int], list[float]]]] = [[([], []) for _ in range(n)] for _ in range(p)]
+        said, state, finished = np.zeros((p, n), np.int32), np.zeros((p, n), np.int32), np.zeros((p, n), bool)
+        while True:
+            left = np.where(finished, 0, budget - said)
+            tokens, logp, length, state, ended, fresh, logits = self.decode(
+                params, lanes, position + said, left, state, keys, temperature
+            )
+            tokens, logp, length, state, ended = jax.device_get((tokens, logp, length, state, ended))
+            for i in range(p):
+                for j in range(n):
+                    words[i][j][0].extend(tokens[i, j, : length[i, j]].tolist())
+                    words[i][j][1].extend(logp[i, j, : length[i, j]].tolist())
+            finished |= ended
+            if not ((length == left) | finished).all():
+                said += length
+                size = bucket(int((held + said).max()), self.c.rollout.cache_buckets)
+                lanes = self.commit(lanes, fresh, length, length=size).replace(logits=logits)
+            else:
+                return lanes, fresh, length, words, finished
+
     @staticmethod
     def _tail(dialogue: Dialogue, start: int) -> Transcript:
         """The part of a transcript that the cache does not hold yet."""
@@ -2127,13 +2526,14 @@ class Sampler:
 
     def compact(self, grid, lane_prompts, lanes, live):
         """Leaves ended rows behind once half of the prompts have none that goes on; the group axis stays whole."""
-        p = len(grid)
+        p, n = len(grid), len(grid[0])
         going = [i for i in range(p) if any(live(d) for d in grid[i])]
-        size = p // 2
-        while size >= self.c.rollout.least_prompts and len(going) <= size // 2:
-            size //= 2
-        if len(going) > size or size < self.c.rollout.least_prompts:
+        sizes = [p >> k for k in range(1, p.bit_length()) if p % (1 << k) == 0]
+        least = self.c.rollout.least_prompts
+        sizes = [size for size in sizes if size >= max(least, len(going)) and fills(self.mesh, size, n)]
+        if not sizes:
             return grid, lane_prompts, lanes
+        size = sizes[-1]
         chosen = (going + [i for i in range(p) if i not in going])[:size]
         lanes = self.pick(lanes, np.array(chosen, np.int32))
         return [grid[i] for i in chosen], [lane_prompts[i] for i in chosen], lanes
@@ -2323,7 +2723,8 @@ class MaskReward:
             shapes = (jax.ShapeDtypeStruct((n,), jnp.float32), jax.ShapeDtypeStruct((n,), jnp.bool_))
             return jax.experimental.io_callback(ask, shapes, *args)
 
-        self._score = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False))
+        ask_all = jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+        self._score = jax.jit(ask_all, out_shardings=placement(mesh, []))  # every process reads all of it
         self._shards = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def __call__(self, dialogues: Sequence[Sequence[Dialogue]]) -> tuple[np.ndarray, np.ndarray]:
@@ -2353,11 +2754,13 @@ class MaskReward:
 
 
 def score(
-    dialogues: Sequence[Sequence[Dialogue]], config: Config, expert: Any, mask_reward: MaskReward | None
-) -> tuple[Scores, list[list[str]], dict[str, float]]:
+    dialogues: Sequence[Sequence[Dialogue]], config: Config, expert: Any, mask_reward: MaskReward | None,
+    owners: np.ndarray | None = None,
+) -> tuple[Scores, list[list[str]], dict[str, float]]:  # fmt: skip
     """Rewards of every rollout, the expert's guidance for each ("" for none), and what went wrong on the way.
 
-    The expert looks at every dialogue that asked something (METHOD.md 2.2). Without mask_reward that term is 0.
+    The expert looks at every dialogue that asked something (METHOD.md 2.2), in the process that `owners` [P,N] names;
+    None: in this one. Without mask_reward that term is 0.
     """
     c = config.reward
     p, n = len(dialogues), len(dialogues[0])
@@ -2371,6 +2774,13 @@ def score(
     faults = dict.fromkeys(
         ("diagnosed", "counts_repaired", "counts_unreadable", "guidance_refused", "segmenter_failed"), 0
     )
+    told: dict[int, tuple[Any, str]] = {}
+    for i, row in enumerate(dialogues):
+        for j, d in enumerate(row):
+            if d.questions and (owners is None or owners[i, j] == jax.process_index()):
+                diagnosis = expert.diagnose(d.prompt.graph, d.prompt.fids, d.questions)
+                told[i * n + j] = (diagnosis.counts, diagnosis.guidance)
+    told = told if owners is None else exchange(told)
     for i, row in enumerate(dialogues):
         for j, d in enumerate(row):
             prompt = d.prompt
@@ -2380,15 +2790,14 @@ def score(
             raw: Any = [max(prompt.initial_count, 1)]
             if d.questions:
                 faults["diagnosed"] += 1
-                diagnosis = expert.diagnose(prompt.graph, prompt.fids, d.questions)
-                raw = diagnosis.counts
+                raw, advice = told[i * n + j]
                 unread[i, j] = not readable_counts(raw)
                 if unread[i, j]:
                     faults["counts_unreadable"] += 1
-                elif diagnosis.guidance and simulator.leaks(diagnosis.guidance, prompt.graph):
+                elif advice and simulator.leaks(advice, prompt.graph):
                     faults["guidance_refused"] += 1
                 else:
-                    guidance[i][j] = diagnosis.guidance or ""
+                    guidance[i][j] = advice or ""
             k = min(len(d.questions), slots)
             used, as_came = check_counts(raw, 0 if prompt.no_target else prompt.initial_count, k)
             faults["counts_repaired"] += bool(d.questions) and not unread[i, j] and not as_came
@@ -2664,8 +3073,8 @@ class Batch(struct.PyTreeNode):
 
     prompts: Rows  # [P, 1, S]
     rows: Rows  # [P, N, T]
-    frames: Images
-    keyframes: Images
+    frames: Images | None  # None: text alone
+    keyframes: Images | None
 
 
 def encode_bank(policy: Policy, params: Any, images: Sequence[Images], prompts: int) -> Visual:
@@ -2675,7 +3084,9 @@ def encode_bank(policy: Policy, params: Any, images: Sequence[Images], prompts: 
         merged, deep = policy.apply({"params": params}, batch, method=Policy.encode)
         tokens.append(merged.reshape(prompts, -1, merged.shape[-1]))
         deepstack.append(deep.reshape(deep.shape[0], prompts, -1, merged.shape[-1]))
-    return Visual(jnp.concatenate(tokens, 1), jnp.concatenate(deepstack, 2))
+    bank = Visual(jnp.concatenate(tokens, 1), jnp.concatenate(deepstack, 2))
+    p, *_ = row_axes(policy.mesh, prompts, 1)
+    return Visual(laid(bank.tokens, policy.mesh, p), laid(bank.deepstack, policy.mesh, None, p))
 
 
 def own_mask(rows: Rows) -> Array:
@@ -2701,8 +3112,9 @@ def predict(
     images, when they are encoded already.
     """
     run = functools.partial(policy.apply, {"params": params}, method=Policy.run)
-    if visual is None:
-        visual = encode_bank(policy, params, [batch.frames, batch.keyframes], batch.prompts.tokens.shape[0])
+    images = [x for x in (batch.frames, batch.keyframes) if x is not None]
+    if visual is None and images:
+        visual = encode_bank(policy, params, images, batch.prompts.tokens.shape[0])
     if freeze_vision:
         visual = jax.lax.stop_gradient(visual)
     prompts, rows = batch.prompts, batch.rows
@@ -2711,7 +3123,11 @@ def predict(
     last = jnp.maximum(there.sum(-1) - 1, 0)[..., None, None]  # [P,1,1,1]
     if share_prefix:
         before, keys = run(prompts.tokens, prompts.positions, own_mask(prompts), visual=visual, slots=prompts.slots)
-        keys = jax.tree.map(lambda x: x[:, :, 0], keys)
+        # Held where the rollouts read them: XLA's own way there from the prompts' layout computes wrong slopes on a mesh
+        # with all three axes above one (jax 0.10.2, with Shardy and without).
+        heads = "tensor" if divides(policy.mesh, "tensor", policy.config.num_key_value_heads) else None
+        axes = (None, row_axes(policy.mesh, p, n)[0], None, heads)
+        keys = jax.tree.map(lambda x: laid(x[:, :, 0], policy.mesh, *axes), keys)
         hidden, _ = run(
             rows.tokens, rows.positions, own_mask(rows), visual=visual, slots=rows.slots,
             context=(keys,), context_masks=(there[:, :, None, :],),
@@ -2746,8 +3162,9 @@ def token_logp(
     [V,M] and weights [V,M]; the log-probability is then the weighted mean over a token's neighbours (soft targets).
     """
 
-    def piece(hidden, tokens):
-        logits = policy.apply({"params": params}, hidden, method=Policy.head)
+
+    def piece(kernel, hidden, tokens):
+        logits = project(hidden, kernel)
         total = jax.nn.logsumexp(logits, -1)
         entropy = total - (jax.nn.softmax(logits, -1) * logits).sum(-1)
         if spread is None:
@@ -2756,25 +3173,39 @@ def token_logp(
             chosen = (jnp.take_along_axis(logits, spread[0][tokens], -1) * spread[1][tokens]).sum(-1)
         return chosen - total, entropy
 
-    return in_chunks(piece, chunk, hidden, tokens)
+    kernel = policy.apply({"params": params}, method=Policy.kernel)
+    return in_chunks(piece, chunk, policy.mesh, (kernel,), hidden, tokens)
 
 
-def in_chunks(piece: Callable, chunk: int, *arrays: Array) -> Any:
-    """piece(*arrays) over [P,N,T,...] in chunks of T under remat: what lies between exists one chunk at a time."""
-    p, n, length = arrays[0].shape[:3]
-    chunk = min(chunk, length)
-    pieces = -(-length // chunk)
-    pad = pieces * chunk - length
+def in_chunks(piece: Callable, chunk: int, mesh: Mesh | None, kernels: tuple[Array, ...], *arrays: Array) -> Any:
+    """piece(*kernels, *arrays) over [P,N,T,...] in chunks of T under remat: what lies between exists one at a time.
 
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 3))
-        return jnp.moveaxis(x.reshape(p, n, pieces, chunk, *x.shape[3:]), 2, 0)
+    Each device goes through its own rows alone, so that slopes of the kernels [D,V] are added up over devices once and
+    not once per chunk.
+    """
 
-    def join(x):
-        return jnp.moveaxis(x, 0, 2).reshape(p, n, pieces * chunk, *x.shape[4:])[:, :, :length]
+    def run(kernels, arrays):
+        p, n, length = arrays[0].shape[:3]
+        size = min(chunk, length)
+        pieces = -(-length // size)
+        pad = pieces * size - length
 
-    body = jax.checkpoint(lambda args: piece(*args), prevent_cse=False)
-    return jax.tree.map(join, jax.lax.map(body, tuple(map(split, arrays))))
+        def split(x):
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 3))
+            return jnp.moveaxis(x.reshape(p, n, pieces, size, *x.shape[3:]), 2, 0)
+
+        def join(x):
+            return jnp.moveaxis(x, 0, 2).reshape(p, n, pieces * size, *x.shape[4:])[:, :, :length]
+
+        body = jax.checkpoint(lambda args: piece(*kernels, *args), prevent_cse=False)
+        return jax.tree.map(join, jax.lax.map(body, tuple(map(split, arrays))))
+
+    if mesh is None or mesh.size == 1:
+        return run(kernels, arrays)
+    rows = Spec(*row_axes(mesh, *arrays[0].shape[:3]))
+    return jax.shard_map(
+        run, mesh=mesh, in_specs=(Spec(), rows), out_specs=rows, axis_names=frozenset({"data", "fsdp"})
+    )(kernels, arrays)
 
 
 class TrainState(struct.PyTreeNode):
@@ -2806,6 +3237,12 @@ def apply_gradients(optimiser: optax.GradientTransformation, state: TrainState, 
 def compute_copy(params: Any, dtype: str) -> Any:
     """The parameters in the type of the computation."""
     return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def reading_copy(policy: Policy, mesh: Mesh, dtype: str) -> Callable:
+    """params -> their copy for decoding, in the type of the computation and cut by heads only: made once per step, so
+    that the decode loop gathers no weights."""
+    return jax.jit(functools.partial(compute_copy, dtype=dtype), out_shardings=parameter_specs(policy, mesh, "tensor"))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -2925,10 +3362,17 @@ def make_programs(policy: Policy, config: Config, state: TrainState | None = Non
         return token_logp(policy, params, hidden, batch.rows.tokens, c.policy.logits_tokens)
 
     def in_micros(tree, prompts):
-        """[P, ...] -> [micro-batches, P / micro-batches, ...]: whole groups, activations of one live at a time."""
-        size = c.update.micro_prompts or prompts
-        size = math.gcd(size, prompts)
-        return jax.tree.map(lambda x: x.reshape(prompts // size, len(x) // (prompts // size), *x.shape[1:]), tree)
+        """[P, ...] -> [micro-batches, P / micro-batches, ...]: whole groups, activations of one live at a time.
+
+        Every n-th prompt is of one micro-batch, so that each device has its part of all of them.
+        """
+        size = math.gcd(c.update.micro_prompts or prompts, prompts)
+
+        def split(x):
+            x = x.reshape(size, prompts // size, len(x) // prompts, *x.shape[1:]).swapaxes(0, 1)
+            return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+        return jax.tree.map(split, tree)
 
     def logprob(params, batch: Batch):
         """Log-probability [P,N,T] of every token."""
@@ -2936,8 +3380,10 @@ def make_programs(policy: Policy, config: Config, state: TrainState | None = Non
         params = compute_copy(params, c.policy.dtype)
         micros = in_micros(batch, prompts)
         if len(micros.rows.tokens) == 1:
-            return forward(params, batch)[0]
-        return jax.lax.map(lambda b: forward(params, b)[0], micros).reshape(batch.rows.tokens.shape)
+            logp = forward(params, batch)[0]
+        else:
+            logp = jax.lax.map(lambda b: forward(params, b)[0], micros).swapaxes(0, 1)
+        return laid(logp.reshape(batch.rows.tokens.shape), policy.mesh)  # every process reads all of it
 
     def micro_loss(params, teacher, batch: Batch, credit: Credit, guided: Guided | None, total):
         params = compute_copy(params, c.policy.dtype)
@@ -2962,16 +3408,16 @@ def make_programs(policy: Policy, config: Config, state: TrainState | None = Non
         told = own_tokens(told, guided.starts, hidden.shape[2])
         most = min(c.update.sdpo_top_k, policy.config.vocab_size)
 
-        def piece(hidden, told, tokens):
-            ours, theirs = (
-                jax.nn.log_softmax(policy.apply({"params": p}, h, method=Policy.head))
-                for p, h in ((params, hidden), (teacher, told))
-            )
+        def piece(kernel, its_kernel, hidden, told, tokens):
+            ours, theirs = (jax.nn.log_softmax(project(*x)) for x in ((hidden, kernel), (told, its_kernel)))
             top, ids = jax.lax.top_k(ours, most)
             chosen = jnp.take_along_axis(ours, tokens[..., None], -1)[..., 0]
             return top, jnp.take_along_axis(theirs, ids, -1), chosen, -(jnp.exp(ours) * ours).sum(-1)
 
-        top, same, logp, entropy = in_chunks(piece, c.policy.logits_tokens, hidden, told, batch.rows.tokens)
+        kernels = tuple(policy.apply({"params": p}, method=Policy.kernel) for p in (params, teacher))
+        top, same, logp, entropy = in_chunks(
+            piece, c.policy.logits_tokens, policy.mesh, kernels, hidden, told, batch.rows.tokens
+        )
         loss, stats = sdpo_loss(
             top, same, logp, credit.old_logp, credit.mask, alpha=c.update.sdpo_alpha, is_clip=c.update.sdpo_is_clip
         )
@@ -2990,16 +3436,18 @@ def make_programs(policy: Policy, config: Config, state: TrainState | None = Non
 
         slope = jax.value_and_grad(micro_loss, has_aux=True)
         micros = in_micros((batch, credit, guided), prompts)
-        first = jax.tree.map(lambda x: x[0], micros)
-        (_, stats), grads = slope(state.params, teacher, *first, total)
 
-        def add(carry, micro):
+        def one(micro):
             (_, stats), grads = slope(state.params, teacher, *micro, total)
-            return jax.tree.map(jnp.add, carry, (grads, stats)), None
+            return grads, stats
 
-        rest = jax.tree.map(lambda x: x[1:], micros)
-        if len(rest[1].mask):
-            (grads, stats), _ = jax.lax.scan(add, (grads, stats), rest)
+        first = jax.tree.map(lambda x: x[0], micros)
+        if len(micros[1].mask) == 1:
+            grads, stats = one(first)
+        else:
+            none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
+            add = lambda carry, micro: (jax.tree.map(jnp.add, carry, one(micro)), None)  # noqa: E731
+            (grads, stats), _ = jax.lax.scan(add, none, micros)
         stats["gradient_norm"] = optax.tree.norm(grads)
         state = apply_gradients(optimiser, state, grads, rate)
         if state.teacher is not None and c.credit.teacher_update == "ema":
@@ -3490,6 +3938,26 @@ class Run:
     def __init__(self, config: Config):
         self.config = config
         self.path = Path(config.run_dir or f"runs/{config.name}")
+        self.writes = jax.process_index() == 0  # of several processes the first keeps the books
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.stop = False
+        self._writer = None
+        self._lock = None
+        self._bucket: Bucket | None = None
+        if self.writes:
+            self._open()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("run directory")
+
+    def own_file(self, name: str) -> Path:
+        """A file of this process alone."""
+        return self.path / (name if self.writes else f"{jax.process_index()}.{name}")
+
+    def write(self, name: str, text: str) -> None:
+        if self.writes:
+            write_atomically(self.path / name, text)
+
+    def _open(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends
@@ -3507,9 +3975,6 @@ class Run:
             raise ConfigError(
                 f"run_dir={self.path}: another run is writing here; wait for it or give another run_dir="
             ) from None
-        self.metrics_file = self.path / "metrics.jsonl"
-        self.stop = False
-        self._writer = None
 
     def _same_config(self) -> None:
         from omegaconf import OmegaConf
@@ -3558,8 +4023,14 @@ class Run:
         from orbax.checkpoint import v1 as ocp
 
         if not hasattr(self, "_checkpointer"):
+            folder = (self.path / "checkpoints").resolve()
+            if self.config.checkpoint.bucket and self.writes:
+                self._bucket = Bucket(self.config.checkpoint.bucket, self.config.checkpoint.keep)
+                self._bucket.fetch(folder)
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("checkpoints")
             self._checkpointer = ocp.training.Checkpointer(
-                (self.path / "checkpoints").resolve(),
+                folder,
                 preservation_policy=ocp.training.preservation_policies.LatestN(self.config.checkpoint.keep),
             )
         return self._checkpointer
@@ -3568,7 +4039,7 @@ class Run:
         """The latest checkpoint with the shapes and shardings of `state`, or None. Raises ConfigError."""
         keeper = self.checkpointer()
         if keeper.latest is None:
-            write_atomically(self.metrics_file, "")
+            self.write("metrics.jsonl", "")
             return None
         step = keeper.latest.step
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -3580,13 +4051,18 @@ class Run:
                 "go on from the one before"
             ) from None
         rows = [line for line in self._rows() if line["step"] <= step]
-        write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         return state.replace(params=parts["params"], **parts["rest"])
 
     def save(self, state: TrainState, step: int) -> None:
         keeper = self.checkpointer()
         if keeper.latest is None or keeper.latest.step != step:
+            self._copy_out()  # those before: this one is still being written
             keeper.save_checkpointables_async(step, _parts(state))
+
+    def _copy_out(self) -> None:
+        if self._bucket is not None:
+            self._bucket.copy(self.path / "checkpoints", [c.step for c in self._checkpointer.checkpoints])
 
     def _rows(self) -> list[dict]:
         rows = []
@@ -3597,6 +4073,8 @@ class Run:
 
     def log(self, row: dict) -> None:
         """One JSON object per step, the same numbers as TensorBoard events, and what was compiled since the last."""
+        if not self.writes:
+            return
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(row) + "\n")
         with (self.path / "programs.jsonl").open("a") as file:
@@ -3613,15 +4091,82 @@ class Run:
     def summarise(self, **parts: Any) -> dict:
         """Merges `parts` into summary.json."""
         summary = (read_json(self.path / "summary.json") or {}) | parts
-        write_atomically(self.path / "summary.json", json.dumps(summary, indent=1))
+        self.write("summary.json", json.dumps(summary, indent=1))
         return summary
 
     def close(self) -> None:
         if hasattr(self, "_checkpointer"):
             self._checkpointer.close()
+        if self._bucket is not None:
+            finished = [int(f.name) for f in (self.path / "checkpoints").iterdir() if f.name.isdigit()]
+            self._bucket.copy(self.path / "checkpoints", finished)
+            self._bucket.close()
         if self._writer is not None:
             self._writer.close()
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
+
+
+class Bucket:
+    """Copies of finished checkpoints in a bucket: the run goes on from there on a machine that has nothing of it.
+
+    A checkpoint counts once its marker is there, which is written last. Copying happens beside the training; one that
+    fails is said and tried again with the next.
+    """
+
+    def __init__(self, url: str, keep: int):
+        import fsspec
+
+        self.url, self.keep = url.rstrip("/"), keep
+        try:
+            self.files, self.root = fsspec.core.url_to_fs(self.url)
+            self.files.makedirs(self.root, exist_ok=True)
+            self.files.pipe_file(f"{self.root}/.writable", b"")
+        except Exception as error:  # every file system has its own
+            raise ConfigError(
+                f"checkpoint.bucket={url}: can not be written ({_first_line(error)}); give a URL that fsspec knows, "
+                "such as gs://BUCKET/RUN with gcsfs installed"
+            ) from None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+
+    def _steps(self) -> list[int]:
+        names = [name.rsplit("/", 1)[-1] for name in self.files.ls(self.root, detail=False)]
+        return sorted(int(n.removesuffix(".complete")) for n in names if re.fullmatch(r"\d+\.complete", n))
+
+    def fetch(self, folder: Path) -> None:
+        """Brings the latest one into `folder`, unless that holds a later one. Raises ConfigError."""
+        here = [int(f.name) for f in folder.iterdir() if f.name.isdigit()] if folder.is_dir() else []
+        steps = self._steps()
+        if not steps or steps[-1] <= max(here, default=-1):
+            return
+        step = steps[-1]
+        partial = folder / f".{step}.{os.getpid()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.files.get(f"{self.root}/{step}/", f"{partial}/", recursive=True)
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise ConfigError(f"{self.url}/{step}: can not be read ({_first_line(error)})") from None
+        os.replace(partial, folder / str(step))
+
+    def copy(self, folder: Path, steps: Sequence[int]) -> None:
+        """Begins to copy those of `steps` that are not there yet."""
+        self._pool.submit(self._copy, folder, sorted(steps)[-self.keep :])
+
+    def _copy(self, folder: Path, steps: Sequence[int]) -> None:
+        try:
+            for step in sorted(set(steps) - set(self._steps())):
+                self.files.put(f"{folder / str(step)}/", f"{self.root}/{step}/", recursive=True)
+                self.files.pipe_file(f"{self.root}/{step}.complete", b"")
+            for step in self._steps()[: -self.keep]:
+                self.files.rm(f"{self.root}/{step}.complete")
+                self.files.rm(f"{self.root}/{step}", recursive=True)
+        except Exception as error:
+            print(f"{self.url}: a checkpoint was not copied ({_first_line(error)})", file=sys.stderr)
+
+    def close(self) -> None:
+        """Waits for what is under way."""
+        self._pool.shutdown(wait=True)
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
@@ -3836,7 +4381,13 @@ def fresh_state(params: Any, config: Config, *, teacher: bool) -> TrainState:
     if not isinstance(home, NamedSharding):
         return state
     whole = placement(home.mesh, [])  # where a state lies is part of what is compiled
-    return jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, whole), state)
+
+    def settle(x: jax.Array) -> jax.Array:
+        if isinstance(x.sharding, NamedSharding):
+            return x
+        return jax.make_array_from_callback(x.shape, whole, lambda index: np.asarray(x)[index])
+
+    return jax.tree.map(settle, state)
 
 
 def ahead(make: Callable[[int], Any], start: int, stop: int, depth: int = 2) -> Iterable[Any]:
@@ -3901,6 +4452,7 @@ class Trainer:
         c = self.config = config
         self.run = run
         self.mesh = make_mesh(c.mesh)
+        check_mesh(c, self.mesh)
         self.source = resolve_path(c.policy.path)
         policy_config, params = load_policy(self.source, self.mesh, dtype="float32")
         self.tokenizer = load_tokenizer(self.source)
@@ -3908,10 +4460,10 @@ class Trainer:
             raise ConfigError(
                 f"{self.source}: the tokenizer has {len(self.tokenizer)} tokens, the policy {policy_config.vocab_size}"
             )
-        self.policy = Policy(policy_config, c.policy.remat)
+        self.policy = Policy(policy_config, c.policy.remat, self.mesh, c.policy.attention)
         self.speaker = Speaker(c.protocol, policy_config, self.tokenizer)
         self.sampler = Sampler(c, self.policy, self.speaker, self.mesh)
-        self.cast = jax.jit(functools.partial(compute_copy, dtype=c.policy.dtype))
+        self.cast = reading_copy(self.policy, self.mesh, c.policy.dtype)
         user = functools.partial(simulator.load_user, c.simulator.kind, seed=c.seed)
         self.user = user(flip=c.simulator.flip, refuse=c.simulator.refuse)
         own = lambda at_test, common: common if at_test is None else at_test  # noqa: E731
@@ -3930,13 +4482,13 @@ class Trainer:
             )
         self.segmenter = SegmenterClient(
             c.sidecar.address, segmenter=resolve_path(c.sidecar.segmenter), timeout_s=c.sidecar.timeout,
-            threads=c.sidecar.threads, log_file=run.path / "sidecar.log", prompting=c.sidecar.prompting,
+            threads=c.sidecar.threads, log_file=run.own_file("sidecar.log"), prompting=c.sidecar.prompting,
         )  # fmt: skip
         self.segmenter.start(wait=False)
         self.mask_reward = MaskReward(self.segmenter, self.mesh)
         self.state = fresh_state(params, c, teacher=needs_teacher(c))
         self.logprob, self.update = make_programs(self.policy, c, self.state)
-        write_atomically(run.path / "policy.json", json.dumps(config_json(policy_config), indent=1))
+        run.write("policy.json", json.dumps(config_json(policy_config), indent=1))
 
     def prompt(self, sample: data.Sample, anchor: int | None = None) -> Prompt:
         shown = data.sample_frames(len(sample.frames), self.config.protocol.frames, anchor=anchor)
@@ -3981,7 +4533,8 @@ class Trainer:
             )
             with self.clock("reward"):
                 masks = self.mask_reward if c.reward.weights.get("mask", 0) > 0 else None
-                scores, guidance, seen = score(dialogues, c, self.expert, masks)
+                owners = row_owners(self.mesh, len(dialogues), c.rollout.rollouts)
+                scores, guidance, seen = score(dialogues, c, self.expert, masks, owners)
             for key, value in seen.items():
                 faults[key] = faults.get(key, 0) + value
             # Without a reward gradient (sdpo) a group of equal returns teaches as well as any.
@@ -4015,7 +4568,7 @@ class Trainer:
         def teacher_logp() -> tuple[np.ndarray, np.ndarray]:
             with clock("teacher"):
                 view, starts = pack(dialogues, c, self.speaker, contexts=contexts)
-                logp = self.logprob(self.state.teacher, shard_batch(self.mesh, view))
+                logp = np.asarray(self.logprob(self.state.teacher, shard_batch(self.mesh, view)))
                 plain = old_logp
                 if c.credit.delta_baseline == "teacher_plain":
                     plain = np.asarray(self.logprob(self.state.teacher, shard_batch(self.mesh, batch)))
@@ -4086,20 +4639,27 @@ class Trainer:
         c, clock = self.config, self.clock
         params = self.cast(self.state.params)
         count = min(c.evaluate.samples or len(self.test), len(self.test))
-        decodings = {"greedy": 0.0, "sampled": c.rollout.temperature}
+        decodings = dict(zip(DECODINGS, (0.0, c.rollout.temperature), strict=True))
         clips = set(np.linspace(0, count - 1, min(c.evaluate.clips, count)).astype(int).tolist())
         gallery = set(np.linspace(0, count - 1, min(c.evaluate.gallery, count)).astype(int).tolist()) if name else set()
 
         def rate(indices: Sequence[int], dialogues: list[list[Dialogue]]) -> tuple[dict[str, list[dict]], list[dict]]:
-            scores, _, _ = score(dialogues, c, self.expert, self.mask_reward)
+            owners = row_owners(self.mesh, len(dialogues), len(decodings))
+            scores, _, _ = score(dialogues, c, self.expert, self.mask_reward, owners)
+            seen = {
+                i * len(decodings) + j: self.track(dialogues[i][j])
+                for i, index in enumerate(indices) for j in range(len(decodings))
+                if index in clips and owners[i, j] == jax.process_index()
+            }  # fmt: skip
+            seen = exchange(seen)
             rows: dict[str, list[dict]] = {decoding: [] for decoding in decodings}
             stories = []
             for i, index in enumerate(indices):
                 for j, decoding in enumerate(decodings):
                     d = dialogues[i][j]
-                    row = dialogue_row(d, scores, i, j, c) | (self.track(d) if index in clips else {})
+                    row = dialogue_row(d, scores, i, j, c) | seen.get(i * len(decodings) + j, {})
                     rows[decoding].append(row)
-                    if index in gallery and decoding == "greedy":
+                    if index in gallery and decoding == "greedy" and self.run.writes:
                         stories.append(self.story(d, row))
             return rows, stories
 
@@ -4107,7 +4667,8 @@ class Trainer:
         with concurrent.futures.ThreadPoolExecutor(1) as rater:
             rated = []
             starts = range(0, count, c.evaluate.prompts)
-            for start in tqdm(starts, f"evaluate {name or ''}".strip(), unit="batch", dynamic_ncols=True, disable=None):
+            title, quiet = f"evaluate {name or ''}".strip(), None if self.run.writes else True
+            for start in tqdm(starts, title, unit="batch", dynamic_ncols=True, disable=quiet):
                 # The last batch is filled up by wrapping round, so that one set of programs serves all.
                 indices = [(start + k) % count for k in range(c.evaluate.prompts)]
                 with clock("data"):
@@ -4117,9 +4678,11 @@ class Trainer:
                     clock=clock, max_turns=c.evaluate.max_turns,
                 )  # fmt: skip
                 rated.append(rater.submit(rate, indices[: count - start], dialogues))
+                if jax.process_count() > 1:  # what processes say to each other keeps one order
+                    rated[-1].result()
             with clock("reward"):
                 done = [part.result() for part in rated]
-        if name:
+        if name and self.run.writes:
             lines = [json.dumps(story) + "\n" for _, stories in done for story in stories]
             write_atomically(self.run.path / "dialogues" / f"{name}.jsonl", "".join(lines))
         return {
@@ -4209,6 +4772,8 @@ def open_data(config: Config) -> tuple[data.PreparedDataset, data.PreparedDatase
     c = config.data
     path = Path(c.path)
     generated = bool(c.generate_train and c.generate_test)
+    if jax.process_index() > 0:  # the first process makes it; hosts with disks of their own make it again after that
+        multihost_utils.sync_global_devices("data")
     if generated and not path.exists():
         raw = path.with_name(f".{path.name}.raw.{os.getpid()}")  # another run may be at it too
         shutil.rmtree(raw, ignore_errors=True)
@@ -4217,6 +4782,8 @@ def open_data(config: Config) -> tuple[data.PreparedDataset, data.PreparedDatase
             data.prepare("ambi_rvos", raw, path)
         finally:
             shutil.rmtree(raw, ignore_errors=True)
+    if jax.process_count() > 1 and jax.process_index() == 0:
+        multihost_utils.sync_global_devices("data")
     try:
         train, test = data.load_prepared(path, "train"), data.load_prepared(path, "test")
         if generated:
@@ -4277,8 +4844,9 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
     config, run = trainer.config, trainer.run
     trainer.state = run.restore(trainer.state) or trainer.state
     begun = int(trainer.state.step)
-    (run.path / "dialogues").mkdir(exist_ok=True)
-    summary = read_json(run.path / "summary.json") or {}
+    if run.writes:
+        (run.path / "dialogues").mkdir(exist_ok=True)
+    summary = exchange({0: read_json(run.path / "summary.json") or {}} if run.writes else {})[0]
     seconds: dict[str, float] = dict(summary.get("seconds") or {})
 
     def book(spent: Mapping[str, float], prefix: str = "") -> None:
@@ -4294,19 +4862,23 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
         summary = run.summarise(
             before=before, baselines=synthetic.baselines(graphs, config.seed) if graphs else {}, seed=config.seed
         )
-        say_scores("before", before)
-    bar = tqdm(total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True, disable=None)
+        if run.writes:
+            say_scores("before", before)
+    bar = tqdm(
+        total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True,
+        disable=None if run.writes else True,
+    )  # fmt: skip
     step, traced = begun, profiled(config)
-    tracing = False
-    while step < config.steps and not run.stop:
+    tracing, stop = False, agreed(run.stop)
+    while step < config.steps and not stop:
         if step + 1 in traced and not tracing:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # every Python call, otherwise
             jax.profiler.start_trace(run.path / "profile", profiler_options=options)
             tracing = True
         row = trainer.step()
-        step = row["step"]
-        if tracing and (step + 1 not in traced or run.stop):
+        step, stop = row["step"], agreed(run.stop)
+        if tracing and (step + 1 not in traced or stop):
             jax.profiler.stop_trace()
             tracing = False
         book(row["seconds"])
@@ -4321,16 +4893,16 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
             f"reward {row['reward']:.2f} success {row['success']:.2f} questions {row['questions_ambiguous'] or 0:.2f} "
             + " ".join(f"{k} {v:.1f}s" for k, v in slow)
         )
-        if (config.checkpoint.every and step % config.checkpoint.every == 0) or step == config.steps or run.stop:
+        if (config.checkpoint.every and step % config.checkpoint.every == 0) or step == config.steps or stop:
             run.save(trainer.state, step)
     bar.close()
     if step == config.steps:
         after = trainer.evaluate("after") if config.evaluate.every else {}
         book(trainer.clock.take(), "evaluate/")
-        save_policy(
-            run.path / "trained", trainer.policy.config, jax.device_get(trainer.state.params), source=trainer.source
-        )
-        if after:
+        params = jax.tree.map(to_host, trainer.state.params)
+        if run.writes:
+            save_policy(run.path / "trained", trainer.policy.config, params, source=trainer.source)
+        if after and run.writes:
             say_scores("after", after)
         book({"total": time.perf_counter() - begun_at, "compile": compiled["seconds"]})
         run.summarise(
@@ -4344,7 +4916,7 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
         )
         from icseg_jax import report
 
-        if after:
+        if after and run.writes:
             print(f"{report.write_report(run.path)}: open it in a browser")
     else:
         book({"total": time.perf_counter() - begun_at})
@@ -4390,6 +4962,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = None
     try:
         config = load_config(arguments[0], arguments[1:])
+        if config.mesh.distributed:
+            join_processes()
         run = Run(config)
         if run.finished:
             page = run.path / ("report.html" if config.stage == "rl" else "trained")

@@ -366,7 +366,7 @@ def test_groups_without_spread_are_replaced(world, played, scored, monkeypatch, 
     config = train.load_config(CONFIG, [*SMALL, f"rollout.refills={refills}", "reward.weights.mask=0"])
     spread = iter([[1, 0, 1, 0], [0, 0, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]])
 
-    def score(dialogues, c, expert, masks):
+    def score(dialogues, c, expert, masks, owners):
         assert masks is None
         iou = np.array(next(spread), np.float32)[:, None] * np.arange(ROLLOUTS, dtype=np.float32)
         terms = {**{t: np.zeros_like(iou) for t in train.TERMS}, "iou": iou}
@@ -378,6 +378,7 @@ def test_groups_without_spread_are_replaced(world, played, scored, monkeypatch, 
         def __init__(self):
             self.config, self.clock, self.user, self.expert, self.mask_reward = config, train.Clock(), None, None, None
             self.cast, self.state = (lambda params: params), types.SimpleNamespace(params=None)
+            self.mesh = world.mesh
             self.sampler = types.SimpleNamespace(play=lambda params, rows, *_, **__: [[d] * ROLLOUTS for d in rows])
 
         def training_prompts(self, step, refill):

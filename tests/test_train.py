@@ -413,3 +413,43 @@ def test_every_experiment_loads():
             continue
         config = train.load_config(file)
         assert yaml.safe_load(file.read_text())["name"] == config.name
+
+
+def test_checkpoints_are_copied_to_a_bucket_and_brought_back(tmp_path):
+    """fsspec's in-memory file system stands for a bucket."""
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        (folder / str(step) / "inner").mkdir(parents=True)
+        (folder / str(step) / "inner" / "data").write_text(f"of {step}")
+    bucket = train.Bucket("memory://runs/a", keep=2)
+    bucket.copy(folder, [1, 2])
+    bucket.copy(folder, [1, 2, 3])
+    bucket.close()
+    assert bucket._steps() == [2, 3]
+    bucket.files.pipe_file(f"{bucket.root}/4/inner/data", b"cut short")  # without its marker it is none
+    fresh = tmp_path / "elsewhere"
+    train.Bucket("memory://runs/a", keep=2).fetch(fresh)
+    assert [f.name for f in fresh.iterdir()] == ["3"] and (fresh / "3/inner/data").read_text() == "of 3"
+    (fresh / "5").mkdir()
+    train.Bucket("memory://runs/a", keep=2).fetch(fresh)  # what is here is later
+    assert sorted(f.name for f in fresh.iterdir()) == ["3", "5"]
+
+
+def test_a_bucket_that_can_not_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for url in (f"{tmp_path}/file/bucket", "nosuch://bucket"):
+        with pytest.raises(train.ConfigError, match="checkpoint.bucket=.*can not be written"):
+            train.Bucket(url, keep=2)
+
+
+def test_a_failed_copy_is_said_and_tried_again(tmp_path, monkeypatch, capfd):
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "1" / "data").write_text("x")
+    bucket = train.Bucket("memory://runs/b", keep=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket.files, "put", lambda *a, **k: (_ for _ in ()).throw(OSError("gone")))
+        bucket._copy(tmp_path / "checkpoints", [1])
+    assert "runs/b: a checkpoint was not copied (gone)" in capfd.readouterr().err and bucket._steps() == []
+    bucket.copy(tmp_path / "checkpoints", [1])
+    bucket.close()
+    assert bucket._steps() == [1]

@@ -1,0 +1,326 @@
+"""Compiles a config's programs for a machine that is not there, and says whether they fit.
+
+    python -m icseg_jax.dryrun experiments/qwen3vl_8b.yaml topology=v5p:4x4x4 [key=value ...]
+
+The programs are those that training runs: nothing is compiled for the dry run alone. A TPU topology (v5e:8x8,
+v5p:2x2x4, v6e:4x4, ...) is compiled by libtpu, which needs no TPU: `make setup` puts it beside site-packages and only
+this command points at it. `gpu:8` and `cpu:8` are compiled for 8 forced CPU devices instead: the sharding and the
+collectives are real, memory and time of a GPU are not known from it, and the report says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# Memory of a chip that programs can use, GiB, and its peak TFLOP/s in bfloat16 (FIELD.md D.2; what XLA allots).
+CHIPS = {"v4": (31.25, 275), "v5e": (15.75, 197), "v5p": (95.74, 459), "v6e": (31.25, 918)}
+GPU_GIB = 80 * 1e9 / 2**30  # of the released recipe's cards (METHOD.md 5.1)
+PROGRAMS = ("encode", "prefill", "decode", "extend", "logprob", "update")
+GIB = 2.0**30
+
+USAGE = """usage: python -m icseg_jax.dryrun CONFIG.yaml topology=NAME [key=value ...] [programs=decode,update]
+
+Compiles encode, prefill, decode, extend, logprob and update for the named machine and prints, last, one JSON object.
+Exit status: 0 when every program fits its chip, 1 when one does not, 2 on bad input.
+  python -m icseg_jax.dryrun experiments/qwen3vl_8b.yaml topology=v5p:4x4x4
+  python -m icseg_jax.dryrun experiments/qwen3vl_4b.yaml topology=gpu:8"""
+
+
+def find_libtpu() -> Path | None:
+    """libtpu.so where `make setup` puts it: beside site-packages, so that no other process looks for a TPU."""
+    places = [Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"]
+    if "TPU_LIBRARY_PATH" in os.environ:
+        places.insert(0, Path(os.environ["TPU_LIBRARY_PATH"]))
+    return next((place for place in places if place.is_file()), None)
+
+
+def open_topology(name: str) -> tuple[list[Any], float, str]:
+    """Devices of a topology, GiB of a chip, and what was compiled for. Call before jax is used. Raises ConfigError."""
+    chip, _, shape = name.partition(":")
+    if chip in ("gpu", "cpu"):
+        if not shape.isdigit() or int(shape) < 1:
+            raise OSError(f"topology={name}: use {chip}:COUNT, for example {chip}:8")
+        flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
+        os.environ["XLA_FLAGS"] = " ".join([*flags, f"--xla_force_host_platform_device_count={shape}"])
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+        return jax.devices()[: int(shape)], GPU_GIB, f"{shape} forced CPU devices"
+    if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        raise OSError(f"topology={name}: use one of {', '.join(CHIPS)} with a shape, such as v5p:4x4x4, or gpu:8")
+    library = find_libtpu()
+    if library is None:
+        raise OSError(
+            f"topology={name}: libtpu is missing; `make setup` installs it, or "
+            f"`pip install --no-deps --target {sys.prefix}/libtpu libtpu`"
+        )
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_LIBRARY_PATH=str(library))
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    import jax
+    from jax.experimental import topologies
+
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except Exception as error:
+        raise OSError(f"topology={name}: libtpu does not know it ({str(error).splitlines()[0][:200]})") from None
+    return list(found.devices), CHIPS[chip][0], f"{name}, ahead of time by libtpu"
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """The tree as shapes, each with where it lies: shardings in a tree like it, or in the order of its leaves."""
+    import jax
+
+    leaves, form = jax.tree.flatten(tree)
+    places = jax.tree.leaves(shardings)
+    made = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(leaves, places, strict=True)]
+    return jax.tree.unflatten(form, made)
+
+
+def lower_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any], Any]]:
+    """name -> (lower, what stays in memory beside it): the programs of a training step at their largest shapes."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from icseg_jax import train
+
+    c = config
+    train.check_mesh(c, mesh)
+    source = train.resolve_path(c.policy.path)
+    here = source / "config.json"
+    shape = here if here.is_file() or c.policy.shape is None else train.resolve_path(c.policy.shape)
+    raw = train.read_json(shape)
+    if raw is None:
+        raise train.ConfigError(f"{shape}: missing or not JSON; policy.shape= may name a config.json of the policy")
+    policy_config = train.PolicyConfig.from_json(raw, str(shape))
+    # The words of a tokenizer are data: any with the special tokens gives the same programs.
+    real = (source / "tokenizer.json").is_file()
+    tokenizer = train.load_tokenizer(source if real else train.resolve_path("asset:embedded_base"))
+    policy = train.Policy(policy_config, c.policy.remat, mesh, c.policy.attention)
+    speaker = train.Speaker(c.protocol, policy_config, tokenizer)
+    sampler = train.Sampler(c, policy, speaker, mesh)
+
+    p, n, frames = c.rollout.prompts, c.rollout.rollouts, c.protocol.frames
+    whole = train.placement(mesh, [])
+    shapes = train.parameter_shapes(policy_config)
+    of_type = lambda kind: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, kind), shapes)  # noqa: E731
+    params = abstract(of_type(jnp.float32), train.parameter_specs(policy, mesh))
+    reading = abstract(of_type(c.policy.dtype), train.parameter_specs(policy, mesh, "tensor"))
+
+    def state_of(params: Any) -> Any:
+        optimiser = train.make_optimiser(c.update)
+        moments = jax.eval_shape(optimiser.init, params)
+        like = {x.shape: x.sharding for x in jax.tree.leaves(params)}  # moments have the shapes of their parameters
+        moments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.get(x.shape, whole)), moments
+        )
+        zero = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        return train.TrainState(params, moments, params if train.needs_teacher(c) else None, zero, zero)
+
+    state = state_of(params)
+
+    def rows(prompts: int, rollouts: int, length: int) -> train.Rows:
+        made = train.stack_rows([[[] for _ in range(rollouts)] for _ in range(prompts)], length, 0)
+        return abstract(made, train.batch_placements(mesh, made))
+
+    def images(count: int, grid: tuple[int, int]) -> train.Images:
+        vision = policy_config.vision
+        patches = grid[0] * grid[1] * vision.spatial_merge_size**2
+        flat = np.broadcast_to(np.float32(0), (count, patches, vision.patch_dim))
+        made = speaker.images(flat, grid)
+        return abstract(made, train.batch_placements(mesh, made))
+
+    def batch(prompts: int, length: int) -> train.Batch:
+        return train.Batch(
+            rows(prompts, 1, c.protocol.prompt_tokens), rows(prompts, n, length),
+            images(prompts * frames, speaker.frame_grid), images(prompts * frames, speaker.keyframe_grid),
+        )  # fmt: skip
+
+    def small(kind: Any, *axes: Any, width: tuple[int, ...] = ()) -> Any:
+        return jax.ShapeDtypeStruct((p, n, *width), kind, sharding=train.placement(mesh, axes))
+
+    shown = images(p * frames, speaker.frame_grid)
+    tokens, deepstack = jax.eval_shape(sampler.encode.jitted, reading, shown)
+    flat = train.placement(mesh, [train.row_axes(mesh, p, 1)[0]])
+    encoded = train.Visual(
+        jax.ShapeDtypeStruct(tokens.shape, tokens.dtype, sharding=flat),
+        jax.ShapeDtypeStruct(deepstack.shape, deepstack.dtype, sharding=train.placement(mesh, [None, *flat.spec])),
+    )
+    prompts = rows(p, 1, c.protocol.prompt_tokens)
+    lanes = jax.eval_shape(functools.partial(sampler.prefill.jitted, rollouts=n), reading, prompts, encoded)
+    most = max(c.rollout.cache_buckets)
+    past = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape[:3], most, *x.shape[4:]), x.dtype), lanes.past)
+    lanes = lanes.replace(past=past)
+    lanes = abstract(lanes, sampler.layout(lanes))
+    count = small(jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (p, n)))
+    keys = jax.ShapeDtypeStruct((p, n), key.dtype, sharding=whole)
+    heat = small(jnp.float32)
+    longest = max(c.update.token_buckets)
+    mini = p // c.update.minibatches
+    minibatch = batch(mini, longest)
+    by_row = train.placement(mesh, train.row_axes(mesh, mini, n))
+    credit = train.Credit(*(
+        jax.ShapeDtypeStruct((mini, n, longest), kind, sharding=by_row)
+        for kind in (jnp.float32, jnp.float32, jnp.bool_)
+    ))
+    guided = None
+    if c.update.loss == "sdpo":
+        starts = jax.ShapeDtypeStruct((mini, n), jnp.int32, sharding=by_row)
+        guided = train.Guided(batch(mini, longest + c.credit.guidance_tokens), starts)
+    told = longest + (c.credit.guidance_tokens if train.needs_teacher(c) else 0)
+    logprob, update = train.make_programs(policy, c, state)
+    rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    beside = (state,)  # while dialogues are played the whole training state waits
+    return {
+        "encode": (lambda: sampler.encode.jitted.lower(reading, shown), beside),
+        "prefill": (lambda: sampler.prefill.jitted.lower(reading, prompts, encoded, rollouts=n), beside),
+        "decode": (
+            lambda: sampler.decode.jitted.lower(reading, lanes, count, count, count, keys, heat), beside
+        ),
+        "extend": (
+            lambda: sampler.extend.jitted.lower(reading, lanes, rows(p, n, max(c.rollout.observation_buckets))), beside
+        ),
+        "logprob": (
+            lambda: logprob.jitted.lower(params, batch(p, told)), (state.optimiser, state.teacher)
+        ),
+        "update": (lambda: update.jitted.lower(state, minibatch, credit, guided, rate), ()),
+    }  # fmt: skip
+
+
+def per_chip(tree: Any) -> int:
+    """Bytes that a tree of shapes with shardings takes on each chip."""
+    import jax
+
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8}
+
+
+def collectives(text: str) -> dict[str, dict[str, Any]]:
+    """Of a compiled program's text: for each kind how many there are (a loop's body counts once), the MiB of their
+    results together and of the largest one."""
+    found: dict[str, dict[str, Any]] = {}
+    pattern = re.compile(r"= (\([^=]*?\)|\S+) (" + "|".join(COLLECTIVES) + r")(?:-start)?\(")
+    for shape, kind in pattern.findall(text):
+        sizes = [
+            WIDTHS.get(width, 4) * math.prod(int(d) for d in dims.split(",") if d)
+            for width, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shape)
+        ]
+        # The start of an asynchronous one names what it reads and what it makes: the larger is the result.
+        size = max(sizes, default=0) / 2**20
+        entry = found.setdefault(kind, {"count": 0, "mib": 0.0, "largest_mib": 0.0, "largest": ""})
+        entry["count"] += 1
+        entry["mib"] += size
+        if size > entry["largest_mib"]:
+            entry["largest_mib"], entry["largest"] = size, re.sub(r"\{[^}]*\}", "", shape)[:120]
+    return {
+        kind: {k: round(v, 2) if isinstance(v, float) else v for k, v in entry.items()} for kind, entry in found.items()
+    }
+
+
+def dot_flops(jaxpr: Any) -> float:
+    """Operations of a program's matrix products, a loop's as often as it runs (a while loop's body once)."""
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            inner = math.prod(eqn.invars[0].aval.shape[d] for d in contract)
+            total += 2.0 * inner * math.prod(eqn.outvars[0].aval.shape)
+        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    total += times * dot_flops(inner)
+    return total
+
+
+def compile_one(lower: Callable[[], Any], beside: Any, chips: int, hbm_gib: float) -> dict[str, Any]:
+    """One program's report; `fits` counts what waits in memory beside it."""
+    waiting = per_chip(beside) / GIB
+    begun = time.perf_counter()
+    lowered = lower()
+    try:
+        compiled = lowered.compile()
+    except Exception as error:  # XLA has no class of its own for it
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT])", str(error))
+        told = needed.group(0) if needed else str(error).splitlines()[0][:200]
+        spent = round(time.perf_counter() - begun, 1)
+        return {"fits": False, "error": told, "beside_gib": round(waiting, 3), "compile_s": spent}
+    seconds = time.perf_counter() - begun
+    memory = compiled.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak += memory.temp_size_in_bytes
+    cost = compiled.cost_analysis() or {}
+    cost = cost[0] if isinstance(cost, (list, tuple)) else cost
+    return {
+        "fits": peak / GIB + waiting <= hbm_gib,
+        "argument_gib": round(memory.argument_size_in_bytes / GIB, 3),
+        "temp_gib": round(memory.temp_size_in_bytes / GIB, 3),
+        "peak_gib": round(peak / GIB, 3),
+        "beside_gib": round(waiting, 3),
+        "tflops": round(cost.get("flops", 0.0) / 1e12, 3),
+        "bytes_gib": round(cost.get("bytes accessed", 0.0) / GIB, 3),
+        "collectives": collectives(compiled.as_text()),
+        "compile_s": round(seconds, 1),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0 when everything fits, 1 when something does not, 2 on bad input."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    chosen = [a.removeprefix("programs=").split(",") for a in arguments if a.startswith("programs=")]
+    rest = [a for a in arguments[1:] if not a.startswith("programs=")]
+    names = chosen[-1] if chosen else list(PROGRAMS)
+    wrong = [name for name in names if name not in PROGRAMS]
+    if wrong:
+        print(f"error: programs={','.join(wrong)}: known are {', '.join(PROGRAMS)}", file=sys.stderr)
+        return 2
+    from icseg_jax import train
+
+    try:
+        config = train.load_config(arguments[0], rest)
+        if config.topology is None:
+            raise train.ConfigError("topology= is missing, for example topology=v5p:4x4x4 or gpu:8")
+        devices, hbm, target = open_topology(config.topology)
+        mesh = train.make_mesh(config.mesh, devices)
+        programs = lower_programs(config, mesh)
+    except (train.ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    report: dict[str, Any] = {
+        "config": arguments[0], "topology": config.topology, "compiled_for": target, "mesh": dict(mesh.shape),
+        "hbm_gib": round(hbm, 2), "fits": True, "programs": {},
+    }  # fmt: skip
+    for name in names:
+        print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
+        told = compile_one(*programs[name], len(devices), hbm)
+        report["programs"][name] = told
+        report["fits"] &= told["fits"]
+        short = told.get("error") or f"{told['peak_gib']} GiB and {told['beside_gib']} beside it of {hbm:.2f}"
+        print(f"{short}, {told['compile_s']} s{'' if told['fits'] else ': DOES NOT FIT'}", file=sys.stderr)
+    print(json.dumps(report, indent=1))
+    return 0 if report["fits"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

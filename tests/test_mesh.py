@@ -1,0 +1,167 @@
+"""One program on any mesh (train.py section 3): 8 forced CPU devices, and two processes of four."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PRESETS = {"dp": "mesh.preset=dp", "fsdp": "mesh.preset=fsdp", "fsdp_tp": "mesh.preset=fsdp_tp"}
+MIXED = "mesh.data=2 mesh.fsdp=2 mesh.tensor=2"
+SMALL = ["rollout.prompts=8", "rollout.rollouts=8", "rollout.least_prompts=8", "update.minibatches=1"]
+SMALL += ["protocol.max_turns=3", "evaluate.every=0", "credit.lam=0"]
+
+
+def environment(devices: int) -> dict[str, str]:
+    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
+    flags.append(f"--xla_force_host_platform_device_count={devices}")
+    return os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
+
+
+def on_meshes(folder: Path, overrides: list[str]) -> dict[str, dict]:
+    """For each mesh: how far dialogues, log-probabilities, loss and gradients are from those of one device."""
+    command = [sys.executable, __file__, str(folder), *overrides]
+    done = subprocess.run(command, env=environment(8), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def check(told: dict[str, dict]) -> None:
+    for mesh, found in told.items():
+        assert found["tokens"] > 500 and found["other_tokens"] == 0, mesh
+        assert found["logp"] < 1e-4 and found["loss"] < 1e-5 and found["gradient"] < 1e-5, (mesh, found)
+        assert found["largest_gradient"] > 1e-4
+
+
+def test_a_mesh_of_all_axes_computes_what_one_device_does(tmp_path):
+    check(on_meshes(tmp_path, [MIXED]))
+
+
+@pytest.mark.slow
+def test_presets_compute_what_one_device_does(tmp_path):
+    check(on_meshes(tmp_path, list(PRESETS.values())))
+
+
+def train_command(folder: Path, name: str, *more: str) -> list[str]:
+    world = [f"data.path={folder}/world", "data.generate_train=24", "data.generate_test=8"]
+    own = ["steps=2", "checkpoint.every=1", f"run_dir={folder}/{name}", *world]
+    return [sys.executable, "-m", "icseg_jax.train", "experiments/embedded.yaml", *SMALL, *own, *more]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [["mesh.data=2", "mesh.fsdp=4"], ["mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2"]])
+def test_two_processes_are_one_of_eight_devices(tmp_path, sizes):
+    """SAM2's rewards included, each process with a sidecar of its own; the second layout splits each group."""
+    subprocess.run(train_command(tmp_path, "one", *sizes), env=environment(8), cwd=ROOT, check=True, timeout=900)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = []
+    for index in range(2):
+        own = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+        command = train_command(tmp_path, "two", *sizes, "mesh.distributed=true")
+        log = open(tmp_path / f"log{index}", "w")  # noqa: SIM115
+        both.append(subprocess.Popen(command, env=environment(4) | own, cwd=ROOT, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(timeout=1200) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert codes == [0, 0], (tmp_path / "log0").read_text()[-2000:] + (tmp_path / "log1").read_text()[-2000:]
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert len(rows[0]) == len(rows[1]) == 2
+    for one, two in zip(*rows, strict=True):
+        assert one.keys() == two.keys()
+        for key in one.keys() - {"seconds"}:
+            if isinstance(one[key], float):
+                assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-5), key
+            else:
+                assert one[key] == two[key], key
+    assert rows[0][0]["reward/mask"] > 0 and (tmp_path / "two" / "1.sidecar.log").exists()
+
+
+def main(folder: str, *overrides: str) -> None:
+    import jax
+
+    from icseg_jax import data, simulator, synthetic, train, weights
+
+    path = Path(folder)
+    synthetic.write_dataset(path / "raw", train=2, test=24, seed=3, progress=False)
+    data.prepare("ambi_rvos", path / "raw", path / "prepared", progress=False)
+    samples = sorted(data.load_prepared(path / "prepared", "test"), key=lambda sample: -sample.initial_count)[:8]
+    found, expected = {}, None
+    for override in ("one device", *overrides):
+        config = train.load_config("experiments/embedded.yaml", SMALL + override.split() * ("=" in override))
+        mesh = train.make_mesh(config.mesh, None if "=" in override else jax.devices()[:1])
+        train.check_mesh(config, mesh)
+        source = train.resolve_path(config.policy.path)
+        policy_config, params = train.load_policy(source, mesh, dtype="float32")
+        policy = train.Policy(policy_config, config.policy.remat, mesh)
+        speaker = train.Speaker(config.protocol, policy_config, weights.Tokenizer(source))
+        sampler = train.Sampler(config, policy, speaker, mesh)
+        shown = data.sample_frames(12, config.protocol.frames)
+        prompts = [train.Prompt(sample, shown, speaker) for sample in samples]
+        reading = train.reading_copy(policy, mesh, "float32")(params)
+        dialogues = sampler.play(
+            reading, prompts, [1.0] * 8, simulator.OracleUser(), seed=7, step=0, clock=train.Clock()
+        )
+        batch, _ = train.pack(dialogues, config, speaker)
+        state = train.fresh_state(params, config, teacher=False)
+        logprob, update = train.make_programs(policy, config, state)
+        logp = np.asarray(logprob(state.params, train.shard_batch(mesh, batch)))
+        advantages = np.random.default_rng(0).standard_normal((8, 8, 1)).astype(np.float32)
+        credit = train.Credit(advantages * np.ones_like(logp), batch.rows.logp, batch.rows.trained)
+        state, stats = update(state, *train.shard_batch(mesh, (batch, credit, None)), np.float32(0))
+        got = {
+            "tokens": batch.rows.tokens, "logp": np.where(batch.rows.trained, logp, 0), "loss": float(stats["loss"]),
+            "gradient": [np.asarray(x) / 0.1 for x in jax.tree.leaves(state.optimiser[1].mu)],
+        }  # fmt: skip
+        if expected is None:
+            expected = got
+            continue
+        gaps = [float(np.abs(a - b).max()) for a, b in zip(got["gradient"], expected["gradient"], strict=True)]
+        found[override] = {
+            "tokens": int(batch.rows.trained.sum()),
+            "other_tokens": int((got["tokens"] != expected["tokens"]).sum()),
+            "logp": float(np.abs(got["logp"] - expected["logp"]).max()),
+            "loss": abs(got["loss"] - expected["loss"]),
+            "gradient": max(gaps),
+            "largest_gradient": max(float(np.abs(x).max()) for x in expected["gradient"]),
+        }
+    print(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    "sizes, count, shape",
+    [
+        ({}, 8, (8, 1, 1)),
+        ({"preset": "fsdp"}, 8, (1, 8, 1)),
+        ({"preset": "fsdp_tp"}, 8, (1, 4, 2)),
+        ({"fsdp": 2, "tensor": 2}, 8, (2, 2, 2)),
+        ({"data": 3}, 8, None),
+        ({"fsdp": 3}, 8, None),
+        ({"data": -1, "preset": "fsdp", "tensor": 2}, 8, None),
+    ],
+)
+def test_sizes_of_a_mesh(sizes, count, shape):
+    from icseg_jax import train
+
+    section = dataclasses.replace(train.MeshSection(), **sizes)
+    if shape is None:
+        with pytest.raises(train.ConfigError, match="does not cover 8 devices"):
+            train.mesh_shape(section, count)
+    else:
+        assert train.mesh_shape(section, count) == shape
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
