@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from icseg_jax import data, simulator, synthetic, train, weights
+from icseg_jax import data, synthetic, train, weights
 
 USAGE = __doc__
 LARGE = (512, 16, 8192)  # prompts, rollouts, tokens
@@ -231,12 +231,11 @@ def lists(config: train.Config) -> dict[str, Any]:
     policy_config, params = train.load_policy(source, mesh, dtype="float32")
     policy, tokenizer = train.Policy(policy_config), weights.Tokenizer(source)
     speaker = train.Speaker(config.protocol, policy_config, tokenizer)
-    sampler, expert = train.Sampler(config, policy, speaker, mesh), simulator.OracleExpert()
+    sampler, (_, user, expert) = train.Sampler(config, policy, speaker, mesh), train.meet(config)
     _, test = train.open_data(config)
     samples = [s for s in test if s.initial_count > 0 and (s.privileged or {}).get("scene_graph")]
     if not samples:
         raise train.ConfigError(f"data.path={config.data.path}: holds no scene graphs; use the synthetic world")
-    user = simulator.load_user(config.simulator.kind, seed=config.seed)
     found: dict[str, dict[str, list[bool]]] = {
         level: {kind: [] for kind in ("exact", "missing", "extra", "wrong")} for level in ("ambiguous", "clear")
     }

@@ -73,6 +73,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from icseg_jax import data, metrics, simulator, synthetic, weights
 from icseg_jax.sam2_sidecar import SegmenterClient, SidecarError, parse_address
+from icseg_jax.simulator import readable_counts
 
 Array = jax.Array | np.ndarray | np.generic
 
@@ -223,10 +224,26 @@ class SidecarSection:
 
 
 @dataclass(frozen=True)
-class SimulatorSection:
-    kind: str = "oracle"  # oracle | person
+class EndpointSection:
+    """Of kind=endpoint: a multimodal model on a server that speaks OpenAI's chat completions."""
+
+    url: str | None = None  # such as http://127.0.0.1:8000/v1; the key is OPENAI_API_KEY of the environment
+    model: str | None = None  # by the name under which the server lists it
+    timeout: float = 60.0  # seconds for a question, retries included; then its row is left out of the step
+    max_in_flight: int = 8  # questions at a time
+
+
+@dataclass(frozen=True)
+class SimulatorSection(EndpointSection):
+    kind: str = "oracle"  # oracle | person | endpoint
+    description: bool = False  # an endpoint also reads the target's description
     flip: float = 0.0  # share of answers that are wrong
     refuse: float = 0.0  # share of questions that get no answer
+
+
+@dataclass(frozen=True)
+class ExpertSection(EndpointSection):
+    kind: str = "oracle"  # oracle | endpoint
 
 
 @dataclass(frozen=True)
@@ -280,6 +297,7 @@ class Config:
     warmstart: WarmstartSection = WarmstartSection()
     sidecar: SidecarSection = SidecarSection()
     simulator: SimulatorSection = SimulatorSection()
+    expert: ExpertSection = ExpertSection()
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     mesh: MeshSection = MeshSection()
@@ -304,6 +322,8 @@ WHOLE = {
     "update": {"warmup": 0, "minibatches": 1, "micro_prompts": 0, "token_buckets": 1},
     "warmstart": {"scenes": 1, "rows": 1, "practice": 0, "row_tokens": 1, "keyframes": 1, "warmup": 0},
     "sidecar": {"threads": 1},
+    "simulator": {"max_in_flight": 1},
+    "expert": {"max_in_flight": 1},
     "evaluate": {"every": 0, "prompts": 1, "samples": 0, "clips": 0, "gallery": 0},
     "checkpoint": {"every": 0, "keep": 1},
     "mesh": {"fsdp": 1, "tensor": 1},
@@ -313,6 +333,8 @@ POSITIVE = {
     "update": ("learning_rate", "clip_norm", "clip_high"),
     "warmstart": ("learning_rate",),
     "sidecar": ("timeout",),
+    "simulator": ("timeout",),
+    "expert": ("timeout",),
 }
 
 
@@ -531,7 +553,23 @@ def check_config(c: Config) -> Config:
             raise ConfigError(f"sidecar.address={c.sidecar.address}: {error}") from None
     kinds = ("joint", "sequential")
     need(c.sidecar.prompting in kinds, "sidecar.prompting", c.sidecar.prompting, f"use one of {', '.join(kinds)}")
-    need(c.simulator.kind in ("oracle", "person"), "simulator.kind", c.simulator.kind, "use oracle or person")
+    kinds = ("oracle", "person", "endpoint")
+    need(c.simulator.kind in kinds, "simulator.kind", c.simulator.kind, f"use one of {', '.join(kinds)}")
+    need(c.expert.kind in ("oracle", "endpoint"), "expert.kind", c.expert.kind, "use oracle or endpoint")
+    for name, there in (("simulator", c.simulator), ("expert", c.expert)):
+        if there.kind == "endpoint":
+            need(bool(there.model), f"{name}.model", there.model, "give a name that the server lists under /models")
+            try:
+                simulator.check_url(there.url or "")
+            except ValueError as error:  # the URL itself may hold a password: it is not repeated
+                raise ConfigError(f"{name}.url: {error}") from None
+    errs = any((c.simulator.flip, c.simulator.refuse, c.evaluate.flip, c.evaluate.refuse))
+    need(
+        c.simulator.kind != "endpoint" or not errs,
+        "simulator.kind",
+        c.simulator.kind,
+        "flip and refuse are for users of the synthetic world; leave them 0",
+    )
     need(
         max(c.update.token_buckets) >= c.protocol.response_tokens,
         "update.token_buckets",
@@ -1678,6 +1716,11 @@ class Prompt:
         self.initial_count = sample.initial_count
         self.no_target = sample.ability == "none" or sample.initial_count == 0
 
+    def seen_by(self, who: Any) -> dict | data.Sample:
+        """What a user or an expert looks at: models see the sample, everybody else knows its scene graph."""
+        models = (simulator.EndpointUser, simulator.EndpointExpert)
+        return self.sample if isinstance(who, models) else self.graph
+
     @property
     def key(self) -> int:
         """A stable number for random keys: the same sample samples the same, whatever stands beside it."""
@@ -1688,6 +1731,9 @@ class Prompt:
 
     def image_of(self, fid: int) -> np.ndarray:
         return self.images[self.fids.index(fid)]
+
+
+END_KINDS = ("answered", "stopped", "overlong", "turns", "unanswered")
 
 
 class Dialogue:
@@ -1701,7 +1747,8 @@ class Dialogue:
         self.replies: list[str] = []  # observation after each generation; "" when the dialogue ended
         self.questions: list[tuple[str, str]] = []  # (question, answer) of every call; a malformed one asks ""
         self.asked_in: list[int] = []  # and the generation it was made in
-        self.end: str | None = None  # answered | stopped | overlong | turns
+        self.end: str | None = None  # one of END_KINDS
+        self.lost: str | None = None  # user | expert: who did not answer in time; the row is left out of the step
         self.frame: int | None = None  # the valid key frame that counts; -1: no target
         self.answer: Action | None = None
 
@@ -2092,9 +2139,14 @@ class Sampler:
             with clock("simulator"):
                 asking = [d for _, d in talking if d.wants_user()]
                 replies = simulator.answer_all(
-                    user, [(d.prompt.graph, d.prompt.fids, d.actions[-1].question) for d in asking]
+                    user, [(d.prompt.seen_by(user), d.prompt.fids, d.actions[-1].question) for d in asking]
                 )
-                replies = {id(d): simulator.sanitise(r) for d, r in zip(asking, replies, strict=True)}
+                replies = dict(zip(map(id, asking), replies, strict=True))
+                for d in asking:
+                    if replies[id(d)] is None:
+                        d.lost, d.end = "user", "unanswered"
+                replies = {key: simulator.sanitise(reply) for key, reply in replies.items() if reply is not None}
+                talking = [(i, d) for i, d in talking if live(d)]
             with clock("act"):
                 starts, shown = {}, [(i, set(p.keyframes)) for i, p in enumerate(lane_prompts)]
                 for _, d in talking:
@@ -2252,12 +2304,6 @@ def process_reward(
     return jnp.where(questions > 0, fmt * earned, jnp.where(ambiguous, 0.0, fmt))
 
 
-def readable_counts(counts: Any) -> bool:
-    """Whether an expert's counts are numbers at all; without any a turn earns the format term only (METHOD.md 2.2)."""
-    whole = lambda x: isinstance(x, int) and not isinstance(x, bool)  # noqa: E731
-    return isinstance(counts, (list, tuple)) and len(counts) > 0 and all(map(whole, counts))
-
-
 MOST = 10**6  # more candidates than any scene holds: an expert's count is cut there
 
 
@@ -2289,7 +2335,7 @@ class Scores(struct.PyTreeNode):
     asked_in: Array  # [P,N,Q] int32: the generation of each question, -2 where none was asked or its count is unknown
     well_formed: Array  # [P,N] bool
     ambiguous: Array  # [P,N] bool
-    valid: Array  # [P,N] bool: False where the segmenter failed
+    valid: Array  # [P,N] bool: False where the segmenter failed, or the user or the expert did not answer in time
 
 
 class MaskReward:
@@ -2357,7 +2403,8 @@ def score(
 ) -> tuple[Scores, list[list[str]], dict[str, float]]:
     """Rewards of every rollout, the expert's guidance for each ("" for none), and what went wrong on the way.
 
-    The expert looks at every dialogue that asked something (METHOD.md 2.2). Without mask_reward that term is 0.
+    The expert looks at every dialogue that asked something (METHOD.md 2.2). Without mask_reward that term is 0. A
+    dialogue that the user or the expert left without an answer is `lost`, and not valid.
     """
     c = config.reward
     p, n = len(dialogues), len(dialogues[0])
@@ -2369,8 +2416,13 @@ def score(
     unread = np.zeros((p, n), bool)
     guidance = [["" for _ in row] for row in dialogues]
     faults = dict.fromkeys(
-        ("diagnosed", "counts_repaired", "counts_unreadable", "guidance_refused", "segmenter_failed"), 0
+        ("diagnosed", "counts_repaired", "counts_unreadable", "guidance_refused", "segmenter_failed")
+        + ("user_failed", "expert_failed"),
+        0,
     )
+    asking = [d for row in dialogues for d in row if d.questions and not d.lost]
+    found = simulator.diagnose_all(expert, [(d.prompt.seen_by(expert), d.prompt.fids, d.questions) for d in asking])
+    diagnoses = dict(zip(map(id, asking), found, strict=True))
     for i, row in enumerate(dialogues):
         for j, d in enumerate(row):
             prompt = d.prompt
@@ -2378,20 +2430,26 @@ def score(
             for name, value in parts.items():
                 terms[name][i, j] = value
             raw: Any = [max(prompt.initial_count, 1)]
-            if d.questions:
+            diagnosis = diagnoses.get(id(d))
+            if id(d) in diagnoses and diagnosis is None:
+                d.lost = "expert"
+            if d.lost:
+                faults[f"{d.lost}_failed"] += 1
+            if diagnosis is not None:
                 faults["diagnosed"] += 1
-                diagnosis = expert.diagnose(prompt.graph, prompt.fids, d.questions)
                 raw = diagnosis.counts
                 unread[i, j] = not readable_counts(raw)
                 if unread[i, j]:
                     faults["counts_unreadable"] += 1
-                elif diagnosis.guidance and simulator.leaks(diagnosis.guidance, prompt.graph):
+                elif diagnosis.guidance and simulator.leaks(
+                    diagnosis.guidance, prompt.graph or simulator.giveaways(prompt.sample, d.questions)
+                ):
                     faults["guidance_refused"] += 1
                 else:
                     guidance[i][j] = diagnosis.guidance or ""
             k = min(len(d.questions), slots)
             used, as_came = check_counts(raw, 0 if prompt.no_target else prompt.initial_count, k)
-            faults["counts_repaired"] += bool(d.questions) and not unread[i, j] and not as_came
+            faults["counts_repaired"] += diagnosis is not None and not unread[i, j] and not as_came
             counts[i, j] = used + [used[-1]] * (slots - k)
             asked[i, j, :k] = True
             if not unread[i, j]:
@@ -2405,6 +2463,7 @@ def score(
                 if c.no_target and d.prompt.no_target:
                     terms["mask"][i, j] = terms["iou"][i, j]
         faults["segmenter_failed"] = int((~valid).sum())
+    valid = valid & ~np.array([[bool(d.lost) for d in row] for row in dialogues])
     process = process_reward(counts, asked, formed, ambiguous, kind=c.process, redundant_cost=c.redundant_cost)
     format_only = unread | (~asked.any(-1) if c.no_question == "format" else False)
     terms["process"] = np.where(format_only, formed, process).astype(np.float32)
@@ -3894,12 +3953,38 @@ def train_warmstart(config: Config, run: Run) -> None:
         run.summarise(finished=True, steps=config.steps, policy=str(run.path / "trained"))
 
 
+def meet(c: Config) -> tuple[Any, Any, Any]:
+    """The user, the user at test, and the expert. Raises ConfigError for an endpoint that does not serve."""
+    own = lambda at_test, common: common if at_test is None else at_test  # noqa: E731
+
+    def endpoint(name: str, *, pictures: bool) -> simulator.Endpoint:
+        s = getattr(c, name)
+        there = simulator.Endpoint(name, s.url, s.model, timeout=s.timeout, max_in_flight=s.max_in_flight)
+        there.check(pictures=pictures)
+        return there
+
+    try:
+        if c.simulator.kind == "endpoint":
+            there = endpoint("simulator", pictures=True)
+            user = test_user = simulator.EndpointUser(there, description=c.simulator.description)
+        else:
+            user = simulator.load_user(c.simulator.kind, flip=c.simulator.flip, refuse=c.simulator.refuse, seed=c.seed)
+            flip, refuse = own(c.evaluate.flip, c.simulator.flip), own(c.evaluate.refuse, c.simulator.refuse)
+            test_user = simulator.load_user(c.simulator.kind, flip=flip, refuse=refuse, seed=c.seed)
+        if c.expert.kind == "endpoint":
+            return user, test_user, simulator.EndpointExpert(endpoint("expert", pictures=False))
+        return user, test_user, simulator.OracleExpert()
+    except simulator.EndpointError as error:
+        raise ConfigError(str(error)) from None
+
+
 class Trainer:
     """Everything a step of reinforcement learning needs, wired once."""
 
     def __init__(self, config: Config, run: Run):
         c = self.config = config
         self.run = run
+        self.user, self.test_user, self.expert = meet(c)  # first: a server that is not there costs no waiting
         self.mesh = make_mesh(c.mesh)
         self.source = resolve_path(c.policy.path)
         policy_config, params = load_policy(self.source, self.mesh, dtype="float32")
@@ -3912,21 +3997,16 @@ class Trainer:
         self.speaker = Speaker(c.protocol, policy_config, self.tokenizer)
         self.sampler = Sampler(c, self.policy, self.speaker, self.mesh)
         self.cast = jax.jit(functools.partial(compute_copy, dtype=c.policy.dtype))
-        user = functools.partial(simulator.load_user, c.simulator.kind, seed=c.seed)
-        self.user = user(flip=c.simulator.flip, refuse=c.simulator.refuse)
-        own = lambda at_test, common: common if at_test is None else at_test  # noqa: E731
-        flip, refuse = own(c.evaluate.flip, c.simulator.flip), own(c.evaluate.refuse, c.simulator.refuse)
-        self.test_user = user(flip=flip, refuse=refuse)
-        clarify = own(c.evaluate.clarify, c.protocol.clarify)
+        clarify = c.protocol.clarify if c.evaluate.clarify is None else c.evaluate.clarify
         self.test_speaker = Speaker(dataclasses.replace(c.protocol, clarify=clarify), policy_config, self.tokenizer)
-        self.expert = simulator.OracleExpert()
         self.clock = Clock()
         self.train, self.test = open_data(c)
         self.pool = training_pool(self.train, c)
-        if not (self.train[0].privileged or {}).get("scene_graph"):
+        knowing = c.simulator.kind != "endpoint" or c.expert.kind != "endpoint"
+        if knowing and not (self.train[0].privileged or {}).get("scene_graph"):
             raise ConfigError(
                 f"data.path={c.data.path}: holds no scene graphs, which the exact user and expert read; use the "
-                "synthetic world (`python -m icseg_jax.data generate`)"
+                "synthetic world (`python -m icseg_jax.data generate`), or simulator.kind and expert.kind=endpoint"
             )
         self.segmenter = SegmenterClient(
             c.sidecar.address, segmenter=resolve_path(c.sidecar.segmenter), timeout_s=c.sidecar.timeout,
@@ -3937,6 +4017,12 @@ class Trainer:
         self.state = fresh_state(params, c, teacher=needs_teacher(c))
         self.logprob, self.update = make_programs(self.policy, c, self.state)
         write_atomically(run.path / "policy.json", json.dumps(config_json(policy_config), indent=1))
+
+    def endpoints(self) -> dict[str, dict]:
+        """The models that answered and diagnosed, for the summary: a result depends on them (METHOD.md 8, Q7, Q8)."""
+        models = (simulator.EndpointUser, simulator.EndpointExpert)
+        told = {"simulator": self.user, "expert": self.expert}
+        return {name: who.about() for name, who in told.items() if isinstance(who, models)}
 
     def prompt(self, sample: data.Sample, anchor: int | None = None) -> Prompt:
         shown = data.sample_frames(len(sample.frames), self.config.protocol.frames, anchor=anchor)
@@ -4047,7 +4133,10 @@ class Trainer:
             if self.state.teacher is not None and syncs:
                 self.state = self.state.replace(teacher=jax.tree.map(jnp.copy, self.state.params))
         gap = np.abs(old_logp - batch.rows.logp)[batch.rows.trained]
-        rows = [dialogue_row(d, scores, i, j, c) for i, row in enumerate(dialogues) for j, d in enumerate(row)]
+        rows = [
+            dialogue_row(d, scores, i, j, c)
+            for i, row in enumerate(dialogues) for j, d in enumerate(row) if not d.lost
+        ]  # fmt: skip
         summary = metrics.dialogue_summary(rows)
         words = (
             "success",
@@ -4074,7 +4163,7 @@ class Trainer:
             "sampler_difference/p99": float(np.quantile(gap, 0.99)),
             "sampler_difference/max": float(gap.max()),
             "tokens_per_rollout": float(batch.rows.trained.sum(-1).mean()),
-            "ended": {kind: ends.count(kind) / len(ends) for kind in ("answered", "stopped", "overlong", "turns")},
+            "ended": {kind: ends.count(kind) / len(ends) for kind in END_KINDS},
             **faults,
             "seconds": clock.take(),
         }
@@ -4089,6 +4178,7 @@ class Trainer:
         decodings = {"greedy": 0.0, "sampled": c.rollout.temperature}
         clips = set(np.linspace(0, count - 1, min(c.evaluate.clips, count)).astype(int).tolist())
         gallery = set(np.linspace(0, count - 1, min(c.evaluate.gallery, count)).astype(int).tolist()) if name else set()
+        lost = dict.fromkeys(decodings, 0)  # dialogues that the user or the expert left without an answer
 
         def rate(indices: Sequence[int], dialogues: list[list[Dialogue]]) -> tuple[dict[str, list[dict]], list[dict]]:
             scores, _, _ = score(dialogues, c, self.expert, self.mask_reward)
@@ -4097,6 +4187,9 @@ class Trainer:
             for i, index in enumerate(indices):
                 for j, decoding in enumerate(decodings):
                     d = dialogues[i][j]
+                    if d.lost:
+                        lost[decoding] += 1
+                        continue
                     row = dialogue_row(d, scores, i, j, c) | (self.track(d) if index in clips else {})
                     rows[decoding].append(row)
                     if index in gallery and decoding == "greedy":
@@ -4124,6 +4217,7 @@ class Trainer:
             write_atomically(self.run.path / "dialogues" / f"{name}.jsonl", "".join(lines))
         return {
             decoding: metrics.dialogue_summary([row for rows, _ in done for row in rows[decoding]])
+            | ({"lost": lost[decoding]} if lost[decoding] else {})
             for decoding in decodings
         }
 
@@ -4292,8 +4386,9 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
         before = trainer.evaluate("before")
         book(trainer.clock.take(), "evaluate/")
         summary = run.summarise(
-            before=before, baselines=synthetic.baselines(graphs, config.seed) if graphs else {}, seed=config.seed
-        )
+            before=before, baselines=synthetic.baselines(graphs, config.seed) if graphs else {}, seed=config.seed,
+            endpoints=trainer.endpoints(),
+        )  # fmt: skip
         say_scores("before", before)
     bar = tqdm(total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True, disable=None)
     step, traced = begun, profiled(config)
@@ -4318,8 +4413,8 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
         bar.update()
         slow = sorted(row["seconds"].items(), key=lambda x: -x[1])[:3]
         bar.set_postfix_str(
-            f"reward {row['reward']:.2f} success {row['success']:.2f} questions {row['questions_ambiguous'] or 0:.2f} "
-            + " ".join(f"{k} {v:.1f}s" for k, v in slow)
+            f"reward {row['reward'] or 0:.2f} success {row['success'] or 0:.2f} "
+            f"questions {row['questions_ambiguous'] or 0:.2f} " + " ".join(f"{k} {v:.1f}s" for k, v in slow)
         )
         if (config.checkpoint.every and step % config.checkpoint.every == 0) or step == config.steps or run.stop:
             run.save(trainer.state, step)
@@ -4335,6 +4430,7 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
         book({"total": time.perf_counter() - begun_at, "compile": compiled["seconds"]})
         run.summarise(
             after=after,
+            endpoints=trainer.endpoints(),
             seconds=seconds,
             steps=config.steps,
             seed=config.seed,
