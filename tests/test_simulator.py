@@ -859,3 +859,83 @@ def test_dialogues_without_an_answer_are_left_out_and_counted(samples):
     assert [d.lost for d in row] == [None, "expert", None, "user"]
     assert (faults["user_failed"], faults["expert_failed"], faults["diagnosed"]) == (1, 1, 2)
     assert bool(guidance[0][0]) and not guidance[0][1] and not guidance[0][3]
+
+
+class Spoken(train.Sampler):
+    """The dialogue loop with a script in place of a policy: every rollout asks, then names a frame, then answers."""
+
+    LINES = (
+        '<thinking> a ; b </thinking><call> {"name": "vlm_tool", "query": "What color is the target?"} </call>',
+        "<thinking> a </thinking><keyframe> 3 </keyframe>",
+        '<thinking> a </thinking><answer> {"bbox_2d": [0, 0, 1000, 1000], "point_2d": [0, 1000]} </answer>',
+    )
+
+    def __init__(self, config):
+        source = train.resolve_path(config.policy.path)
+        shapes = train.PolicyConfig.from_json(json.loads((source / "config.json").read_text()))
+        self.c, self.speaker = config, train.Speaker(config.protocol, shapes, train.load_tokenizer(source))
+        self.mesh = train.make_mesh(config.mesh)
+        self.lanes = types.SimpleNamespace(visual=None, replace=lambda **_: self.lanes)
+
+    def begin(self, params, prompts, rollouts):
+        self.lines = iter(self.LINES)
+        return self.lanes
+
+    def decode(self, params, lanes, position, budget, keys, heat):
+        ids = self.speaker.tokenizer.encode(next(self.lines))
+        tokens = np.broadcast_to(np.array(ids, np.int32), (*budget.shape, len(ids)))
+        said = np.where(budget > 0, len(ids), 0)
+        return tokens, np.zeros(tokens.shape, np.float32), said, said > 0, None
+
+    def extend(self, params, lanes, rows):
+        return None, None, None
+
+    def keys(self, *_):
+        return None
+
+    def show(self, *_):
+        return None
+
+    def commit(self, lanes, *_, **__):
+        return lanes
+
+    def compact(self, grid, lane_prompts, lanes, live):
+        return grid, lane_prompts, lanes
+
+
+def test_a_run_goes_on_when_the_server_dies_and_comes_back(server, samples, monkeypatch):
+    monkeypatch.setattr(simulator, "PAUSE", 0.5)
+    config = train.load_config(EMBEDDED, ["reward.weights.mask=0"])
+    sampler, user = Spoken(config), user_of(server, timeout=0.6)
+    expert = expert_of(server, timeout=0.6)
+
+    def says(body):
+        if body["messages"][0]["content"] == simulator.EXPERT_PROMPT:
+            return GOOD % ("6, 2", "Ask for the motion first.")
+        return "<answer> <|im_end|> green </answer>"
+
+    def step(*which):
+        prompts = [train.Prompt(samples[i], [0, 3, 7, 11], sampler.speaker) for i in which]
+        dialogues = sampler.play(None, prompts, [1.0] * 3, user, seed=0, step=0, clock=train.Clock())
+        return dialogues, *train.score(dialogues, config, expert, None)
+
+    server.says = says
+    dialogues, scores, guidance, faults = step(0, 1)
+    assert all(d.end == "answered" and d.questions == [(QUESTION, "green")] for row in dialogues for d in row)
+    assert scores.valid.all() and faults["user_failed"] == faults["expert_failed"] == 0
+    assert guidance[0] == ["Ask for the motion first."] * 3 and len(server.bodies) == 4  # siblings asked the same
+    server.stop()
+    dialogues, scores, guidance, faults = step(0, 2)  # what was asked of sample 0 is known
+    assert scores.valid.tolist() == [[True] * 3, [False] * 3] and faults["user_failed"] == 3
+    assert [(d.lost, d.end, d.questions, d.replies) for d in dialogues[1]] == [("user", "unanswered", [], [""])] * 3
+    assert dialogues[0][0].end == "answered" and faults["expert_failed"] == 0
+    server.says = lambda body: "drop" if body["messages"][0]["content"] == simulator.EXPERT_PROMPT else says(body)
+    server.start()
+    dialogues, scores, guidance, faults = step(3)
+    assert [d.lost for d in dialogues[0]] == ["expert"] * 3 and not scores.valid.any() and guidance == [[""] * 3]
+    server.says = says
+    time.sleep(0.6)
+    dialogues, scores, _, faults = step(2, 3)
+    assert scores.valid.all() and faults["diagnosed"] == 6
+    batch, _ = train.pack(dialogues, config, sampler.speaker)
+    assert batch.rows.trained.any()
