@@ -406,6 +406,8 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
+    import openai  # noqa: F401 - seconds, on a busy machine, which are no deadline's
+
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     monkeypatch.setenv("ICSEG_ANSWERS", str(tmp_path / "answers"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -604,7 +606,7 @@ def test_a_try_that_hangs_leaves_time_for_another(server, samples):
 
 @pytest.mark.parametrize("fault", ["dead", "slow", "broken", "refuses", "endless"])
 def test_no_answer_within_the_deadline_is_none(server, samples, fault, capsys):
-    user = user_of(server, timeout=0.6)
+    user = user_of(server, timeout=1.0)
     if fault == "dead":
         server.stop()
     elif fault == "slow":
@@ -615,25 +617,25 @@ def test_no_answer_within_the_deadline_is_none(server, samples, fault, capsys):
         server.says = lambda body: (400 if fault == "refuses" else 503, "text/plain", f"no, {SECRET}")
     begun = time.monotonic()
     assert simulator.answer_all(user, [(samples[0], SHOWN, QUESTION)] * 3) == [None] * 3
-    assert time.monotonic() - begun < 3 and user.endpoint.counts["failed"] == 3
+    assert time.monotonic() - begun < 10 and user.endpoint.counts["failed"] == 3
     assert SECRET not in "".join(capsys.readouterr())
     if fault == "refuses":
         assert len(server.bodies) == 1 and user.endpoint._failures == 0
 
 
 def test_a_server_that_is_gone_is_not_waited_for_until_it_is_back(server, samples, monkeypatch, capsys):
-    monkeypatch.setattr(simulator, "PAUSE", 1.0)
-    user = user_of(server, timeout=0.6, max_in_flight=8)
+    monkeypatch.setattr(simulator, "PAUSE", 2.0)
+    user = user_of(server, timeout=1.6, max_in_flight=8)
     asked = [(samples[0], SHOWN, f"{QUESTION} {word}") for word in "abcdefgh"]
     assert None not in simulator.answer_all(user, asked[:2])
     server.stop()
     assert simulator.answer_all(user, asked) == ["blue"] * 2 + [None] * 6  # what was answered before stays known
     begun = time.monotonic()
     assert simulator.answer_all(user, asked[2:]) == [None] * 6
-    assert time.monotonic() - begun < 0.4
+    assert time.monotonic() - begun < 1.5
     assert capsys.readouterr().err.count("until it is back") == 1
     server.start()
-    time.sleep(1.1)
+    time.sleep(2.1)
     assert simulator.answer_all(user, asked[2:]) == ["blue"] * 6  # one asks, the others wait for what it finds
 
 
@@ -737,13 +739,13 @@ def test_descriptions_are_part_of_prepared_records(samples):
 
 def endpoint_config(server, *more):
     return train.load_config(EMBEDDED, ["simulator.kind=endpoint", f"simulator.url={server.url}", "simulator.model=m",
-                                        "simulator.timeout=0.7", *more])
+                                        "simulator.timeout=7", *more])
 
 
 def test_the_trainer_meets_a_user_and_an_expert_who_answer(server):
     config = endpoint_config(server, "expert.kind=endpoint", f"expert.url={server.url}", "expert.model=m")
     user, at_test, expert = train.meet(config)
-    assert user is at_test and isinstance(user, simulator.EndpointUser) and user.endpoint.timeout == 0.7
+    assert user is at_test and isinstance(user, simulator.EndpointUser) and user.endpoint.timeout == 7.0
     assert isinstance(expert, simulator.EndpointExpert) and expert.endpoint.max_in_flight == 8
     assert len(parts(server.bodies[0], "image_url")) == 1 and not parts(server.bodies[1], "image_url")
     assert isinstance(train.meet(train.load_config(EMBEDDED))[2], OracleExpert)
@@ -771,7 +773,7 @@ def test_a_wrong_endpoint_is_one_line_before_the_first_step(server, tmp_path, ca
     if lists is None:
         server.stop()
     code = train.main([str(EMBEDDED), "simulator.kind=endpoint", f"simulator.url={server.url}", "simulator.model=m",
-                       "simulator.timeout=2", f"run_dir={tmp_path / 'run'}"])
+                       "simulator.timeout=7", f"run_dir={tmp_path / 'run'}"])
     out, err = capsys.readouterr()
     assert code == 2 and len(err.splitlines()) == 1 and err.startswith(f"error: simulator.url={server.url}: ")
     assert reason in err and SECRET not in out + err and len(err) < 500 and err.strip().isprintable()
@@ -795,7 +797,7 @@ def test_another_protocol_is_said_to_be_one(server, greeting):
     thread = threading.Thread(target=greet)
     thread.start()
     with pytest.raises(train.ConfigError, match="chat completions was expected") as failed:
-        train.meet(endpoint_config(server))
+        train.meet(endpoint_config(server, "simulator.timeout=0.7"))
     assert "\n" not in str(failed.value) and str(failed.value).isprintable() and server.url in str(failed.value)
     thread.join()
     listener.close()
@@ -906,8 +908,8 @@ class Spoken(train.Sampler):
 def test_a_run_goes_on_when_the_server_dies_and_comes_back(server, samples, monkeypatch):
     monkeypatch.setattr(simulator, "PAUSE", 0.5)
     config = train.load_config(EMBEDDED, ["reward.weights.mask=0"])
-    sampler, user = Spoken(config), user_of(server, timeout=0.6)
-    expert = expert_of(server, timeout=0.6)
+    sampler, user = Spoken(config), user_of(server, timeout=1.6)
+    expert = expert_of(server, timeout=1.6)
 
     def says(body):
         if body["messages"][0]["content"] == simulator.EXPERT_PROMPT:
