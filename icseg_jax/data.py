@@ -350,7 +350,8 @@ def _ambi_sample(row: dict, id: str, folder: Path, split: str, decode: bool, fra
     if graph.is_file():
         privileged["scene_graph"] = _json_object(graph)
     told = {"target": privileged.get("target_path"), "candidates": privileged.get("all_target_path")}
-    privileged["descriptions"] = {k: _json_object(path) for k, path in told.items() if path and path.is_file()}
+    # Any JSON will do: the schema of the released files is not known (METHOD.md 6).
+    privileged["descriptions"] = {k: _json(path) for k, path in told.items() if path and path.is_file()}
 
     return Sample(
         id=id, dataset="ambi_rvos", split=split, kind="video" if len(stems) > 1 else "image",
@@ -478,11 +479,15 @@ def _count(row: dict, key: str) -> int:
     return value
 
 
-def _json_object(path: Path) -> dict:
+def _json(path: Path) -> Any:
     try:
-        value = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is no JSON ({_first_line(error)})") from None
+
+
+def _json_object(path: Path) -> dict:
+    value = _json(path)
     if not isinstance(value, dict):
         raise DataError(f"{path} holds no JSON object")
     return value
