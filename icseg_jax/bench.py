@@ -231,7 +231,7 @@ def lists(config: train.Config) -> dict[str, Any]:
     policy_config, params = train.load_policy(source, mesh, dtype="float32")
     policy, tokenizer = train.Policy(policy_config), weights.Tokenizer(source)
     speaker = train.Speaker(config.protocol, policy_config, tokenizer)
-    sampler, (_, user, expert) = train.Sampler(config, policy, speaker, mesh), train.meet(config)
+    sampler, (_, user, expert) = train.Sampler(config, policy, speaker, mesh), train.meet(config, mesh)
     _, test = train.open_data(config)
     samples = [s for s in test if s.initial_count > 0 and (s.privileged or {}).get("scene_graph")]
     if not samples:
@@ -249,6 +249,8 @@ def lists(config: train.Config) -> dict[str, Any]:
         )
         counts = train.score(played, config, expert, None)[0].counts
         for i, (d,) in enumerate(played[: len(samples) - start]):
+            if d.lost:
+                continue
             kind, gap = first_list(d)
             asked = len(d.questions)
             ambiguous = part[i].initial_count > 1

@@ -1,6 +1,6 @@
 """How far the models that answer and diagnose agree with the exact user and expert.
 
-`python -m icseg_jax.evaluate CONFIG simulator.kind=endpoint check=oracle [expert.kind=endpoint] [key=value ...]`
+`python -m icseg_jax.evaluate CONFIG check=oracle simulator.kind=endpoint|local [expert.kind=endpoint] [key=value ...]`
     On the synthetic world's test split (`evaluate.samples` of it): one dialogue per query with a target, of questions
     in random order. The model under `simulator` answers each question, the one under `expert` counts the candidates
     after the exact answers. Prints one JSON object: shares of answers and counts that are the exact ones.
@@ -52,7 +52,7 @@ def says_the_same(attribute: str, said: str, exact: str) -> bool:
     return read is not None and read.attribute == attribute and read.options == (exact,)
 
 
-def check_answers(user: simulator.EndpointUser, played: Sequence[tuple[data.Sample, list[int], Dialogue]]) -> dict:
+def check_answers(user: simulator.ModelUser, played: Sequence[tuple[data.Sample, list[int], Dialogue]]) -> dict:
     """Shares of the model's answers that say what the exact ones say, in all and by attribute."""
     asked = [(sample, shown, question, exact) for sample, shown, d in played for question, exact in d]
     answers = simulator.answer_all(user, [request[:3] for request in asked])
@@ -71,7 +71,7 @@ def check_answers(user: simulator.EndpointUser, played: Sequence[tuple[data.Samp
     }  # fmt: skip
 
 
-def check_counts(expert: simulator.EndpointExpert, played: Sequence[tuple[data.Sample, list[int], Dialogue]]) -> dict:
+def check_counts(expert: simulator.ModelExpert, played: Sequence[tuple[data.Sample, list[int], Dialogue]]) -> dict:
     """Shares of the model's counts, made fit as in training, that are the exact ones after a question."""
     oracle, found = simulator.OracleExpert(), simulator.diagnose_all(expert, played)
     each, whole, as_came, unread, leaky = [], [], [], [], []
@@ -101,15 +101,15 @@ def share(hits: Sequence[bool]) -> float | None:
 
 def against_oracle(config: train.Config) -> dict[str, Any]:
     """What `check=oracle` prints. Raises ConfigError."""
-    if "endpoint" not in (config.simulator.kind, config.expert.kind):
+    user, _, expert = train.meet(config, train.make_mesh(config.mesh))
+    if not isinstance(user, train.MODELS) and not isinstance(expert, train.MODELS):
         raise train.ConfigError("check=oracle: compares models with the exact user and expert; use "
-                                "simulator.kind=endpoint, expert.kind=endpoint or both")
-    user, _, expert = train.meet(config)
+                                "simulator.kind=endpoint or local, expert.kind=endpoint, or both")
     played = dialogues(config)
     out: dict[str, Any] = {"samples": len(played), "seed": config.seed}
-    if isinstance(user, simulator.EndpointUser):
+    if isinstance(user, simulator.ModelUser):
         out["simulator"] = check_answers(user, played)
-    if isinstance(expert, simulator.EndpointExpert):
+    if isinstance(expert, simulator.ModelExpert):
         out["expert"] = check_counts(expert, played)
     return out
 

@@ -37,6 +37,8 @@ Where this departs from the released scripts, or chooses where they are silent (
 11. Who asks nothing of an ambiguous query earns no process reward, even with a lucky guess. `reward.no_question`.
 12. The step level weighs all that a rollout says, not its questions only. `credit.weigh`.
 13. The parent's process term (`reward.process: parent_tpr`) counts malformed calls too.
+14. Which models answered and diagnosed in the paper is not known, nor are their prompts: ours are in simulator.py, and
+    the exact user and expert of the synthetic world are the default. `simulator.kind`, `expert.kind`.
 """
 
 from __future__ import annotations
@@ -235,8 +237,9 @@ class EndpointSection:
 
 @dataclass(frozen=True)
 class SimulatorSection(EndpointSection):
-    kind: str = "oracle"  # oracle | person | endpoint
-    description: bool = False  # an endpoint also reads the target's description
+    kind: str = "oracle"  # oracle | person | endpoint | local: a frozen policy of our own code, on the same mesh
+    path: str | None = None  # of kind=local: the policy's directory, as policy.path; max_in_flight is its batch
+    description: bool = False  # a model also reads the target's description
     flip: float = 0.0  # share of answers that are wrong
     refuse: float = 0.0  # share of questions that get no answer
 
@@ -553,7 +556,7 @@ def check_config(c: Config) -> Config:
             raise ConfigError(f"sidecar.address={c.sidecar.address}: {error}") from None
     kinds = ("joint", "sequential")
     need(c.sidecar.prompting in kinds, "sidecar.prompting", c.sidecar.prompting, f"use one of {', '.join(kinds)}")
-    kinds = ("oracle", "person", "endpoint")
+    kinds = ("oracle", "person", "endpoint", "local")
     need(c.simulator.kind in kinds, "simulator.kind", c.simulator.kind, f"use one of {', '.join(kinds)}")
     need(c.expert.kind in ("oracle", "endpoint"), "expert.kind", c.expert.kind, "use oracle or endpoint")
     for name, there in (("simulator", c.simulator), ("expert", c.expert)):
@@ -563,9 +566,15 @@ def check_config(c: Config) -> Config:
                 simulator.check_url(there.url or "")
             except ValueError as error:  # the URL itself may hold a password: it is not repeated
                 raise ConfigError(f"{name}.url: {error}") from None
+    need(
+        c.simulator.kind != "local" or bool(c.simulator.path),
+        "simulator.path",
+        c.simulator.path,
+        "a local user is a policy; give its directory, such as asset:embedded_base",
+    )
     errs = any((c.simulator.flip, c.simulator.refuse, c.evaluate.flip, c.evaluate.refuse))
     need(
-        c.simulator.kind != "endpoint" or not errs,
+        c.simulator.kind not in ("endpoint", "local") or not errs,
         "simulator.kind",
         c.simulator.kind,
         "flip and refuse are for users of the synthetic world; leave them 0",
@@ -1718,8 +1727,7 @@ class Prompt:
 
     def seen_by(self, who: Any) -> dict | data.Sample:
         """What a user or an expert looks at: models see the sample, everybody else knows its scene graph."""
-        models = (simulator.EndpointUser, simulator.EndpointExpert)
-        return self.sample if isinstance(who, models) else self.graph
+        return self.sample if isinstance(who, MODELS) else self.graph
 
     @property
     def key(self) -> int:
@@ -1733,6 +1741,8 @@ class Prompt:
         return self.images[self.fids.index(fid)]
 
 
+STOPS = ("</call>", "</keyframe>")  # a generation ends with one of them, which is kept, or with the turn
+MODELS = (simulator.ModelUser, simulator.ModelExpert)
 END_KINDS = ("answered", "stopped", "overlong", "turns", "unanswered")
 
 
@@ -1766,7 +1776,7 @@ class Dialogue:
             self.answer, self.end = action, "answered"
         elif not finished:
             self.end = "overlong"
-        elif closed or not text.rstrip().endswith(("</call>", "</keyframe>")):
+        elif closed or not text.rstrip().endswith(STOPS):
             self.end = "stopped"  # it closed its turn with nothing left to react to
         elif last:
             self.end = "turns"
@@ -1819,7 +1829,7 @@ def stop_automaton(spelling: Sequence[bytes], stops: Sequence[str]) -> tuple[np.
     bytes), and each token is spelled through it once, here. The last state is the stop and keeps itself.
     """
     patterns = [s.encode() for s in stops]
-    prefixes = sorted({p[:i] for p in patterns for i in range(len(p))}, key=lambda x: (len(x), x))
+    prefixes = sorted({b""} | {p[:i] for p in patterns for i in range(len(p))}, key=lambda x: (len(x), x))
     number = {prefix: i for i, prefix in enumerate(prefixes)}
     done = len(prefixes)
     step = np.zeros((done + 1, 256), np.int32)
@@ -1888,13 +1898,13 @@ class Sampler:
     read, new tokens collect in a small buffer and are laid behind the past once, at the turn's end.
     """
 
-    def __init__(self, config: Config, policy: Policy, speaker: Speaker, mesh: Mesh):
+    def __init__(self, config: Config, policy: Policy, speaker: Speaker, mesh: Mesh, stops: Sequence[str] = STOPS):
         self.c, self.policy, self.speaker, self.mesh = config, policy, speaker, mesh
         tokenizer = speaker.tokenizer
         vocabulary = policy.config.vocab_size
         spelling = tokenizer.spelling()
         spelling += [b""] * (vocabulary - len(spelling))
-        table, self.stop_state = stop_automaton(spelling[:vocabulary], ["</call>", "</keyframe>"])
+        table, self.stop_state = stop_automaton(spelling[:vocabulary], stops)
         self.table = jnp.asarray(table)
         # What may be sampled: tokens that spell something, and the two ends of a turn.
         allowed = np.array([bool(s) for s in spelling[:vocabulary]])
@@ -2189,6 +2199,72 @@ class Sampler:
         chosen = (going + [i for i in range(p) if i not in going])[:size]
         lanes = self.pick(lanes, np.array(chosen, np.int32))
         return [grid[i] for i in chosen], [lane_prompts[i] for i in chosen], lanes
+
+
+def frozen_generator(c: Config, path: str, mesh: Mesh) -> Callable[[str, list[list[dict]], int], list[str]]:
+    """A frozen policy as a chat model, for simulator.Local: (system, messages, most tokens) -> texts, greedily.
+
+    It goes through the programs of a rollout's first turn, `simulator.max_in_flight` messages at a time, rows over data
+    and fsdp. A message holds at most protocol.frames pictures of protocol.frame_size pixels; of a prompt that is too
+    long for protocol.prompt_tokens a longer program is compiled. Raises ConfigError for a policy that can not be read.
+    """
+    if not resolve_path(path).is_dir():
+        raise ConfigError(f"simulator.path={path}: no such directory; a Hugging Face Qwen3-VL directory works")
+    policy_config, params = load_policy(path, mesh, dtype=c.policy.dtype)
+    policy = Policy(policy_config)
+    tokenizer = load_tokenizer(resolve_path(path), policy_config)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch = -(-c.simulator.max_in_flight // ways) * ways
+    over = NamedSharding(mesh, Spec(("data", "fsdp")))
+
+    @functools.cache
+    def sampler(most: int) -> Sampler:
+        protocol = dataclasses.replace(c.protocol, action_tokens=most, keyframe_size=c.protocol.frame_size)
+        rollout = dataclasses.replace(c.rollout, cache_buckets=[1])  # nothing is said before the only turn
+        speaker = Speaker(protocol, policy_config, tokenizer)
+        return Sampler(dataclasses.replace(c, protocol=protocol, rollout=rollout), policy, speaker, mesh, stops=())
+
+    def read(speaker: Speaker, system: str, message: list[dict]) -> tuple[Transcript, np.ndarray]:
+        """A message as a prompt, and its pictures' patches [F, patches, C*t*p*p]; those it lacks are zeros."""
+        row = Transcript()
+        row.add(speaker.ids(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"))
+        patches: list[np.ndarray] = []
+        for part in message:
+            if part["type"] == "text":
+                row.add(tokenizer.encode(part["text"]))
+            else:
+                row.add(speaker.ids("<|vision_start|>"))
+                row.add_image(speaker.image_token, len(patches) * speaker.frame_tokens, speaker.frame_grid)
+                row.add(speaker.ids("<|vision_end|>"))
+                patches.append(speaker.frame_patches(part["image"]))
+        row.add(speaker.closing())
+        shape = (speaker.frame_tokens * policy_config.vision.spatial_merge_size**2, policy_config.vision.patch_dim)
+        patches += [np.zeros(shape, np.float32)] * (c.protocol.frames - len(patches))
+        return row, np.stack(patches)
+
+    def generate(system: str, messages: list[list[dict]], most: int) -> list[str]:
+        there, texts = sampler(most), []
+        none = np.zeros((batch, 1), np.int32)
+        for start in range(0, len(messages), batch):
+            part = [read(there.speaker, system, message) for message in messages[start : start + batch]]
+            rows, patches = zip(*part, *[part[-1]] * (batch - len(part)), strict=True)
+            length = max(map(len, rows))
+            length = max(c.protocol.prompt_tokens, -(-length // 256) * 256)  # few shapes
+            images = there.speaker.images(np.concatenate(patches), there.speaker.frame_grid)
+            stacked = stack_rows([[[row]] for row in rows], length, tokenizer.end_of_text)
+            images, stacked = jax.device_put((images, stacked), over)
+            lanes = there.prefill(params, stacked, Visual(*there.encode(params, images)), rollouts=1)
+            position = np.array([[row.position] for row in rows], np.int32)
+            tokens, _, said, *_ = there.decode(
+                params, lanes, position, none + most, there.keys(0, 0, none[:, 0], none), none.astype(np.float32)
+            )
+            tokens, said = jax.device_get((tokens, said))
+            for i in range(len(part)):
+                text = tokenizer.decode(tokens[i, 0, : int(said[i, 0])])
+                texts.append(text.removesuffix("<|im_end|>").removesuffix("<|endoftext|>"))
+        return texts
+
+    return generate
 
 
 def prompt_rows(prompts: Sequence[Prompt], config: Config, speaker: Speaker) -> Rows:
@@ -3779,12 +3855,15 @@ def load_policy(path: str | Path, mesh: Mesh | None = None, *, dtype: str | None
     return config, params
 
 
-def load_tokenizer(path: Path) -> weights.Tokenizer:
-    """The tokenizer of a Hugging Face directory. Raises ConfigError."""
+def load_tokenizer(path: Path, policy: PolicyConfig) -> weights.Tokenizer:
+    """The tokenizer of a Hugging Face directory. Raises ConfigError, also for one with more tokens than the policy."""
     try:
-        return weights.Tokenizer(path)
+        tokenizer = weights.Tokenizer(path)
     except Exception as error:  # tokenizers has no error class of its own
         raise ConfigError(f"{path}: no usable tokenizer.json ({_first_line(error)})") from None
+    if len(tokenizer) > policy.vocab_size:
+        raise ConfigError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the policy {policy.vocab_size}")
+    return tokenizer
 
 
 def save_policy(
@@ -3919,7 +3998,7 @@ def train_warmstart(config: Config, run: Run) -> None:
     else:
         source = resolve_path(config.policy.path)
         policy_config, params = load_policy(source, dtype="float32")
-        tokenizer = load_tokenizer(source)
+        tokenizer = load_tokenizer(source, policy_config)
     write_atomically(run.path / "policy.json", json.dumps(config_json(policy_config), indent=1))
     speaker = Speaker(config.protocol, policy_config, tokenizer)
     teacher = SceneTeacher(config, speaker)
@@ -3953,8 +4032,11 @@ def train_warmstart(config: Config, run: Run) -> None:
         run.summarise(finished=True, steps=config.steps, policy=str(run.path / "trained"))
 
 
-def meet(c: Config) -> tuple[Any, Any, Any]:
-    """The user, the user at test, and the expert. Raises ConfigError for an endpoint that does not serve."""
+def meet(c: Config, mesh: Mesh) -> tuple[Any, Any, Any]:
+    """The user, the user at test, and the expert.
+
+    Raises ConfigError for an endpoint that does not serve, or a local policy that can not be read.
+    """
     own = lambda at_test, common: common if at_test is None else at_test  # noqa: E731
 
     def endpoint(name: str, *, pictures: bool) -> simulator.Endpoint:
@@ -3963,19 +4045,23 @@ def meet(c: Config) -> tuple[Any, Any, Any]:
         there.check(pictures=pictures)
         return there
 
+    u = c.simulator
     try:
-        if c.simulator.kind == "endpoint":
-            there = endpoint("simulator", pictures=True)
-            user = test_user = simulator.EndpointUser(there, description=c.simulator.description)
-        else:
-            user = simulator.load_user(c.simulator.kind, flip=c.simulator.flip, refuse=c.simulator.refuse, seed=c.seed)
-            flip, refuse = own(c.evaluate.flip, c.simulator.flip), own(c.evaluate.refuse, c.simulator.refuse)
-            test_user = simulator.load_user(c.simulator.kind, flip=flip, refuse=refuse, seed=c.seed)
+        expert = simulator.OracleExpert()
         if c.expert.kind == "endpoint":
-            return user, test_user, simulator.EndpointExpert(endpoint("expert", pictures=False))
-        return user, test_user, simulator.OracleExpert()
+            expert = simulator.ModelExpert(endpoint("expert", pictures=False))
+        if u.kind in ("oracle", "person"):
+            user = simulator.load_user(u.kind, flip=u.flip, refuse=u.refuse, seed=c.seed)
+            flip, refuse = own(c.evaluate.flip, u.flip), own(c.evaluate.refuse, u.refuse)
+            return user, simulator.load_user(u.kind, flip=flip, refuse=refuse, seed=c.seed), expert
+        if u.kind == "endpoint":
+            host = endpoint("simulator", pictures=True)
+        else:
+            host = simulator.Local(u.path, frozen_generator(c, u.path, mesh), size=c.protocol.frame_size)
     except simulator.EndpointError as error:
         raise ConfigError(str(error)) from None
+    user = simulator.ModelUser(host, description=u.description)
+    return user, user, expert
 
 
 class Trainer:
@@ -3984,15 +4070,11 @@ class Trainer:
     def __init__(self, config: Config, run: Run):
         c = self.config = config
         self.run = run
-        self.user, self.test_user, self.expert = meet(c)  # first: a server that is not there costs no waiting
         self.mesh = make_mesh(c.mesh)
+        self.user, self.test_user, self.expert = meet(c, self.mesh)  # a server that is not there costs no waiting
         self.source = resolve_path(c.policy.path)
         policy_config, params = load_policy(self.source, self.mesh, dtype="float32")
-        self.tokenizer = load_tokenizer(self.source)
-        if len(self.tokenizer) > policy_config.vocab_size:
-            raise ConfigError(
-                f"{self.source}: the tokenizer has {len(self.tokenizer)} tokens, the policy {policy_config.vocab_size}"
-            )
+        self.tokenizer = load_tokenizer(self.source, policy_config)
         self.policy = Policy(policy_config, c.policy.remat)
         self.speaker = Speaker(c.protocol, policy_config, self.tokenizer)
         self.sampler = Sampler(c, self.policy, self.speaker, self.mesh)
@@ -4002,11 +4084,11 @@ class Trainer:
         self.clock = Clock()
         self.train, self.test = open_data(c)
         self.pool = training_pool(self.train, c)
-        knowing = c.simulator.kind != "endpoint" or c.expert.kind != "endpoint"
+        knowing = not (isinstance(self.user, MODELS) and isinstance(self.expert, MODELS))
         if knowing and not (self.train[0].privileged or {}).get("scene_graph"):
             raise ConfigError(
-                f"data.path={c.data.path}: holds no scene graphs, which the exact user and expert read; use the "
-                "synthetic world (`python -m icseg_jax.data generate`), or simulator.kind and expert.kind=endpoint"
+                f"data.path={c.data.path}: holds no scene graphs, which the exact user and expert read; use models "
+                "(simulator.kind and expert.kind=endpoint) or the synthetic world (`python -m icseg_jax.data generate`)"
             )
         self.segmenter = SegmenterClient(
             c.sidecar.address, segmenter=resolve_path(c.sidecar.segmenter), timeout_s=c.sidecar.timeout,
@@ -4018,11 +4100,10 @@ class Trainer:
         self.logprob, self.update = make_programs(self.policy, c, self.state)
         write_atomically(run.path / "policy.json", json.dumps(config_json(policy_config), indent=1))
 
-    def endpoints(self) -> dict[str, dict]:
+    def models(self) -> dict[str, dict]:
         """The models that answered and diagnosed, for the summary: a result depends on them (METHOD.md 8, Q7, Q8)."""
-        models = (simulator.EndpointUser, simulator.EndpointExpert)
         told = {"simulator": self.user, "expert": self.expert}
-        return {name: who.about() for name, who in told.items() if isinstance(who, models)}
+        return {name: who.about() for name, who in told.items() if isinstance(who, MODELS)}
 
     def prompt(self, sample: data.Sample, anchor: int | None = None) -> Prompt:
         shown = data.sample_frames(len(sample.frames), self.config.protocol.frames, anchor=anchor)
@@ -4133,10 +4214,8 @@ class Trainer:
             if self.state.teacher is not None and syncs:
                 self.state = self.state.replace(teacher=jax.tree.map(jnp.copy, self.state.params))
         gap = np.abs(old_logp - batch.rows.logp)[batch.rows.trained]
-        rows = [
-            dialogue_row(d, scores, i, j, c)
-            for i, row in enumerate(dialogues) for j, d in enumerate(row) if not d.lost
-        ]  # fmt: skip
+        heard = np.array([[not d.lost for d in row] for row in dialogues])
+        rows = [dialogue_row(dialogues[i][j], scores, i, j, c) for i, j in np.argwhere(heard)]
         summary = metrics.dialogue_summary(rows)
         words = (
             "success",
@@ -4155,7 +4234,7 @@ class Trainer:
             "step": number,
             **stats,
             **{word: summary[word] for word in words},
-            **{f"reward/{t}": float(scores.terms[t].mean()) for t in TERMS},
+            **{f"reward/{t}": float(scores.terms[t][heard].mean()) if heard.any() else None for t in TERMS},
             **levels,
             "lam": lam,
             "learning_rate": rate,
@@ -4387,7 +4466,7 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
         book(trainer.clock.take(), "evaluate/")
         summary = run.summarise(
             before=before, baselines=synthetic.baselines(graphs, config.seed) if graphs else {}, seed=config.seed,
-            endpoints=trainer.endpoints(),
+            models=trainer.models(),
         )  # fmt: skip
         say_scores("before", before)
     bar = tqdm(total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True, disable=None)
@@ -4430,7 +4509,7 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
         book({"total": time.perf_counter() - begun_at, "compile": compiled["seconds"]})
         run.summarise(
             after=after,
-            endpoints=trainer.endpoints(),
+            models=trainer.models(),
             seconds=seconds,
             steps=config.steps,
             seed=config.seed,

@@ -64,6 +64,16 @@ def test_a_model_that_knows_agrees_and_one_that_guesses_does_not(world, server, 
     assert SECRET not in json.dumps(told) and set(told["simulator"]["by_attribute"]) == set(synthetic.ASKABLE)
 
 
+def test_a_frozen_policy_is_compared_as_a_served_one_is(world, monkeypatch, capsys):
+    speaks = lambda system, messages, most: ["<answer> no </answer>"] * len(messages)  # noqa: E731
+    monkeypatch.setattr(evaluate.train, "frozen_generator", lambda config, path, mesh: speaks)
+    assert evaluate.main([CONFIG, "check=oracle", f"data.path={world}", "data.generate_train=0", "rollout.prompts=2",
+                          "update.minibatches=1", "simulator.kind=local", "simulator.path=somewhere"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert "expert" not in told and told["simulator"]["agreement"] == 0.0
+    assert (told["simulator"]["kind"], told["simulator"]["path"]) == ("local", "somewhere")
+
+
 @pytest.mark.parametrize("attribute, said, exact, same", [
     ("color", "Blue.", "blue", True), ("color", "the blue one", "blue", True),
     ("color", "a blue circle", "blue", False),
