@@ -4045,23 +4045,22 @@ def meet(c: Config, mesh: Mesh) -> tuple[Any, Any, Any]:
         there.check(pictures=pictures)
         return there
 
-    u = c.simulator
+    u, host, expert = c.simulator, None, simulator.OracleExpert()
     try:
-        expert = simulator.OracleExpert()
-        if c.expert.kind == "endpoint":
-            expert = simulator.ModelExpert(endpoint("expert", pictures=False))
-        if u.kind in ("oracle", "person"):
-            user = simulator.load_user(u.kind, flip=u.flip, refuse=u.refuse, seed=c.seed)
-            flip, refuse = own(c.evaluate.flip, u.flip), own(c.evaluate.refuse, u.refuse)
-            return user, simulator.load_user(u.kind, flip=flip, refuse=refuse, seed=c.seed), expert
         if u.kind == "endpoint":
             host = endpoint("simulator", pictures=True)
-        else:
-            host = simulator.Local(u.path, frozen_generator(c, u.path, mesh), size=c.protocol.frame_size)
+        if c.expert.kind == "endpoint":
+            expert = simulator.ModelExpert(endpoint("expert", pictures=False))
     except simulator.EndpointError as error:
         raise ConfigError(str(error)) from None
-    user = simulator.ModelUser(host, description=u.description)
-    return user, user, expert
+    if u.kind == "local":
+        host = simulator.Local(u.path, frozen_generator(c, u.path, mesh), size=c.protocol.frame_size)
+    if host is not None:
+        user = simulator.ModelUser(host, description=u.description)
+        return user, user, expert
+    flip, refuse = own(c.evaluate.flip, u.flip), own(c.evaluate.refuse, u.refuse)
+    user = simulator.load_user(u.kind, flip=u.flip, refuse=u.refuse, seed=c.seed)
+    return user, simulator.load_user(u.kind, flip=flip, refuse=refuse, seed=c.seed), expert
 
 
 class Trainer:
