@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from serve_small import MODEL
 from test_simulator import EMBEDDED, QUESTION, SECRET, SHOWN, Spoken, meet, samples  # noqa: F401 - a fixture
+from test_train import ROOT, command, env, place, run  # noqa: F401 - fixtures
 
 from icseg_jax import simulator, train
 
@@ -37,11 +39,11 @@ class Served:
         self.start()
 
     def start(self):
-        env = os.environ | {"HF_HOME": str(self.home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        env.pop("OPENAI_API_KEY", None)
+        here = os.environ | {"HF_HOME": str(self.home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        here.pop("OPENAI_API_KEY", None)
         launcher = [sys.executable, str(Path(__file__).parent / "serve_small.py"), str(self.home), str(self.port)]
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(launcher, env=env, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(launcher, env=here, stdout=log, stderr=log, start_new_session=True)
         end = time.monotonic() + PATIENCE
         while True:
             with contextlib.suppress(OSError), urllib.request.urlopen(self.url + "/models", timeout=5):
@@ -100,7 +102,7 @@ def test_a_served_model_takes_pictures_several_questions_at_a_time(served, sampl
     assert "\n" not in str(failed.value) and SECRET not in str(failed.value) + served.log.read_text()
 
 
-def test_a_run_finishes_when_the_server_is_killed_and_comes_back(served, samples, monkeypatch):  # noqa: F811
+def test_a_step_goes_on_when_the_server_is_killed_in_its_middle(served, samples, monkeypatch):  # noqa: F811
     monkeypatch.setattr(simulator, "PAUSE", 0.5)
     config = config_of(served)
     sampler, (user, _, expert) = Spoken(config), meet(config)
@@ -138,3 +140,44 @@ def test_a_run_finishes_when_the_server_is_killed_and_comes_back(served, samples
     assert scores.valid.all() and faults["user_failed"] == 0 and faults["diagnosed"] == 4
     batch, _ = train.pack(dialogues, config, sampler.speaker)
     assert batch.rows.trained.any()
+
+
+def test_a_run_finishes_when_the_server_is_killed_and_comes_back(served, place, env):  # noqa: F811
+    """The trainer itself, which stands still while the server starts again, so that steps are left for it."""
+    there = ("kind=endpoint", f"url={served.url}", f"model={MODEL}", "timeout=20", "max_in_flight=4")
+    more = ("steps=10", "evaluate.every=0", "checkpoint.every=0", *(f"simulator.{item}" for item in there))
+    folder = place / "served"
+    trainer = subprocess.Popen(
+        command(*run(place, "served", *more)), cwd=ROOT, env=env | {"OPENAI_API_KEY": SECRET, "ICSEG_ANSWERS": ""},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+    def wait_for(what):
+        end = time.monotonic() + PATIENCE
+        while True:
+            assert trainer.poll() is None and time.monotonic() < end, trainer.communicate(timeout=60)[0][-3000:]
+            with contextlib.suppress(OSError, ValueError):
+                rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+                if any(map(what, rows)):
+                    return
+            time.sleep(0.1)
+
+    try:
+        wait_for(lambda row: True)
+        served.kill()
+        wait_for(lambda row: row["user_failed"] > 0)
+        trainer.send_signal(signal.SIGSTOP)
+        served.start()
+        time.sleep(simulator.PAUSE)
+        trainer.send_signal(signal.SIGCONT)
+        said = trainer.communicate(timeout=PATIENCE)[0]
+    finally:
+        trainer.kill()
+        trainer.wait()
+    assert trainer.returncode == 0, said[-3000:]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert any(row["user_failed"] for row in rows) and not rows[-1]["user_failed"]
+    told = json.loads((folder / "summary.json").read_text())["models"]["simulator"]
+    assert told["model"] == MODEL and len(told["prompt_hash"]) == 16 and told["failed"] > 0 and told["asked"] > 0
+    written = [file.read_bytes() for file in folder.rglob("*") if file.is_file()]
+    assert SECRET not in said and not any(SECRET.encode() in content for content in written)
