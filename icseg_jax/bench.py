@@ -45,7 +45,7 @@ import jax
 import numpy as np
 from scipy import ndimage
 
-from icseg_jax import data, metrics, simulator, synthetic, train, weights
+from icseg_jax import data, metrics, synthetic, train, weights
 
 USAGE = __doc__
 LARGE = (512, 16, 8192)  # prompts, rollouts, tokens
@@ -299,12 +299,11 @@ def lists(config: train.Config) -> dict[str, Any]:
     policy_config, params = train.load_policy(source, mesh, dtype="float32")
     policy, tokenizer = train.Policy(policy_config), weights.Tokenizer(source)
     speaker = train.Speaker(config.protocol, policy_config, tokenizer)
-    sampler, expert = train.Sampler(config, policy, speaker, mesh), simulator.OracleExpert()
+    sampler, (_, user, expert) = train.Sampler(config, policy, speaker, mesh), train.meet(config, mesh)
     _, test = train.open_data(config)
     samples = [s for s in test if s.initial_count > 0 and (s.privileged or {}).get("scene_graph")]
     if not samples:
         raise train.ConfigError(f"data.path={config.data.path}: holds no scene graphs; use the synthetic world")
-    user = simulator.load_user(config.simulator.kind, seed=config.seed)
     found: dict[str, dict[str, list[bool]]] = {
         level: {kind: [] for kind in ("exact", "missing", "extra", "wrong")} for level in ("ambiguous", "clear")
     }
@@ -318,6 +317,8 @@ def lists(config: train.Config) -> dict[str, Any]:
         )
         counts = train.score(played, config, expert, None)[0].counts
         for i, (d,) in enumerate(played[: len(samples) - start]):
+            if d.lost:
+                continue
             kind, gap = first_list(d)
             asked = len(d.questions)
             ambiguous = part[i].initial_count > 1

@@ -80,7 +80,7 @@ class Sample:
     ignore: Callable[[int], np.ndarray] | None = None  # pixels that no metric counts
     initial_count: int = -1  # candidates that match the query; -1: unknown
     max_count: int = -1  # questions needed in the worst case; -1: unknown
-    privileged: dict[str, Any] | None = None  # target_path, all_target_path, visual_paths, scene_graph
+    privileged: dict[str, Any] | None = None  # target_path, all_target_path, visual_paths, scene_graph, descriptions
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -391,6 +391,9 @@ def _ambi_sample(dataset: str, row: dict, id: str, folder: Path, split: str, dec
     graph = _inside(folder, "scene_graph", f"{video}.json")
     if graph.is_file():
         privileged["scene_graph"] = _json_object(graph)
+    told = {"target": privileged.get("target_path"), "candidates": privileged.get("all_target_path")}
+    # Any JSON will do: the schema of the released files is not known (METHOD.md 6).
+    privileged["descriptions"] = {k: _json(path) for k, path in told.items() if path and path.is_file()}
 
     return Sample(
         id=id, dataset=dataset, split=split, kind="video" if len(stems) > 1 else "image",
@@ -540,11 +543,15 @@ def _count(row: dict, key: str) -> int:
     return value
 
 
-def _json_object(path: Path) -> dict:
+def _json(path: Path) -> Any:
     try:
-        value = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is no JSON ({_first_line(error)})") from None
+
+
+def _json_object(path: Path) -> dict:
+    value = _json(path)
     if not isinstance(value, dict):
         raise DataError(f"{path} holds no JSON object")
     return value
@@ -609,13 +616,15 @@ def _to_record(sample: Sample) -> dict:
             "dataset": sample.dataset, "kind": sample.kind, "size": sample.size, "dialogue": sample.dialogue,
             "target_ids": sample.target_ids, "mask_type": sample.mask_type, "ignore": sample.ignore is not None,
             "scene_graph": (sample.privileged or {}).get("scene_graph"), "meta": sample.meta,
+            "descriptions": (sample.privileged or {}).get("descriptions"),
         }),
     }
 
 
 def _from_record(record: dict, split: str) -> Sample:
     about = json.loads(record["meta"])
-    graph, masks = about["scene_graph"], _unpacked(record["masks"])
+    privileged = {k: about[k] for k in ("scene_graph", "descriptions") if about.get(k)}  # older ones have one of them
+    masks = _unpacked(record["masks"])
     return Sample(
         id=record["id"].decode(), dataset=about["dataset"], split=split, kind=about["kind"],
         frames=list(record["frames"]), frame_names=[name.decode() for name in record["frame_names"]],
@@ -624,7 +633,7 @@ def _from_record(record: dict, split: str) -> Sample:
         masks=_equal(masks, 1), amodal_masks=_equal(_unpacked(record["amodal_masks"]), 1),
         mask_type=about["mask_type"], ignore=_equal(masks, IGNORED) if about.get("ignore") else None,
         initial_count=int(record["initial_count"]), max_count=int(record["max_count"]),
-        privileged=None if graph is None else {"scene_graph": graph}, meta=about["meta"],
+        privileged=privileged or None, meta=about["meta"],
     )
 
 

@@ -787,6 +787,7 @@ def _opening(run: Run) -> str:
     finished = isinstance(run.summary.get("after"), dict)
     facts = [f"{steps} training steps" if steps else "no training step yet"]
     facts += [f"seed {_escape(run.summary['seed'], 20)}"] if "seed" in run.summary else []
+    facts += _models(run.summary)
     facts += [_duration(total)] if total else []
     facts += [] if finished else ["<strong>not finished: what is here so far</strong>"]
     tiles = []
@@ -816,6 +817,16 @@ when one is left. This page compares the policy before and after that training o
 <p class="facts">{" · ".join(facts)}</p>
 {board}
 </header>"""
+
+
+def _models(summary: dict) -> list[str]:
+    """Which models answered and diagnosed, and by which prompts: results depend on them."""
+    models = summary.get("models")
+    return [
+        _escape(f"{name} {told.get('model') or told.get('path')}, prompts {told.get('prompt_hash')}", 160)
+        for name, told in (models.items() if isinstance(models, dict) else ())
+        if isinstance(told, dict)
+    ]
 
 
 def _arrow(summary: dict, decoding: str, name: str, sense: int) -> str:

@@ -37,6 +37,8 @@ Where this departs from the released scripts, or chooses where they are silent (
 11. Who asks nothing of an ambiguous query earns no process reward, even with a lucky guess. `reward.no_question`.
 12. The step level weighs all that a rollout says, not its questions only. `credit.weigh`.
 13. The parent's process term (`reward.process: parent_tpr`) counts malformed calls too.
+14. Which models answered and diagnosed in the paper is not known, nor are their prompts: ours are in simulator.py, and
+    the exact user and expert of the synthetic world are the default. `simulator.kind`, `expert.kind`.
 """
 
 from __future__ import annotations
@@ -74,6 +76,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from icseg_jax import data, metrics, simulator, synthetic, weights
 from icseg_jax.sam2_sidecar import SegmenterClient, SidecarError, parse_address
+from icseg_jax.simulator import readable_counts
 
 Array = jax.Array | np.ndarray | np.generic
 
@@ -226,10 +229,27 @@ class SidecarSection:
 
 
 @dataclass(frozen=True)
-class SimulatorSection:
-    kind: str = "oracle"  # oracle | person
+class EndpointSection:
+    """Of kind=endpoint: a multimodal model on a server that speaks OpenAI's chat completions."""
+
+    url: str | None = None  # such as http://127.0.0.1:8000/v1; the key is OPENAI_API_KEY of the environment
+    model: str | None = None  # by the name under which the server lists it
+    timeout: float = 60.0  # seconds for a question, retries included; then its row is left out of the step
+    max_in_flight: int = 8  # questions at a time
+
+
+@dataclass(frozen=True)
+class SimulatorSection(EndpointSection):
+    kind: str = "oracle"  # oracle | person | endpoint | local: a frozen policy of our own code, on the same mesh
+    path: str | None = None  # of kind=local: the policy's directory, as policy.path; max_in_flight is its batch
+    description: bool = False  # a model also reads the target's description
     flip: float = 0.0  # share of answers that are wrong
     refuse: float = 0.0  # share of questions that get no answer
+
+
+@dataclass(frozen=True)
+class ExpertSection(EndpointSection):
+    kind: str = "oracle"  # oracle | endpoint
 
 
 @dataclass(frozen=True)
@@ -287,6 +307,7 @@ class Config:
     warmstart: WarmstartSection = WarmstartSection()
     sidecar: SidecarSection = SidecarSection()
     simulator: SimulatorSection = SimulatorSection()
+    expert: ExpertSection = ExpertSection()
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     mesh: MeshSection = MeshSection()
@@ -313,6 +334,8 @@ WHOLE = {
     "update": {"warmup": 0, "minibatches": 1, "micro_prompts": 0, "token_buckets": 1},
     "warmstart": {"scenes": 1, "rows": 1, "practice": 0, "row_tokens": 1, "keyframes": 1, "warmup": 0},
     "sidecar": {"threads": 1},
+    "simulator": {"max_in_flight": 1},
+    "expert": {"max_in_flight": 1},
     "evaluate": {"every": 0, "prompts": 1, "samples": 0, "clips": 0, "gallery": 0},
     "checkpoint": {"every": 0, "keep": 1},
 }
@@ -321,6 +344,8 @@ POSITIVE = {
     "update": ("learning_rate", "clip_norm", "clip_high"),
     "warmstart": ("learning_rate",),
     "sidecar": ("timeout",),
+    "simulator": ("timeout",),
+    "expert": ("timeout",),
 }
 
 
@@ -564,7 +589,29 @@ def check_config(c: Config) -> Config:
             raise ConfigError(f"sidecar.address={c.sidecar.address}: {error}") from None
     kinds = ("joint", "sequential")
     need(c.sidecar.prompting in kinds, "sidecar.prompting", c.sidecar.prompting, f"use one of {', '.join(kinds)}")
-    need(c.simulator.kind in ("oracle", "person"), "simulator.kind", c.simulator.kind, "use oracle or person")
+    kinds = ("oracle", "person", "endpoint", "local")
+    need(c.simulator.kind in kinds, "simulator.kind", c.simulator.kind, f"use one of {', '.join(kinds)}")
+    need(c.expert.kind in ("oracle", "endpoint"), "expert.kind", c.expert.kind, "use oracle or endpoint")
+    for name, there in (("simulator", c.simulator), ("expert", c.expert)):
+        if there.kind == "endpoint":
+            need(bool(there.model), f"{name}.model", there.model, "give a name that the server lists under /models")
+            try:
+                simulator.check_url(there.url or "")
+            except ValueError as error:  # the URL itself may hold a password: it is not repeated
+                raise ConfigError(f"{name}.url: {error}") from None
+    need(
+        c.simulator.kind != "local" or bool(c.simulator.path),
+        "simulator.path",
+        c.simulator.path,
+        "a local user is a policy; give its directory, such as asset:embedded_base",
+    )
+    errs = any((c.simulator.flip, c.simulator.refuse, c.evaluate.flip, c.evaluate.refuse))
+    need(
+        c.simulator.kind not in ("endpoint", "local") or not errs,
+        "simulator.kind",
+        c.simulator.kind,
+        "flip and refuse are for users of the synthetic world; leave them 0",
+    )
     need(
         max(c.update.token_buckets) >= c.protocol.response_tokens,
         "update.token_buckets",
@@ -2025,6 +2072,10 @@ class Prompt:
         self.initial_count = sample.initial_count
         self.no_target = sample.ability == "none" or sample.initial_count == 0
 
+    def seen_by(self, who: Any) -> dict | data.Sample:
+        """What a user or an expert looks at: models see the sample, everybody else knows its scene graph."""
+        return self.sample if isinstance(who, MODELS) else self.graph
+
     @property
     def key(self) -> int:
         """A stable number for random keys: the same sample samples the same, whatever stands beside it."""
@@ -2035,6 +2086,11 @@ class Prompt:
 
     def image_of(self, fid: int) -> np.ndarray:
         return self.images[self.fids.index(fid)]
+
+
+STOPS = ("</call>", "</keyframe>")  # a generation ends with one of them, which is kept, or with the turn
+MODELS = (simulator.ModelUser, simulator.ModelExpert)
+END_KINDS = ("answered", "stopped", "overlong", "turns", "unanswered")
 
 
 class Dialogue:
@@ -2048,7 +2104,8 @@ class Dialogue:
         self.replies: list[str] = []  # observation after each generation; "" when the dialogue ended
         self.questions: list[tuple[str, str]] = []  # (question, answer) of every call; a malformed one asks ""
         self.asked_in: list[int] = []  # and the generation it was made in
-        self.end: str | None = None  # answered | stopped | overlong | turns
+        self.end: str | None = None  # one of END_KINDS
+        self.lost: str | None = None  # user | expert: who did not answer in time; the row is left out of the step
         self.frame: int | None = None  # the valid key frame that counts; -1: no target
         self.answer: Action | None = None
 
@@ -2066,7 +2123,7 @@ class Dialogue:
             self.answer, self.end = action, "answered"
         elif not finished:
             self.end = "overlong"
-        elif closed or not text.rstrip().endswith(("</call>", "</keyframe>")):
+        elif closed or not text.rstrip().endswith(STOPS):
             self.end = "stopped"  # it closed its turn with nothing left to react to
         elif last:
             self.end = "turns"
@@ -2119,7 +2176,7 @@ def stop_automaton(spelling: Sequence[bytes], stops: Sequence[str]) -> tuple[np.
     bytes), and each token is spelled through it once, here. The last state is the stop and keeps itself.
     """
     patterns = [s.encode() for s in stops]
-    prefixes = sorted({p[:i] for p in patterns for i in range(len(p))}, key=lambda x: (len(x), x))
+    prefixes = sorted({b""} | {p[:i] for p in patterns for i in range(len(p))}, key=lambda x: (len(x), x))
     number = {prefix: i for i, prefix in enumerate(prefixes)}
     done = len(prefixes)
     step = np.zeros((done + 1, 256), np.int32)
@@ -2188,13 +2245,13 @@ class Sampler:
     read, new tokens collect in a small buffer and are laid behind the past once, at the turn's end.
     """
 
-    def __init__(self, config: Config, policy: Policy, speaker: Speaker, mesh: Mesh):
+    def __init__(self, config: Config, policy: Policy, speaker: Speaker, mesh: Mesh, stops: Sequence[str] = STOPS):
         self.c, self.policy, self.speaker, self.mesh = config, policy, speaker, mesh
         tokenizer = speaker.tokenizer
         vocabulary = policy.config.vocab_size
         spelling = tokenizer.spelling()
         spelling += [b""] * (vocabulary - len(spelling))
-        table, self.stop_state = stop_automaton(spelling[:vocabulary], ["</call>", "</keyframe>"])
+        table, self.stop_state = stop_automaton(spelling[:vocabulary], stops)
         self.table = jnp.asarray(table)
         # What may be sampled: tokens that spell something, and the two ends of a turn.
         allowed = np.array([bool(s) for s in spelling[:vocabulary]])
@@ -2463,10 +2520,14 @@ class Sampler:
                     if live(d) and d.wants_user() and owners[i, j] == jax.process_index()
                 }  # fmt: skip
                 replies = simulator.answer_all(
-                    user, [(d.prompt.graph, d.prompt.fids, d.actions[-1].question) for d in asking.values()]
+                    user, [(d.prompt.seen_by(user), d.prompt.fids, d.actions[-1].question) for d in asking.values()]
                 )
-                replies = {k: simulator.sanitise(r) for k, r in zip(asking, replies, strict=True)}
+                replies = {k: r and simulator.sanitise(r) for k, r in zip(asking, replies, strict=True)}
                 replies = {id(grid[k // n][k % n]): reply for k, reply in exchange(replies).items()}
+                for _, d in talking:
+                    if d.wants_user() and replies[id(d)] is None:
+                        d.lost, d.end = "user", "unanswered"
+                talking = [(i, d) for i, d in talking if live(d)]
             with clock("act"):
                 starts, shown = {}, [(i, set(p.keyframes)) for i, p in enumerate(lane_prompts)]
                 for _, d in talking:
@@ -2537,6 +2598,72 @@ class Sampler:
         chosen = (going + [i for i in range(p) if i not in going])[:size]
         lanes = self.pick(lanes, np.array(chosen, np.int32))
         return [grid[i] for i in chosen], [lane_prompts[i] for i in chosen], lanes
+
+
+def frozen_generator(c: Config, path: str, mesh: Mesh) -> Callable[[str, list[list[dict]], int], list[str]]:
+    """A frozen policy as a chat model, for simulator.Local: (system, messages, most tokens) -> texts, greedily.
+
+    It goes through the programs of a rollout's first turn, `simulator.max_in_flight` messages at a time, rows over data
+    and fsdp. A message holds at most protocol.frames pictures of protocol.frame_size pixels; of a prompt that is too
+    long for protocol.prompt_tokens a longer program is compiled. Raises ConfigError for a policy that can not be read.
+    """
+    if not resolve_path(path).is_dir():
+        raise ConfigError(f"simulator.path={path}: no such directory; a Hugging Face Qwen3-VL directory works")
+    policy_config, params = load_policy(path, mesh, dtype=c.policy.dtype)
+    policy = Policy(policy_config)
+    tokenizer = load_tokenizer(resolve_path(path), policy_config)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch = -(-c.simulator.max_in_flight // ways) * ways
+    over = NamedSharding(mesh, Spec(("data", "fsdp")))
+
+    @functools.cache
+    def sampler(most: int) -> Sampler:
+        protocol = dataclasses.replace(c.protocol, action_tokens=most, keyframe_size=c.protocol.frame_size)
+        rollout = dataclasses.replace(c.rollout, cache_buckets=[1])  # nothing is said before the only turn
+        speaker = Speaker(protocol, policy_config, tokenizer)
+        return Sampler(dataclasses.replace(c, protocol=protocol, rollout=rollout), policy, speaker, mesh, stops=())
+
+    def read(speaker: Speaker, system: str, message: list[dict]) -> tuple[Transcript, np.ndarray]:
+        """A message as a prompt, and its pictures' patches [F, patches, C*t*p*p]; those it lacks are zeros."""
+        row = Transcript()
+        row.add(speaker.ids(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"))
+        patches: list[np.ndarray] = []
+        for part in message:
+            if part["type"] == "text":
+                row.add(tokenizer.encode(part["text"]))
+            else:
+                row.add(speaker.ids("<|vision_start|>"))
+                row.add_image(speaker.image_token, len(patches) * speaker.frame_tokens, speaker.frame_grid)
+                row.add(speaker.ids("<|vision_end|>"))
+                patches.append(speaker.frame_patches(part["image"]))
+        row.add(speaker.closing())
+        shape = (speaker.frame_tokens * policy_config.vision.spatial_merge_size**2, policy_config.vision.patch_dim)
+        patches += [np.zeros(shape, np.float32)] * (c.protocol.frames - len(patches))
+        return row, np.stack(patches)
+
+    def generate(system: str, messages: list[list[dict]], most: int) -> list[str]:
+        there, texts = sampler(most), []
+        none = np.zeros((batch, 1), np.int32)
+        for start in range(0, len(messages), batch):
+            part = [read(there.speaker, system, message) for message in messages[start : start + batch]]
+            rows, patches = zip(*part, *[part[-1]] * (batch - len(part)), strict=True)
+            length = max(map(len, rows))
+            length = max(c.protocol.prompt_tokens, -(-length // 256) * 256)  # few shapes
+            images = there.speaker.images(np.concatenate(patches), there.speaker.frame_grid)
+            stacked = stack_rows([[[row]] for row in rows], length, tokenizer.end_of_text)
+            images, stacked = jax.device_put((images, stacked), over)
+            lanes = there.prefill(params, stacked, Visual(*there.encode(params, images)), rollouts=1)
+            position = np.array([[row.position] for row in rows], np.int32)
+            tokens, _, said, *_ = there.decode(
+                params, lanes, position, none + most, there.keys(0, 0, none[:, 0], none), none.astype(np.float32)
+            )
+            tokens, said = jax.device_get((tokens, said))
+            for i in range(len(part)):
+                text = tokenizer.decode(tokens[i, 0, : int(said[i, 0])])
+                texts.append(text.removesuffix("<|im_end|>").removesuffix("<|endoftext|>"))
+        return texts
+
+    return generate
 
 
 def prompt_rows(prompts: Sequence[Prompt], config: Config, speaker: Speaker) -> Rows:
@@ -2652,12 +2779,6 @@ def process_reward(
     return jnp.where(questions > 0, fmt * earned, jnp.where(ambiguous, 0.0, fmt))
 
 
-def readable_counts(counts: Any) -> bool:
-    """Whether an expert's counts are numbers at all; without any a turn earns the format term only (METHOD.md 2.2)."""
-    whole = lambda x: isinstance(x, int) and not isinstance(x, bool)  # noqa: E731
-    return isinstance(counts, (list, tuple)) and len(counts) > 0 and all(map(whole, counts))
-
-
 MOST = 10**6  # more candidates than any scene holds: an expert's count is cut there
 
 
@@ -2689,7 +2810,7 @@ class Scores(struct.PyTreeNode):
     asked_in: Array  # [P,N,Q] int32: the generation of each question, -2 where none was asked or its count is unknown
     well_formed: Array  # [P,N] bool
     ambiguous: Array  # [P,N] bool
-    valid: Array  # [P,N] bool: False where the segmenter failed
+    valid: Array  # [P,N] bool: False where the segmenter failed, or the user or the expert did not answer in time
 
 
 class MaskReward:
@@ -2760,7 +2881,8 @@ def score(
     """Rewards of every rollout, the expert's guidance for each ("" for none), and what went wrong on the way.
 
     The expert looks at every dialogue that asked something (METHOD.md 2.2), in the process that `owners` [P,N] names;
-    None: in this one. Without mask_reward that term is 0.
+    None: in this one. Without mask_reward that term is 0. A dialogue that the user or the expert left without an answer
+    is `lost`, and not valid.
     """
     c = config.reward
     p, n = len(dialogues), len(dialogues[0])
@@ -2772,14 +2894,18 @@ def score(
     unread = np.zeros((p, n), bool)
     guidance = [["" for _ in row] for row in dialogues]
     faults = dict.fromkeys(
-        ("diagnosed", "counts_repaired", "counts_unreadable", "guidance_refused", "segmenter_failed"), 0
+        ("diagnosed", "counts_repaired", "counts_unreadable", "guidance_refused", "segmenter_failed")
+        + ("user_failed", "expert_failed"),
+        0,
     )
-    told: dict[int, tuple[Any, str]] = {}
-    for i, row in enumerate(dialogues):
-        for j, d in enumerate(row):
-            if d.questions and (owners is None or owners[i, j] == jax.process_index()):
-                diagnosis = expert.diagnose(d.prompt.graph, d.prompt.fids, d.questions)
-                told[i * n + j] = (diagnosis.counts, diagnosis.guidance)
+    asking = {
+        i * n + j: d for i, row in enumerate(dialogues) for j, d in enumerate(row)
+        if d.questions and not d.lost and (owners is None or owners[i, j] == jax.process_index())
+    }  # fmt: skip
+    found = simulator.diagnose_all(
+        expert, [(d.prompt.seen_by(expert), d.prompt.fids, d.questions) for d in asking.values()]
+    )
+    told = {k: f and (f.counts, f.guidance) for k, f in zip(asking, found, strict=True)}
     told = told if owners is None else exchange(told)
     for i, row in enumerate(dialogues):
         for j, d in enumerate(row):
@@ -2788,19 +2914,26 @@ def score(
             for name, value in parts.items():
                 terms[name][i, j] = value
             raw: Any = [max(prompt.initial_count, 1)]
-            if d.questions:
+            diagnosis = told.get(i * n + j)
+            if i * n + j in told and diagnosis is None:
+                d.lost = "expert"
+            if d.lost:
+                faults[f"{d.lost}_failed"] += 1
+            if diagnosis is not None:
                 faults["diagnosed"] += 1
-                raw, advice = told[i * n + j]
+                raw, advice = diagnosis
                 unread[i, j] = not readable_counts(raw)
                 if unread[i, j]:
                     faults["counts_unreadable"] += 1
-                elif advice and simulator.leaks(advice, prompt.graph):
+                elif advice and simulator.leaks(
+                    advice, prompt.graph or simulator.giveaways(prompt.sample, d.questions)
+                ):
                     faults["guidance_refused"] += 1
                 else:
                     guidance[i][j] = advice or ""
             k = min(len(d.questions), slots)
             used, as_came = check_counts(raw, 0 if prompt.no_target else prompt.initial_count, k)
-            faults["counts_repaired"] += bool(d.questions) and not unread[i, j] and not as_came
+            faults["counts_repaired"] += diagnosis is not None and not unread[i, j] and not as_came
             counts[i, j] = used + [used[-1]] * (slots - k)
             asked[i, j, :k] = True
             if not unread[i, j]:
@@ -2814,6 +2947,7 @@ def score(
                 if c.no_target and d.prompt.no_target:
                     terms["mask"][i, j] = terms["iou"][i, j]
         faults["segmenter_failed"] = int((~valid).sum())
+    valid = valid & ~np.array([[bool(d.lost) for d in row] for row in dialogues])
     process = process_reward(counts, asked, formed, ambiguous, kind=c.process, redundant_cost=c.redundant_cost)
     format_only = unread | (~asked.any(-1) if c.no_question == "format" else False)
     terms["process"] = np.where(format_only, formed, process).astype(np.float32)
@@ -3123,8 +3257,8 @@ def predict(
     last = jnp.maximum(there.sum(-1) - 1, 0)[..., None, None]  # [P,1,1,1]
     if share_prefix:
         before, keys = run(prompts.tokens, prompts.positions, own_mask(prompts), visual=visual, slots=prompts.slots)
-        # Held where the rollouts read them: XLA's own way there from the prompts' layout computes wrong slopes on a mesh
-        # with all three axes above one (jax 0.10.2, with Shardy and without).
+        # Held where the rollouts read them: XLA's own way there from the prompts' layout computes wrong slopes on a
+        # mesh with all three axes above one (jax 0.10.2, with Shardy and without).
         heads = "tensor" if divides(policy.mesh, "tensor", policy.config.num_key_value_heads) else None
         axes = (None, row_axes(policy.mesh, p, n)[0], None, heads)
         keys = jax.tree.map(lambda x: laid(x[:, :, 0], policy.mesh, *axes), keys)
@@ -4265,12 +4399,15 @@ def load_policy(path: str | Path, mesh: Mesh | None = None, *, dtype: str | None
     return config, params
 
 
-def load_tokenizer(path: Path) -> weights.Tokenizer:
-    """The tokenizer of a Hugging Face directory. Raises ConfigError."""
+def load_tokenizer(path: Path, policy: PolicyConfig) -> weights.Tokenizer:
+    """The tokenizer of a Hugging Face directory. Raises ConfigError, also for one with more tokens than the policy."""
     try:
-        return weights.Tokenizer(path)
+        tokenizer = weights.Tokenizer(path)
     except Exception as error:  # tokenizers has no error class of its own
         raise ConfigError(f"{path}: no usable tokenizer.json ({_first_line(error)})") from None
+    if len(tokenizer) > policy.vocab_size:
+        raise ConfigError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the policy {policy.vocab_size}")
+    return tokenizer
 
 
 def save_policy(
@@ -4411,7 +4548,7 @@ def train_warmstart(config: Config, run: Run) -> None:
     else:
         source = resolve_path(config.policy.path)
         policy_config, params = load_policy(source, dtype="float32")
-        tokenizer = load_tokenizer(source)
+        tokenizer = load_tokenizer(source, policy_config)
     write_atomically(run.path / "policy.json", json.dumps(config_json(policy_config), indent=1))
     speaker = Speaker(config.protocol, policy_config, tokenizer)
     teacher = SceneTeacher(config, speaker)
@@ -4445,6 +4582,37 @@ def train_warmstart(config: Config, run: Run) -> None:
         run.summarise(finished=True, steps=config.steps, policy=str(run.path / "trained"))
 
 
+def meet(c: Config, mesh: Mesh) -> tuple[Any, Any, Any]:
+    """The user, the user at test, and the expert.
+
+    Raises ConfigError for an endpoint that does not serve, or a local policy that can not be read.
+    """
+    own = lambda at_test, common: common if at_test is None else at_test  # noqa: E731
+
+    def endpoint(name: str, *, pictures: bool) -> simulator.Endpoint:
+        s = getattr(c, name)
+        there = simulator.Endpoint(name, s.url, s.model, timeout=s.timeout, max_in_flight=s.max_in_flight)
+        there.check(pictures=pictures)
+        return there
+
+    u, host, expert = c.simulator, None, simulator.OracleExpert()
+    try:
+        if u.kind == "endpoint":
+            host = endpoint("simulator", pictures=True)
+        if c.expert.kind == "endpoint":
+            expert = simulator.ModelExpert(endpoint("expert", pictures=False))
+    except simulator.EndpointError as error:
+        raise ConfigError(str(error)) from None
+    if u.kind == "local":
+        host = simulator.Local(u.path, frozen_generator(c, u.path, mesh), size=c.protocol.frame_size)
+    if host is not None:
+        user = simulator.ModelUser(host, description=u.description)
+        return user, user, expert
+    flip, refuse = own(c.evaluate.flip, u.flip), own(c.evaluate.refuse, u.refuse)
+    user = simulator.load_user(u.kind, flip=u.flip, refuse=u.refuse, seed=c.seed)
+    return user, simulator.load_user(u.kind, flip=flip, refuse=refuse, seed=c.seed), expert
+
+
 class Trainer:
     """Everything a step of reinforcement learning needs, wired once."""
 
@@ -4453,32 +4621,24 @@ class Trainer:
         self.run = run
         self.mesh = make_mesh(c.mesh)
         check_mesh(c, self.mesh)
+        self.user, self.test_user, self.expert = meet(c, self.mesh)  # a server that is not there costs no waiting
         self.source = resolve_path(c.policy.path)
         policy_config, params = load_policy(self.source, self.mesh, dtype="float32")
-        self.tokenizer = load_tokenizer(self.source)
-        if len(self.tokenizer) > policy_config.vocab_size:
-            raise ConfigError(
-                f"{self.source}: the tokenizer has {len(self.tokenizer)} tokens, the policy {policy_config.vocab_size}"
-            )
+        self.tokenizer = load_tokenizer(self.source, policy_config)
         self.policy = Policy(policy_config, c.policy.remat, self.mesh, c.policy.attention)
         self.speaker = Speaker(c.protocol, policy_config, self.tokenizer)
         self.sampler = Sampler(c, self.policy, self.speaker, self.mesh)
         self.cast = reading_copy(self.policy, self.mesh, c.policy.dtype)
-        user = functools.partial(simulator.load_user, c.simulator.kind, seed=c.seed)
-        self.user = user(flip=c.simulator.flip, refuse=c.simulator.refuse)
-        own = lambda at_test, common: common if at_test is None else at_test  # noqa: E731
-        flip, refuse = own(c.evaluate.flip, c.simulator.flip), own(c.evaluate.refuse, c.simulator.refuse)
-        self.test_user = user(flip=flip, refuse=refuse)
-        clarify = own(c.evaluate.clarify, c.protocol.clarify)
+        clarify = c.protocol.clarify if c.evaluate.clarify is None else c.evaluate.clarify
         self.test_speaker = Speaker(dataclasses.replace(c.protocol, clarify=clarify), policy_config, self.tokenizer)
-        self.expert = simulator.OracleExpert()
         self.clock = Clock()
         self.train, self.test = open_data(c)
         self.pool = training_pool(self.train, c)
-        if not (self.train[0].privileged or {}).get("scene_graph"):
+        knowing = not (isinstance(self.user, MODELS) and isinstance(self.expert, MODELS))
+        if knowing and not (self.train[0].privileged or {}).get("scene_graph"):
             raise ConfigError(
-                f"data.path={c.data.path}: holds no scene graphs, which the exact user and expert read; use the "
-                "synthetic world (`python -m icseg_jax.data generate`)"
+                f"data.path={c.data.path}: holds no scene graphs, which the exact user and expert read; use models "
+                "(simulator.kind and expert.kind=endpoint) or the synthetic world (`python -m icseg_jax.data generate`)"
             )
         self.segmenter = SegmenterClient(
             c.sidecar.address, segmenter=resolve_path(c.sidecar.segmenter), timeout_s=c.sidecar.timeout,
@@ -4489,6 +4649,11 @@ class Trainer:
         self.state = fresh_state(params, c, teacher=needs_teacher(c))
         self.logprob, self.update = make_programs(self.policy, c, self.state)
         run.write("policy.json", json.dumps(config_json(policy_config), indent=1))
+
+    def models(self) -> dict[str, dict]:
+        """The models that answered and diagnosed, for the summary: a result depends on them (METHOD.md 8, Q7, Q8)."""
+        told = {"simulator": self.user, "expert": self.expert}
+        return {name: who.about() for name, who in told.items() if isinstance(who, MODELS)}
 
     def prompt(self, sample: data.Sample, anchor: int | None = None) -> Prompt:
         shown = data.sample_frames(len(sample.frames), self.config.protocol.frames, anchor=anchor)
@@ -4600,7 +4765,8 @@ class Trainer:
             if self.state.teacher is not None and syncs:
                 self.state = self.state.replace(teacher=jax.tree.map(jnp.copy, self.state.params))
         gap = np.abs(old_logp - batch.rows.logp)[batch.rows.trained]
-        rows = [dialogue_row(d, scores, i, j, c) for i, row in enumerate(dialogues) for j, d in enumerate(row)]
+        heard = np.array([[not d.lost for d in row] for row in dialogues])
+        rows = [dialogue_row(dialogues[i][j], scores, i, j, c) for i, j in np.argwhere(heard)]
         summary = metrics.dialogue_summary(rows)
         words = (
             "success",
@@ -4619,7 +4785,7 @@ class Trainer:
             "step": number,
             **stats,
             **{word: summary[word] for word in words},
-            **{f"reward/{t}": float(scores.terms[t].mean()) for t in TERMS},
+            **{f"reward/{t}": float(scores.terms[t][heard].mean()) if heard.any() else None for t in TERMS},
             **levels,
             "lam": lam,
             "learning_rate": rate,
@@ -4627,7 +4793,7 @@ class Trainer:
             "sampler_difference/p99": float(np.quantile(gap, 0.99)),
             "sampler_difference/max": float(gap.max()),
             "tokens_per_rollout": float(batch.rows.trained.sum(-1).mean()),
-            "ended": {kind: ends.count(kind) / len(ends) for kind in ("answered", "stopped", "overlong", "turns")},
+            "ended": {kind: ends.count(kind) / len(ends) for kind in END_KINDS},
             **faults,
             "seconds": clock.take(),
         }
@@ -4642,6 +4808,7 @@ class Trainer:
         decodings = dict(zip(DECODINGS, (0.0, c.rollout.temperature), strict=True))
         clips = set(np.linspace(0, count - 1, min(c.evaluate.clips, count)).astype(int).tolist())
         gallery = set(np.linspace(0, count - 1, min(c.evaluate.gallery, count)).astype(int).tolist()) if name else set()
+        lost = dict.fromkeys(decodings, 0)  # dialogues that the user or the expert left without an answer
 
         def rate(indices: Sequence[int], dialogues: list[list[Dialogue]]) -> tuple[dict[str, list[dict]], list[dict]]:
             owners = row_owners(self.mesh, len(dialogues), len(decodings))
@@ -4657,6 +4824,9 @@ class Trainer:
             for i, index in enumerate(indices):
                 for j, decoding in enumerate(decodings):
                     d = dialogues[i][j]
+                    if d.lost:
+                        lost[decoding] += 1
+                        continue
                     row = dialogue_row(d, scores, i, j, c) | seen.get(i * len(decodings) + j, {})
                     rows[decoding].append(row)
                     if index in gallery and decoding == "greedy" and self.run.writes:
@@ -4687,6 +4857,7 @@ class Trainer:
             write_atomically(self.run.path / "dialogues" / f"{name}.jsonl", "".join(lines))
         return {
             decoding: metrics.dialogue_summary([row for rows, _ in done for row in rows[decoding]])
+            | ({"lost": lost[decoding]} if lost[decoding] else {})
             for decoding in decodings
         }
 
@@ -4860,8 +5031,9 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
         before = trainer.evaluate("before")
         book(trainer.clock.take(), "evaluate/")
         summary = run.summarise(
-            before=before, baselines=synthetic.baselines(graphs, config.seed) if graphs else {}, seed=config.seed
-        )
+            before=before, baselines=synthetic.baselines(graphs, config.seed) if graphs else {}, seed=config.seed,
+            models=trainer.models(),
+        )  # fmt: skip
         if run.writes:
             say_scores("before", before)
     bar = tqdm(
@@ -4890,8 +5062,8 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
         bar.update()
         slow = sorted(row["seconds"].items(), key=lambda x: -x[1])[:3]
         bar.set_postfix_str(
-            f"reward {row['reward']:.2f} success {row['success']:.2f} questions {row['questions_ambiguous'] or 0:.2f} "
-            + " ".join(f"{k} {v:.1f}s" for k, v in slow)
+            f"reward {row['reward'] or 0:.2f} success {row['success'] or 0:.2f} "
+            f"questions {row['questions_ambiguous'] or 0:.2f} " + " ".join(f"{k} {v:.1f}s" for k, v in slow)
         )
         if (config.checkpoint.every and step % config.checkpoint.every == 0) or step == config.steps or stop:
             run.save(trainer.state, step)
@@ -4907,6 +5079,7 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
         book({"total": time.perf_counter() - begun_at, "compile": compiled["seconds"]})
         run.summarise(
             after=after,
+            models=trainer.models(),
             seconds=seconds,
             steps=config.steps,
             seed=config.seed,

@@ -366,12 +366,21 @@ def test_unfinished_run(tmp_path):
         '{"before": 3, "after": [], "baselines": [], "seconds": "long"}',
         '{"before": {"greedy": {"success": "high", "asked": [1], "count": 0, "standard_error": null}}}',
         '{"after": {"sampled": {"success": 0.5}}, "baselines": {"guess": {"success": NaN}, "odd": 1}}',
+        '{"models": {"simulator": {"model": ["m"]}, "expert": 3}}',
+        '{"models": ["m"]}',
     ],
 )
 def test_any_summary_gives_a_page(tmp_path, summary):
     (tmp_path / "summary.json").write_text(summary)
     page = Page(report.write_report(tmp_path, tmp_path / "page.html").read_text("utf-8"))
     assert "No training step yet" in page.text and page.open == []
+
+
+def test_page_names_the_models_that_answered(tmp_path):
+    told = {"kind": "endpoint", "model": "org/<b>model", "prompt_hash": "0123456789abcdef"}
+    (tmp_path / "summary.json").write_text(json.dumps({"models": {"simulator": told}}))
+    page = Page(report.write_report(tmp_path, tmp_path / "page.html").read_text("utf-8"))
+    assert "simulator org/<b>model, prompts 0123456789abcdef" in page.text
 
 
 FIELDS = ["id", "turns", "frames", "images", "keyframe", "box", "point", "counts", "success", "mask"]
