@@ -435,8 +435,8 @@ def _ref_davis17(protocol: str, root: Path, split: str, decode: bool) -> list[Re
 
     Expression eid is number eid % 4 of its object's four: two annotators, each from the first frame and from the
     full video. Protocol A takes the palette images, whose index 255 counts nowhere. Protocol B (VISA's) takes
-    {split}/mask_dict.json or .pkl, in which expressions are numbered in the order of sorted videos and, as texts,
-    sorted expression ids ("10" before "2"). Their scores cannot be compared, so they are two datasets.
+    {split}/mask_dict.json (theirs, a pickle, as JSON), in which expressions are numbered in the order of sorted videos
+    and, as texts, sorted expression ids ("10" before "2"). Scores of A and B cannot be compared: two datasets.
     """
     folder, videos = _folder(root, split), _videos(root, f"meta_expressions/{split}/{META}")
     mask_dict = _davis_mask_dict(folder) if protocol == "b" else {}
@@ -460,14 +460,18 @@ def _ref_davis17(protocol: str, root: Path, split: str, decode: bool) -> list[Re
 
 
 def _davis_mask_dict(folder: Path) -> dict:
-    name = _first(folder, ("mask_dict.json", "mask_dict.pkl"))
-    if name is None:
-        raise DataError(f"{folder} has no mask_dict.json or mask_dict.pkl, which protocol B needs; "
-                        "ref_davis17_a reads the palette images")
-    mask_dict = _table(folder, name) if name.endswith(".json") else plain_pickle(folder, name)
+    if not (folder / "mask_dict.json").is_file():
+        pickled = folder / "mask_dict.pkl"
+        if pickled.is_file():
+            command = ("import json, pickle; json.dump(pickle.load(open(\"mask_dict.pkl\", \"rb\")), "
+                       "open(\"mask_dict.json\", \"w\"), default=bytes.decode)")
+            raise DataError(f"{pickled} is a pickle, which could run anything; if you trust it, write it as JSON "
+                            f"in its folder: python -c '{command}'")
+        raise DataError(f"{folder} has no mask_dict.json, which protocol B needs; ref_davis17_a reads palette images")
+    mask_dict = _table(folder, "mask_dict.json")
     if not isinstance(mask_dict, dict):
-        raise DataError(f"{folder / name} holds no dictionary")
-    return {str(id): track for id, track in mask_dict.items()}
+        raise DataError(f"{folder}/mask_dict.json holds no dictionary")
+    return mask_dict
 
 
 def _long_rvos(root: Path, split: str, decode: bool) -> list[Record]:
@@ -893,8 +897,7 @@ DATASETS: dict[str, Dataset] = {
                                _ref_youtube_vos, f"meta_expressions/valid/{META}"),
     "ref_davis17_a": Dataset(("train", "valid"), _files("meta_expressions/{split}/" + META),
                              functools.partial(_ref_davis17, "a"), f"meta_expressions/valid/{META}"),
-    "ref_davis17_b": Dataset(("train", "valid"), _files("meta_expressions/{split}/" + META,
-                                                        "{split}/mask_dict.json", "{split}/mask_dict.pkl"),
+    "ref_davis17_b": Dataset(("train", "valid"), _files("meta_expressions/{split}/" + META, "{split}/mask_dict.json"),
                              functools.partial(_ref_davis17, "b"), f"meta_expressions/valid/{META}"),
     "long_rvos": Dataset(("train", "valid", "test"), _files("{split}/" + META), _long_rvos, f"test/{META}"),
     "reason_seg": Dataset(("train", "val", "test"), _reason_seg_tables, _reason_seg, "val/*.json"),

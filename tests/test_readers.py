@@ -4,6 +4,8 @@ import functools
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -522,7 +524,7 @@ def test_davis_by_hand(tmp_path: Path) -> None:
     assert samples[3].masks(0).sum() == 20 and samples[4].masks(0).sum() == 30 and not samples[8].masks(0).any()
     assert samples[3].ignore(0).sum() == 10 and not samples[3].masks(1).any()
 
-    with pytest.raises(data.DataError, match="no mask_dict.json or mask_dict.pkl"):
+    with pytest.raises(data.DataError, match="no mask_dict.json, which"):
         readers.read("ref_davis17_b", tmp_path, "valid")
     rows = [np.zeros((12, 10), bool) for _ in range(11)]
     for i in range(11):
@@ -531,6 +533,10 @@ def test_davis_by_hand(tmp_path: Path) -> None:
     mask_dict = {str(n): [coco.encode(np.asfortranarray(rows[int(eid)].astype(np.uint8))), None]
                  for n, eid in enumerate(in_order)}  # counts are bytes, as pycocotools gives them
     (tmp_path / "valid" / "mask_dict.pkl").write_bytes(pickle.dumps(mask_dict))
+    with pytest.raises(data.DataError, match="if you trust it, write it as JSON") as told:
+        readers.read("ref_davis17_b", tmp_path, "valid")
+    command = str(told.value).partition("python -c ")[2].strip("'")
+    subprocess.run([sys.executable, "-c", command], cwd=tmp_path / "valid", check=True)
     samples, refused = read("ref_davis17_b", tmp_path, "valid")
     assert refused == [] and all(s.masks(0)[i].all() and s.masks(0).sum() == 10 for i, s in enumerate(samples))
     assert not samples[0].masks(1).any() and samples[0].ignore is None
