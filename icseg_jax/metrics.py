@@ -11,7 +11,7 @@ from math import ceil, isqrt, prod, sqrt
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Integer, Shaped
+from jaxtyping import Float, Int, Integer, Num, Shaped
 
 Mask = Shaped[Any, "..."]  # [..., H, W] of numpy or jax, bool or numbers
 Scores = Float[np.ndarray, "..."] | float  # [...], a float for one frame
@@ -72,15 +72,32 @@ def giou_ciou(
     pixels that do not count (ReasonSeg's 255), or None. An image with an empty union has IoU 1 (DATA.md 4.2).
     Raises ValueError when there is no image, the lengths differ, or masks of one image differ in size.
     """
-    intersections, said, true = _overlaps(preds, truths, ignore)
+    scores = lisa_scores(_overlaps(preds, truths, ignore))
+    return scores["gIoU"], scores["cIoU"]
+
+
+def lisa_scores(counts: Num[np.ndarray, "3 n"]) -> dict[str, float]:
+    """gIoU and cIoU as of giou_ciou, of images whose pixels are counted already: columns of pixel_counts."""
+    intersections, said, true = counts
     unions = said + true - intersections
     ious = np.where(unions == 0, 1.0, intersections / (unions + 1e-5))  # both epsilons are LISA's
-    return float(ious.mean()), float(intersections.sum() / (unions.sum() + 1e-10))
+    return {"gIoU": float(ious.mean()), "cIoU": float(intersections.sum() / (unions.sum() + 1e-10))}
+
+
+def pixel_counts(pred: Mask, truth: Mask, ignore: Mask | None = None) -> tuple[int, int, int]:
+    """Pixels of one image [H, W]: in both masks, in the predicted and in the true one, without those of `ignore`.
+
+    All scores of images are made of them. Raises ValueError when sizes differ.
+    """
+    pred, truth = _mask_pair(pred, truth)
+    keep = True if ignore is None else ~_mask_pair(ignore, truth)[0]
+    both, said, true = (int(np.count_nonzero(mask & keep)) for mask in (pred & truth, pred, truth))
+    return both, said, true
 
 
 def _overlaps(preds: Iterable[Mask], truths: Iterable[Mask], ignore: Iterable[Mask | None] | None = None
-              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels in both masks of each image, in the predicted and in the true one. For errors see giou_ciou."""
+              ) -> np.ndarray:
+    """pixel_counts of each image, [3, n]. For errors see giou_ciou."""
     counts: list[tuple[int, int, int]] = []
     end = object()
     sides = [iter(preds), iter(truths), repeat(None) if ignore is None else iter(ignore)]
@@ -91,11 +108,8 @@ def _overlaps(preds: Iterable[Mask], truths: Iterable[Mask], ignore: Iterable[Ma
             raise ValueError(f"image {len(counts) + 1}: predictions, truths and ignore masks: need as many, and one or "
                              "more")
         if any(ended):
-            both, said, true = np.array(counts, float).T
-            return both, said, true
-        pred, truth = _mask_pair(pred, truth)
-        keep = True if void is None else ~_mask_pair(void, truth)[0]
-        counts.append(tuple(np.count_nonzero(mask & keep) for mask in (pred & truth, pred, truth)))
+            return np.array(counts, float).T
+        counts.append(pixel_counts(pred, truth, void))
 
 
 def _mask_pair(pred: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -302,7 +316,12 @@ def image_scores(preds: Iterable[Mask], truths: Iterable[Mask], ignore: Iterable
                  ) -> dict[str, float]:
     """RefCOCO's table: mIoU (gIoU in other places), oIoU (cIoU, pooled) and P@.5 to P@.9, the share of IoUs from
     there on. Arguments and errors as of giou_ciou, without its epsilons."""
-    both, said, true = _overlaps(preds, truths, ignore)
+    return refcoco_scores(_overlaps(preds, truths, ignore))
+
+
+def refcoco_scores(counts: Num[np.ndarray, "3 n"]) -> dict[str, float]:
+    """image_scores of columns of pixel_counts."""
+    both, said, true = counts
     either = said + true - both
     ious = np.where(either == 0, 1.0, both / np.maximum(either, 1))
     return {"mIoU": float(ious.mean()), "oIoU": _share(both.sum(), either.sum())} | {
@@ -321,7 +340,12 @@ def prist_scores(preds: Iterable[Mask], truths: Iterable[Mask]) -> dict[str, dic
     and, where there is nothing to find, 1; with nothing to find recall is 1 if nothing was predicted, else 0.
     One mask per image; raises ValueError as giou_ciou does.
     """
-    both, said, true = _overlaps(preds, truths)
+    return prist_tables(_overlaps(preds, truths))
+
+
+def prist_tables(counts: Num[np.ndarray, "3 n"]) -> dict[str, dict[str, float]]:
+    """prist_scores of columns of pixel_counts."""
+    both, said, true = counts
     either = said + true - both
     nothing = either == 0
     precision = np.where(nothing, 1.0, both / np.maximum(said, 1)).mean()
@@ -410,8 +434,8 @@ def dialogue_summary(rows: Sequence[dict]) -> dict:
     `rows`: one dict per dialogue with `level` (simple, medium, difficult, clear, none), `success`, `frame_ok`
     (METHOD.md 3.1), `counts` [Q + 1] (candidates left, METHOD.md 2.2), `asked` [Q] (attribute of each call,
     None where it was not understood), `gains` [Q] (METHOD.md 3.3), `questions` = Q, `optimal` (E*, DATA.md
-    6.4), `budget` (most questions allowed), `format`, `reward`, `terms` {name: value or None}, and where a
-    video was segmented `J` and `F`.
+    6.4), `budget` (most questions allowed), `format`, where it was rewarded `reward` and `terms` {name: value
+    or None}, and where a video was segmented `J` and `F`.
 
     Returns a dict of numbers, None where nothing was there to average; `success_by_level`, `asked` (share of
     all calls; "unclear" for None) and `terms` are dicts of such numbers. `standard_error` and `count` repeat
@@ -431,7 +455,7 @@ def dialogue_summary(rows: Sequence[dict]) -> dict:
         return _ratio([hits(r) for r in rows], [r["questions"] for r in rows])
 
     attributes = [attribute or "unclear" for r in rows for attribute in r["asked"]]
-    terms = dict.fromkeys(name for r in rows for name in r["terms"])
+    terms = dict.fromkeys(name for r in rows for name in r.get("terms", ()))
     table = {
         "success": success(rows),
         "success_ambiguous": success(ambiguous),
@@ -459,10 +483,10 @@ def dialogue_summary(rows: Sequence[dict]) -> dict:
             for name in sorted(set(attributes), key=lambda a: (-attributes.count(a), a))
         },
         "format_rate": _mean(rows, lambda r: r["format"]),
-        "reward": _mean(rows, lambda r: r["reward"]),
+        "reward": _mean([r for r in rows if r.get("reward") is not None], lambda r: r["reward"]),
         "terms": {
             name: _mean(
-                [r for r in rows if r["terms"].get(name) is not None], lambda r, name=name: r["terms"][name]
+                [r for r in rows if r.get("terms", {}).get(name) is not None], lambda r, name=name: r["terms"][name]
             )
             for name in terms
         },
@@ -491,3 +515,35 @@ def _ratio(hits: list[float], sizes: list[int]) -> tuple[float | None, float | N
     ratio = sum(hits) / total
     residuals = sum((hit - ratio * size) ** 2 for hit, size in zip(hits, sizes, strict=True))
     return float(ratio), sqrt(residuals * n / (n - 1)) / total if n > 1 else None, total
+
+
+# --- how sure a table is ------------------------------------------------------------------------------------
+
+
+def bootstrap(rows: Sequence[Mapping[str, Any]], table: Callable[[list], Mapping[str, Any]], *, by: str = "video",
+              resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """95 % intervals of every number of table(rows): what it makes of rows drawn again, with replacement.
+
+    Whole videos are drawn (rows of one value of the key `by`), because several queries share one and are no
+    independent samples. Returns the tables' own nested dicts with (low, high) in place of numbers: percentiles 2.5
+    and 97.5 over the resamples that give the number. Raises ValueError without a row.
+    """
+    if not rows:
+        raise ValueError("no rows to draw from")
+    videos: dict[Any, list] = {}
+    for row in rows:
+        videos.setdefault(row[by], []).append(row)
+    of_video, rng = list(videos.values()), np.random.default_rng(seed)
+    drawn = [
+        table([row for i in rng.integers(len(of_video), size=len(of_video)) for row in of_video[i]])
+        for _ in range(resamples)
+    ]
+
+    def between(tables: list) -> Any:
+        if any(isinstance(t, Mapping) for t in tables):
+            names = dict.fromkeys(name for t in tables if t for name in t)
+            return {name: between([t[name] for t in tables if t and name in t]) for name in names}
+        known = [t for t in tables if t is not None]
+        return tuple(float(x) for x in np.percentile(known, (2.5, 97.5))) if known else None
+
+    return between(drawn)

@@ -423,3 +423,21 @@ def test_order_of_dialogues_does_not_matter(rows):
     assert forward["asked"] == backward["asked"] and sum(forward["asked"].values()) in (0, pytest.approx(1))
     for name in ("success", "regret", "redundant_question_rate", "questions"):
         assert forward[name] == (None if backward[name] is None else pytest.approx(backward[name]))
+
+
+def test_intervals_are_over_videos():
+    """Ten copies of a row say no more than the row: an interval over videos stays, one over rows would shrink."""
+    rng = np.random.default_rng(0)
+    rows = [{"video": v, "J": float(x), "group": "a"} for v, x in enumerate(rng.random(30))]
+    table = lambda rows: metrics.score_table(rows, "group")  # noqa: E731
+    low, high = metrics.bootstrap(rows, table)["overall"]["J"]
+    mean = table(rows)["overall"]["J"]
+    error = np.std([row["J"] for row in rows], ddof=1) / np.sqrt(30)
+    assert low < mean < high and high - low == pytest.approx(2 * 1.96 * error, rel=0.15)
+    assert metrics.bootstrap(rows * 10, table)["overall"]["J"] == pytest.approx((low, high))
+    alone = metrics.bootstrap([row | {"video": 0} for row in rows], table)["overall"]["J"]
+    assert alone == pytest.approx((mean, mean))
+    rare = metrics.bootstrap([*rows, {"video": 31, "J": 0.5, "group": "b"}], table, resamples=20)
+    assert rare["b"]["J"] == (0.5, 0.5)  # not in every resample
+    with pytest.raises(ValueError, match="no rows"):
+        metrics.bootstrap([], table)
