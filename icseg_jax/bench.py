@@ -479,8 +479,9 @@ class FixedDialogue:
             with clock("decode"):
                 keys = s.keys(seed, turn, np.arange(p, dtype=np.int32), rollout)
                 lanes, fresh, length, words, _ = s.generate(
-                    params, lanes, fill(position), fill(0), fill(g["new_tokens"]), keys, fill(1.0, np.float32)
-                )
+                    params, lanes, fill(position), fill(0), fill(g["new_tokens"]), keys, fill(1.0, np.float32),
+                    s.penalty([[[]] * n] * p, fill(1.0, np.float32), fill(0.0, np.float32)),
+                )  # fmt: skip
                 assert all(len(ids) == g["new_tokens"] for line in words for ids, _ in line)
             position += g["new_tokens"]
             if turn + 1 == g["turns"]:

@@ -167,6 +167,8 @@ def lower_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any],
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (p, n)))
     keys = jax.ShapeDtypeStruct((p, n), key.dtype, sharding=whole)
     heat = small(jnp.float32)
+    heard = small(jnp.int32, width=(c.protocol.prompt_tokens + c.protocol.response_tokens,))
+    penalty = train.Penalty(heat, heat, heard, count)
     longest = max(c.update.token_buckets)
     mini = p // c.update.minibatches
     minibatch = batch(mini, longest)
@@ -187,7 +189,7 @@ def lower_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any],
         "encode": (lambda: sampler.encode.jitted.lower(reading, shown), beside),
         "prefill": (lambda: sampler.prefill.jitted.lower(reading, prompts, encoded, rollouts=n), beside),
         "decode": (
-            lambda: sampler.decode.jitted.lower(reading, lanes, count, count, count, keys, heat), beside
+            lambda: sampler.decode.jitted.lower(reading, lanes, count, count, count, keys, heat, penalty), beside
         ),
         "extend": (
             lambda: sampler.extend.jitted.lower(reading, lanes, rows(p, n, max(c.rollout.observation_buckets))), beside

@@ -217,6 +217,8 @@ class WarmstartSection:
     coordinate_sigma: float = 1.5  # start of the spread of coordinate targets, in grid steps
     coordinate_sigma_end: float = 0.0  # reached after four fifths of the run
     patch_words: float = 0.5  # weight of naming what each image token shows; falls to 0 over half of the run
+    # Prepared folders and their rates, such as {data/prist: 10, data/llava: 2}: conversations in place of scenes
+    mix: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,9 @@ class EvaluateSection:
     flip: float | None = None  # simulator.flip
     refuse: float | None = None  # simulator.refuse
     describe: bool = False  # the target's description follows the query: the upper bound
+    # Of greedy decoding, as vLLM applies them (METHOD.md 1.3; the released evaluation: 1.1 and 1.0)
+    repetition_penalty: float = 1.0  # divides the logits of tokens in the dialogue so far; 1: off
+    presence_penalty: float = 0.0  # is taken off the logits of tokens of the generation so far; 0: off
 
 
 @dataclass(frozen=True)
@@ -346,6 +351,7 @@ POSITIVE = {
     "sidecar": ("timeout",),
     "simulator": ("timeout",),
     "expert": ("timeout",),
+    "evaluate": ("repetition_penalty",),
 }
 
 
@@ -570,6 +576,8 @@ def check_config(c: Config) -> Config:
         need(math.isfinite(weight) and weight >= 0, f"reward.weights.{term}", weight, "use a number from 0 up")
     need(0 < c.reward.iou < 1, "reward.iou", c.reward.iou, "use a number between 0 and 1 (0.5 in the paper)")
     need(0 < c.reward.success <= 1, "reward.success", c.reward.success, "use a share of the maximum (0.7 in the paper)")
+    for folder, rate in c.warmstart.mix.items():
+        need(math.isfinite(rate) and rate > 0, f"warmstart.mix.{folder}", rate, "use a number above 0, such as 10")
     shares = c.warmstart.conversations + c.warmstart.mask_types
     need(0 <= shares <= 1, "warmstart.mask_types", c.warmstart.mask_types, "with conversations it must stay within 1")
     for key, given in (
@@ -579,6 +587,8 @@ def check_config(c: Config) -> Config:
         ("evaluate.refuse", c.evaluate.refuse),
     ):
         need(given is None or 0 <= given <= 1, key, given, "use a probability, from 0 to 1")
+    presence = c.evaluate.presence_penalty
+    need(math.isfinite(presence), "evaluate.presence_penalty", presence, "use 0 (off) or a number such as 1.0")
     turns = c.evaluate.max_turns
     works = f"use 1 to protocol.max_turns={c.protocol.max_turns}"
     need(turns is None or 1 <= turns <= c.protocol.max_turns, "evaluate.max_turns", turns, works)
@@ -1499,9 +1509,13 @@ def join_processes() -> None:
         ) from None
 
 
-def exchange(mine: Mapping[Any, Any]) -> dict[Any, Any]:
-    """What the processes know together: each gives plain values by key, all get all. All call it at the same point."""
-    if jax.process_count() == 1:
+def exchange(mine: Mapping[Any, Any], mesh: Mesh | None = None) -> dict[Any, Any]:
+    """What the processes know together: each gives plain values by key, all get all. All call it at the same point.
+
+    mesh: what the values are about; where all of it lies in this process, no other one knows anything of it.
+    """
+    alone = mesh is not None and len({device.process_index for device in mesh.devices.flat}) == 1
+    if jax.process_count() == 1 or alone:
         return dict(mine)
     packed = np.frombuffer(json.dumps(list(mine.items())).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array([len(packed)]))[:, 0]
@@ -1736,7 +1750,7 @@ GUIDANCE = "\n\nFeedback on an earlier attempt: {guidance}\n\nAnswer the query c
 class Action:
     """What one generation asks for. Fields of other kinds are None; `error` says why a text is invalid."""
 
-    kind: str  # call | keyframe | answer | invalid
+    kind: str  # call | keyframe | answer | invalid; talk: a turn of a conversation, before the mask is asked for
     question: str | None = None
     frame: int | None = None
     box: tuple[float, float, float, float] | None = None
@@ -2053,9 +2067,14 @@ class Prompt:
         self.sample, self.positions = sample, list(positions)
         self.fids = [data.frame_id(sample.frame_names[i]) for i in positions]
         self.images = [sample.image(i) for i in positions]
-        system = speaker.system(sample.ability, mask_type=sample.mask_type is not None)
+        # A conversation that came before is held again: what its user said, turn by turn (DATA.md 1.4).
+        talk = data.conversation(sample, []).rounds if sample.dialogue else []
+        first, *self.later = [*(human for human, _ in talk), sample.query]
+        system = speaker.system(
+            sample.ability, mask_type=sample.mask_type is not None, conversation=sample.dialogue is not None
+        )
         self.row = speaker.opening(self.fids, system)
-        self.row.add(speaker.tokenizer.encode(sample.query))
+        self.row.add(speaker.tokenizer.encode(first))
         self.query_end = len(self.row)  # a teacher's guidance goes here
         self.query_position = self.row.position
         self.row.add(speaker.closing())
@@ -2082,7 +2101,9 @@ class Prompt:
         return int.from_bytes(hashlib.blake2s(self.sample.id.encode(), digest_size=4).digest(), "big") >> 1
 
     def patches(self, speaker: Speaker) -> np.ndarray:
-        return np.stack([speaker.frame_patches(image) for image in self.images])
+        """[protocol.frames, patches, C*t*p*p]: blank ones follow where a video is shorter, and nothing looks there."""
+        shown = np.stack([speaker.frame_patches(image) for image in self.images])
+        return np.pad(shown, ((0, speaker.config.frames - len(shown)), (0, 0), (0, 0)))
 
     def image_of(self, fid: int) -> np.ndarray:
         return self.images[self.fids.index(fid)]
@@ -2098,6 +2119,7 @@ class Dialogue:
 
     def __init__(self, prompt: Prompt):
         self.prompt = prompt
+        self.later = list(prompt.later)  # what the user of a conversation has still to say
         self.row = Transcript(prompt.row.position)
         self.texts: list[str] = []
         self.actions: list[Action] = []
@@ -2105,6 +2127,7 @@ class Dialogue:
         self.questions: list[tuple[str, str]] = []  # (question, answer) of every call; a malformed one asks ""
         self.asked_in: list[int] = []  # and the generation it was made in
         self.end: str | None = None  # one of END_KINDS
+        self.closed = False  # the last generation of a conversation ended its turn itself
         self.lost: str | None = None  # user | expert: who did not answer in time; the row is left out of the step
         self.frame: int | None = None  # the valid key frame that counts; -1: no target
         self.answer: Action | None = None
@@ -2115,7 +2138,7 @@ class Dialogue:
         text = speaker.tokenizer.decode(ids)
         closed = text.endswith("<|im_end|>")
         text = text.removesuffix("<|im_end|>")
-        action = parse_action(text)
+        action = Action("talk") if self.later else parse_action(text)
         self.texts.append(text)
         self.actions.append(action)
         self.replies.append("")
@@ -2123,6 +2146,8 @@ class Dialogue:
             self.answer, self.end = action, "answered"
         elif not finished:
             self.end = "overlong"
+        elif action.kind == "talk":
+            self.closed = closed
         elif closed or not text.rstrip().endswith(STOPS):
             self.end = "stopped"  # it closed its turn with nothing left to react to
         elif last:
@@ -2145,7 +2170,9 @@ class Dialogue:
     def observe(self, speaker: Speaker, reply: str | None) -> None:
         """Appends the environment's observation. reply: the user's words, when the last action was a call."""
         action, slot = self.actions[-1], None
-        if action.kind == "call":
+        if action.kind == "talk":
+            text = self.later.pop(0)
+        elif action.kind == "call":
             self._ask(action.question, reply)
             text = information(reply)
         elif action.kind == "keyframe" and (action.frame == -1 or action.frame in self.prompt.fids):
@@ -2160,7 +2187,7 @@ class Dialogue:
             slot = self.prompt.keyframes.setdefault(action.frame, len(self.prompt.keyframes))
         self.replies[-1] = text
         said = len(self.row)
-        speaker.observe(self.row, text, slot)
+        speaker.observe(self.row, text, slot, ended=action.kind == "talk" and self.closed)
         if len(self.row) >= speaker.config.response_tokens:  # nothing can follow: the row ends with what was said
             self.end, self.row = "overlong", _cut(self.row, said)
 
@@ -2236,6 +2263,18 @@ class Lanes(struct.PyTreeNode):
     past: Keys  # [L,P,N,C,K,h]: the rollout's own tokens so far
     past_length: Array  # [P,N]
     logits: Array  # [P,N,V]: of the next token
+
+
+class Penalty(struct.PyTreeNode):
+    """What makes tokens that were there before less likely, in vLLM's order: repetition, then presence (METHOD.md 1.3).
+
+    A generation is a request of its own to vLLM: all before it is its prompt, which only repetition looks at.
+    """
+
+    repetition: Array  # [P,N]: divides logits above 0 of all that was heard, multiplies those below; 1: off
+    presence: Array  # [P,N]: is taken off the logits of what this generation has said; 0: off
+    heard: Array  # [P,N,W] int32: the tokens of the row so far, filled up with the size of the vocabulary
+    since: Array  # [P,N] int32: where among them this generation begins
 
 
 class Sampler:
@@ -2378,27 +2417,35 @@ class Sampler:
         fold = jax.vmap(jax.vmap(lambda p, n: jax.random.fold_in(jax.random.fold_in(key, p), n)))
         return fold(jnp.broadcast_to(prompt[:, None], rollout.shape), rollout)
 
-    def _decode(self, params, lanes: Lanes, position, budget, state, keys, temperature):
+    def _decode(self, params, lanes: Lanes, position, budget, state, keys, temperature, penalty: Penalty):
         """One stretch of a turn: samples until every row stopped, spent its budget or said rollout.decode_tokens.
 
         position [P,N]: M-RoPE position of the next token; budget [P,N]: tokens a row may still say, 0 for rows that
-        are out; state [P,N]: of the stop automaton; keys [P,N]; temperature [P,N], 0 takes the likeliest. Returns
-        tokens and logp [P,N,R], length and state [P,N], finished [P,N] (a stop string or the end of the turn was
-        said), all of them whole on every device, then the fresh Keys and the logits [P,N,V] of the next token.
+        are are out; state [P,N]: of the stop automaton; keys [P,N]; temperature [P,N], 0 takes the likeliest; logp is
+        that of the plain logits, whatever the temperature and the penalty. Returns tokens and logp [P,N,R], length and
+        state [P,N], finished [P,N] (a stop string or the end of the turn was said), all of them whole on every device,
+        then the fresh Keys and the logits [P,N,V] of the next token.
         """
         p, n = budget.shape
         most = min(self.c.protocol.action_tokens, self.c.rollout.decode_tokens)
         context, masks = self._context(lanes)
         recent = jax.tree.map(lambda x: jnp.zeros((*x.shape[:3], most, *x.shape[4:]), x.dtype), lanes.past)
         one = jnp.ones((p, n, 1, 1), bool)
+        row, lane = jnp.arange(p)[:, None, None], jnp.arange(n)[:, None]
+        unheard = jnp.zeros(lanes.logits.shape, bool)
+        ours = jnp.arange(penalty.heard.shape[-1]) >= penalty.since[..., None]  # of this generation
+        heard = unheard.at[row, lane, penalty.heard].set(True, mode="drop")
+        spoken = unheard.at[row, lane, jnp.where(ours, penalty.heard, unheard.shape[-1])].set(True, mode="drop")
+        harder, off = penalty.repetition[..., None], penalty.presence[..., None]
 
         def go_on(carry):
             at, _, live, *_ = carry
             return live.any() & (at < most)
 
         def body(carry):
-            at, logits, live, state, tokens, logp, length, finished, recent = carry
-            scores = jnp.where(self.allowed, logits, MASKED)
+            at, logits, live, state, tokens, logp, length, finished, recent, heard, spoken = carry
+            scores = jnp.where(heard, jnp.where(logits > 0, logits / harder, logits * harder), logits)
+            scores = jnp.where(self.allowed, scores - jnp.where(spoken, off, 0.0), MASKED)
             drawn = jax.vmap(jax.vmap(lambda k, i: jax.random.gumbel(jax.random.fold_in(k, i), logits.shape[-1:])))(
                 keys, lanes.past_length + at
             )
@@ -2408,6 +2455,7 @@ class Sampler:
             )
             chance = jnp.take_along_axis(logits, token[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
             token = jnp.where(live, token, self.speaker.tokenizer.end_of_text)
+            heard, spoken = (x.at[row[..., 0], lane[:, 0], token].set(True) for x in (heard, spoken))
             tokens = tokens.at[:, :, at].set(token)
             logp = logp.at[:, :, at].set(jnp.where(live, chance, 0.0))
             length = length + live
@@ -2424,14 +2472,14 @@ class Sampler:
                 lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, at, 3), recent, fresh
             )
             logits = self.policy.apply({"params": params}, hidden[:, :, 0], method=Policy.head)
-            return at + 1, logits, live, state, tokens, logp, length, finished, recent
+            return at + 1, logits, live, state, tokens, logp, length, finished, recent, heard, spoken
 
         blank = jnp.zeros((p, n), jnp.int32)
         start = (
             jnp.int32(0), lanes.logits, budget > 0, state, jnp.zeros((p, n, most), jnp.int32),
-            jnp.zeros((p, n, most), jnp.float32), blank, jnp.zeros((p, n), bool), recent,
+            jnp.zeros((p, n, most), jnp.float32), blank, jnp.zeros((p, n), bool), recent, heard, spoken,
         )  # fmt: skip
-        _, logits, _, state, *said, recent = jax.lax.while_loop(go_on, body, start)
+        _, logits, _, state, *said, recent, _, _ = jax.lax.while_loop(go_on, body, start)
         tokens, logp, length, finished = (laid(x, self.mesh) for x in said)
         return tokens, logp, length, laid(state, self.mesh), finished, recent, logits
 
@@ -2474,11 +2522,12 @@ class Sampler:
 
     def play(
         self, params: Any, prompts: Sequence[Prompt], temperatures: Sequence[float], user: Any, *, seed: int, step: int,
-        clock: Clock, max_turns: int | None = None,
+        clock: Clock, max_turns: int | None = None, penalties: tuple[float, float] = (1.0, 0.0),
     ) -> list[list[Dialogue]]:  # fmt: skip
         """Dialogues [P][N], rollout n at temperatures[n]. A dialogue depends on (seed, step, sample, rollout) only.
 
-        max_turns: tool calls, at most and by default protocol.max_turns.
+        max_turns: tool calls, at most and by default protocol.max_turns. penalties: for repetition and presence, of
+        the rollouts at temperature 0.
         """
         c, speaker = self.c, self.speaker
         calls = min(max_turns or c.protocol.max_turns, c.protocol.max_turns)
@@ -2496,7 +2545,7 @@ class Sampler:
 
         with clock("prefill"):
             lanes = jax.block_until_ready(self.begin(params, prompts, n))
-        for turn in range(calls + 1):
+        for _ in range(calls + 1 + max(len(prompt.later) for prompt in prompts)):
             with clock("decode"):
                 budget = per_row(
                     lambda d: min(c.protocol.action_tokens, c.protocol.response_tokens - len(d.row)), 0, np.int32
@@ -2505,13 +2554,19 @@ class Sampler:
                 keys = self.keys(seed, step, np.array([p.key for p in lane_prompts], np.int32), rollout)
                 heat = per_row(lambda d: temperatures[number[id(d)]], 0.0, np.float32)
                 place, held = per_row(lambda d: d.row.position, 0, np.int32), per_row(lambda d: len(d.row), 0, np.int32)
-                lanes, fresh, length, words, finished = self.generate(params, lanes, place, held, budget, keys, heat)
+                before = [[d.prompt.row.tokens + d.row.tokens if live(d) else [] for d in row] for row in grid]
+                penalty = self.penalty(before, *(np.where(heat > 0, off, on) for off, on in
+                                                 zip((1.0, 0.0), penalties, strict=True)))  # fmt: skip
+                lanes, fresh, length, words, finished = self.generate(
+                    params, lanes, place, held, budget, keys, heat, penalty
+                )
             with clock("act"):
                 for i, row in enumerate(grid):
                     for j, d in enumerate(row):
                         if live(d):
                             ids, logp = words[i][j]
-                            d.say(ids, logp, speaker, finished=bool(finished[i, j]), last=turn == calls)
+                            last = len(d.texts) == calls + len(d.prompt.later)
+                            d.say(ids, logp, speaker, finished=bool(finished[i, j]), last=last)
                 talking = [(i, d) for i, row in enumerate(grid) for d in row if live(d)]
             with clock("simulator"):
                 owners = row_owners(self.mesh, len(grid), n)
@@ -2523,7 +2578,8 @@ class Sampler:
                     user, [(d.prompt.seen_by(user), d.prompt.fids, d.actions[-1].question) for d in asking.values()]
                 )
                 replies = {k: r and simulator.sanitise(r) for k, r in zip(asking, replies, strict=True)}
-                replies = {id(grid[k // n][k % n]): reply for k, reply in exchange(replies).items()}
+                replies = exchange(replies, self.mesh)
+                replies = {id(grid[k // n][k % n]): reply for k, reply in replies.items()}
                 for _, d in talking:
                     if d.wants_user() and replies[id(d)] is None:
                         d.lost, d.end = "user", "unanswered"
@@ -2550,7 +2606,17 @@ class Sampler:
                 lanes = jax.block_until_ready(self.commit(lanes, fresh, count, length=size).replace(logits=logits))
         return out
 
-    def generate(self, params, lanes: Lanes, position, held, budget, keys, temperature):
+    def penalty(self, before: Sequence[Sequence[list[int]]], repetition: Array, presence: Array) -> Penalty:
+        """before[p][n]: all tokens of a row before it speaks, in the prompt and after it; the others [P,N]."""
+        room = self.c.protocol.prompt_tokens + self.c.protocol.response_tokens
+        heard = np.full((*np.shape(repetition), room), self.policy.config.vocab_size, np.int32)
+        for i, row in enumerate(before):
+            for j, tokens in enumerate(row):
+                heard[i, j, : len(tokens)] = tokens
+        since = np.array([[len(tokens) for tokens in row] for row in before], np.int32)
+        return Penalty(np.asarray(repetition, np.float32), np.asarray(presence, np.float32), heard, since)
+
+    def generate(self, params, lanes: Lanes, position, held, budget, keys, temperature, penalty: Penalty):
         """One turn of all rows, in stretches of rollout.decode_tokens, each laid into the cache before the next.
 
         held [P,N]: tokens of each row so far. Returns the lanes, the fresh Keys and lengths of the last stretch, which
@@ -2562,13 +2628,15 @@ class Sampler:
         while True:
             left = np.where(finished, 0, budget - said)
             tokens, logp, length, state, ended, fresh, logits = self.decode(
-                params, lanes, position + said, left, state, keys, temperature
+                params, lanes, position + said, left, state, keys, temperature, penalty
             )
             tokens, logp, length, state, ended = jax.device_get((tokens, logp, length, state, ended))
             for i in range(p):
                 for j in range(n):
                     words[i][j][0].extend(tokens[i, j, : length[i, j]].tolist())
                     words[i][j][1].extend(logp[i, j, : length[i, j]].tolist())
+                    at = penalty.since[i, j] + said[i, j]
+                    penalty.heard[i, j, at : at + length[i, j]] = tokens[i, j, : length[i, j]]
             finished |= ended
             if not ((length == left) | finished).all():
                 said += length
@@ -2654,9 +2722,11 @@ def frozen_generator(c: Config, path: str, mesh: Mesh) -> Callable[[str, list[li
             images, stacked = jax.device_put((images, stacked), over)
             lanes = there.prefill(params, stacked, Visual(*there.encode(params, images)), rollouts=1)
             position = np.array([[row.position] for row in rows], np.int32)
+            heat = none.astype(np.float32)
             tokens, _, said, *_ = there.decode(
-                params, lanes, position, none + most, there.keys(0, 0, none[:, 0], none), none.astype(np.float32)
-            )
+                params, lanes, position, none + most, there.keys(0, 0, none[:, 0], none), heat,
+                there.penalty([[[]]] * batch, heat + 1, heat),
+            )  # fmt: skip
             tokens, said = jax.device_get((tokens, said))
             for i in range(len(part)):
                 text = tokenizer.decode(tokens[i, 0, : int(said[i, 0])])
@@ -3965,6 +4035,66 @@ class SceneTeacher:
         return Batch(prompts, rows, frames, keyframes), np.stack([s[4] for s in scenes])
 
 
+class ConversationTeacher:
+    """Turns given conversations into demonstrations, one per row (DATA.md 1.4).
+
+    The token loss is on every answer, then on key frame, box and point, or, where nothing is to localise, on the last
+    answer. Prepared datasets are mixed by `data.mixed`, so a batch is a function of (seed, step).
+    """
+
+    groups = [[0]]  # no image token is said to show anything
+
+    def __init__(self, config: Config, speaker: Speaker):
+        self.c, self.w, self.speaker = config, config.warmstart, speaker
+        self.sets = [data.load_prepared(resolve_path(folder), "train") for folder in self.w.mix]
+        tokenizer = speaker.tokenizer
+        self.line = [v for v in range(1001) if "<unk>" not in tokenizer.decode(tokenizer.encode(f", {v}"))]
+
+    def sayable(self, values: Iterable[float]) -> list[int]:
+        """The nearest numbers that the tokenizer has words for."""
+        return [min(self.line, key=lambda v: abs(v - value)) for value in values]
+
+    def lesson(self, sample: data.Sample) -> tuple[Prompt, Transcript, np.ndarray | None]:
+        """What is given, what is taught after it, and the picture that is shown again, if one is."""
+        speaker, encode = self.speaker, self.speaker.tokenizer.encode
+        prompt = Prompt(sample, data.sample_frames(len(sample), self.c.protocol.frames), speaker)
+        talk = data.conversation(sample, prompt.positions)
+        row = Transcript(prompt.row.position)
+        for (_, answer), following in zip(talk.rounds, prompt.later, strict=True):
+            row.add([*encode(answer), speaker.tokenizer.end_of_turn], trained=True)
+            speaker.observe(row, following, ended=True)
+        if talk.frame is None:
+            if talk.answer and "[SEG]" not in talk.answer:  # a mask that is not known is not talked about
+                row.add([*encode(talk.answer), speaker.tokenizer.end_of_turn], trained=True)
+            return prompt, _cut(row, self.w.row_tokens), None
+        thought = str(sample.meta.get("focus", sample.query))
+        row.add(encode(speaker.keyframe(thought, talk.frame)), trained=True)
+        shown = talk.frame != -1
+        speaker.observe(row, KEYFRAME_REPLY if shown else NO_TARGET_REPLY, 0 if shown else None)
+        text = speaker.answer(thought, self.sayable(talk.box), self.sayable(talk.point), sample.mask_type)
+        row.add([*encode(text), speaker.tokenizer.end_of_turn], trained=True)
+        return prompt, _cut(row, self.w.row_tokens), prompt.image_of(talk.frame) if shown else None
+
+    def batch(self, step: int) -> tuple[Batch, np.ndarray]:
+        """The batch of a step, and words -1 for all its image tokens [P, B, 1]."""
+        c, speaker = self.c, self.speaker
+        rates = list(self.w.mix.values())
+        places = data.mixed(c.seed, step, [len(samples) for samples in self.sets], rates, self.w.scenes)
+        lessons = [self.lesson(self.sets[k][i]) for k, i in places]
+        pad, vision = speaker.tokenizer.end_of_text, speaker.policy.vision
+        prompts = stack_rows([[[prompt.row]] for prompt, *_ in lessons], c.protocol.prompt_tokens, pad)
+        rows = stack_rows([[[row]] for _, row, _ in lessons], self.w.row_tokens, pad)
+        frames = np.concatenate([prompt.patches(speaker) for prompt, *_ in lessons])
+        again = np.zeros((len(lessons), speaker.keyframe_tokens * vision.spatial_merge_size**2, vision.patch_dim),
+                         np.float32)  # fmt: skip
+        for i, (_, _, picture) in enumerate(lessons):
+            if picture is not None:
+                again[i] = speaker.keyframe_patches(picture)
+        bank = c.protocol.frames * speaker.frame_tokens + speaker.keyframe_tokens
+        images = speaker.images(frames, speaker.frame_grid), speaker.images(again, speaker.keyframe_grid)
+        return Batch(prompts, rows, *images), np.full((len(lessons), bank, 1), -1, np.int32)
+
+
 def coordinate_spread(
     tokenizer: weights.Tokenizer, vocabulary: int, sigma: float, width: int = 12
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -4019,7 +4149,7 @@ def make_warmstart_optimiser(section: UpdateSection) -> optax.GradientTransforma
     return optax.chain(optax.clip_by_global_norm(section.clip_norm), muon, optax.scale(-1.0))
 
 
-def make_warmstart_step(policy: Policy, config: Config, teacher: SceneTeacher) -> Callable:
+def make_warmstart_step(policy: Policy, config: Config, teacher: SceneTeacher | ConversationTeacher) -> Callable:
     """(state, batch, words, spread, rate, patch_weight) -> (state, stats): one supervised update.
 
     The loss is the token mean over everything taught, plus `patch_weight` times how badly the encoded image tokens,
@@ -4043,7 +4173,7 @@ def make_warmstart_step(policy: Policy, config: Config, teacher: SceneTeacher) -
         named = naming(params, visual, words)
         logp, _ = token_logp(policy, params, hidden, batch.rows.tokens, config.policy.logits_tokens, spread)
         taught = batch.rows.trained
-        loss = -(logp * taught).sum() / taught.sum()
+        loss = -(logp * taught).sum() / jnp.maximum(taught.sum(), 1)
         stats = {"loss": loss, "patch_words": named, "tokens": taught.sum()}
         return loss + patch_weight * named, stats
 
@@ -4538,7 +4668,8 @@ def ahead(make: Callable[[int], Any], start: int, stop: int, depth: int = 2) -> 
 
 
 def train_warmstart(config: Config, run: Run) -> None:
-    """stage: sft. Imitates noisy askers on endless synthetic scenes; writes the policy as a Hugging Face directory."""
+    """stage: sft. Imitates noisy askers on endless synthetic scenes, or the answers of given conversations; writes the
+    policy as a Hugging Face directory."""
     from tqdm import tqdm
 
     if config.policy.shape:
@@ -4551,7 +4682,7 @@ def train_warmstart(config: Config, run: Run) -> None:
         tokenizer = load_tokenizer(source, policy_config)
     write_atomically(run.path / "policy.json", json.dumps(config_json(policy_config), indent=1))
     speaker = Speaker(config.protocol, policy_config, tokenizer)
-    teacher = SceneTeacher(config, speaker)
+    teacher = (ConversationTeacher if config.warmstart.mix else SceneTeacher)(config, speaker)
     policy = Policy(policy_config, config.policy.remat)
     state = fresh_state(params, config, teacher=False)
     state = (
@@ -4662,7 +4793,7 @@ class Trainer:
     def test_prompt(self, sample: data.Sample) -> Prompt:
         """As `evaluate` asks for it. A described query keeps its scene graph: what is counted stays the same."""
         if self.config.evaluate.describe:
-            sample = dataclasses.replace(sample, query=f"{sample.query} {simulator.describe_target(sample)}".strip())
+            sample = described(sample)
         shown = data.sample_frames(len(sample.frames), self.config.protocol.frames)
         return Prompt(sample, shown, self.test_speaker)
 
@@ -4846,6 +4977,7 @@ class Trainer:
                 dialogues = self.sampler.play(
                     params, prompts, list(decodings.values()), self.test_user, seed=c.seed, step=EVALUATION,
                     clock=clock, max_turns=c.evaluate.max_turns,
+                    penalties=(c.evaluate.repetition_penalty, c.evaluate.presence_penalty),
                 )  # fmt: skip
                 rated.append(rater.submit(rate, indices[: count - start], dialogues))
                 if jax.process_count() > 1:  # what processes say to each other keeps one order
@@ -4864,17 +4996,12 @@ class Trainer:
     def track(self, d: Dialogue) -> dict[str, float]:
         """J and F over the whole video of the masks that SAM2 makes of the answer; no answer is an empty video."""
         sample = d.prompt.sample
+        try:
+            masks = video_masks(self.segmenter, sample, *answered(d))
+        except SidecarError as error:  # the row is left out of J&F, the evaluation goes on
+            print(f"{sample.id}: no masks ({error})", file=sys.stderr)
+            return {}
         truth = np.stack([sample.truth(i) for i in range(len(sample.frames))])
-        masks = np.zeros_like(truth)
-        if d.answer is not None and d.frame in d.prompt.fids:
-            video = np.stack([sample.image(i) for i in range(len(sample.frames))])
-            position = d.prompt.positions[d.prompt.fids.index(d.frame)]
-            box, point = np.clip(d.answer.box, 0, 1000).tolist(), np.clip(d.answer.point, 0, 1000).tolist()
-            try:
-                masks = self.segmenter.track(video, position, box, point, d.answer.mask_type)
-            except SidecarError as error:  # the row is left out of J&F, the evaluation goes on
-                print(f"{sample.id}: no masks ({error})", file=sys.stderr)
-                return {}
         return {k: v for k, v in metrics.video_jf(masks, truth).items() if k in ("J", "F")}
 
     def story(self, d: Dialogue, row: dict) -> dict:
@@ -4930,6 +5057,29 @@ class Trainer:
             "truth_box": truth_box, "mask": mask, "truth_mask": truth_mask, "counts": row["counts"],
             "success": row["success"], "reward": row["reward"], "optimal": row["optimal"],
         }  # fmt: skip
+
+
+def described(sample: data.Sample) -> data.Sample:
+    """The sample with its target's description behind the query, where one is known: the upper bound."""
+    return dataclasses.replace(sample, query=f"{sample.query} {simulator.describe_target(sample)}".strip())
+
+
+def answered(d: Dialogue) -> tuple[int | None, Action | None]:
+    """Position of the key frame in the video and the answer, both None where the dialogue names no frame or none."""
+    if d.answer is None or d.frame not in d.prompt.fids:
+        return None, None
+    return d.prompt.positions[d.prompt.fids.index(d.frame)], d.answer
+
+
+def video_masks(segmenter: SegmenterClient, sample: data.Sample, position: int | None, answer: Action | None
+                ) -> np.ndarray:
+    """bool [T,H,W]: what SAM2 makes of an answer on the frame at `position`; nothing for no answer. Raises
+    SidecarError."""
+    if answer is None:
+        return np.zeros((len(sample.frames), *sample.size), bool)
+    video = np.stack([sample.image(i) for i in range(len(sample.frames))])
+    box, point = np.clip(answer.box, 0, 1000).tolist(), np.clip(answer.point, 0, 1000).tolist()
+    return segmenter.track(video, position, box, point, answer.mask_type)
 
 
 EVALUATION = 2**30  # the step under which evaluations fold their random keys, so that before and after compare

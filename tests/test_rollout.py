@@ -149,6 +149,29 @@ def test_greedy_rows_are_equal_and_stand_beside_sampled_ones(world):
         assert row[0] == row[2]
 
 
+def test_penalties_of_greedy_decoding(world):
+    """vLLM's: presence looks at the generation only, repetition at everything before too; sampled rows are free."""
+
+    def greedy(*penalties, temperatures=(0.0, 1.0)):
+        rows = world.sampler.play(
+            world.params, world.prompts(range(2)), temperatures, simulator.OracleUser(), seed=7, step=0,
+            clock=train.Clock(), **({"penalties": penalties} if penalties else {}),
+        )  # fmt: skip
+        return [row[0] for row in rows], [row[1] for row in rows]
+
+    free, sampled = greedy()
+    for strengths in ((1.0, 0.0), (1.0, 1e4), (1e6, 0.0)):
+        rows, others = greedy(*strengths)
+        assert told([others]) == told([sampled])
+        assert (told([rows]) == told([free])) == (strengths == (1.0, 0.0))
+        for d in rows if strengths != (1.0, 0.0) else ():
+            ids, turns = np.array(d.row.tokens), np.array(d.row.turn)
+            said = ids[turns == 0]
+            assert len(set(said)) == len(said) > 1
+            heard = set(d.prompt.row.tokens) & set(said)
+            assert not heard if strengths[0] > 1 else heard
+
+
 def test_fewer_turns_at_test(world):
     """evaluate.max_turns: with one tool call a question is the last thing that can be said."""
     rows = world.sampler.play(

@@ -963,7 +963,7 @@ def test_dialogues_without_an_answer_are_left_out_and_counted(samples):
     prompt = train.Prompt.__new__(train.Prompt)  # what scoring reads of one, and no tokens
     vars(prompt).update(
         sample=sample, graph=sample.privileged["scene_graph"], fids=SHOWN, no_target=False, truth={},
-        initial_count=sample.initial_count, row=types.SimpleNamespace(position=0))
+        initial_count=sample.initial_count, row=types.SimpleNamespace(position=0), later=[])
     assert prompt.seen_by(OracleUser()) is prompt.graph
     row = [train.Dialogue(prompt) for _ in range(4)]
     for d, answer in zip(row, ("blue", "red", "blue", "blue"), strict=True):
@@ -996,11 +996,13 @@ class Spoken(train.Sampler):
         self.lines = iter(self.LINES)
         return self.lanes
 
-    def decode(self, params, lanes, position, budget, keys, heat):
+    def penalty(self, *_):
+        return None
+
+    def generate(self, params, lanes, position, held, budget, keys, heat, penalty):
         ids = self.speaker.tokenizer.encode(next(self.lines))
-        tokens = np.broadcast_to(np.array(ids, np.int32), (*budget.shape, len(ids)))
-        said = np.where(budget > 0, len(ids), 0)
-        return tokens, np.zeros(tokens.shape, np.float32), said, said > 0, None
+        words = [[(ids, [0.0] * len(ids)) if left else ([], []) for left in row] for row in budget]
+        return lanes, None, None, words, budget > 0
 
     def extend(self, params, lanes, rows):
         return None, None, None

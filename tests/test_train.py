@@ -279,6 +279,57 @@ def test_the_warm_start_learns_from_random_weights(place, env):
     assert config.hidden_size == 32 and params["embedding"].shape == (config.vocab_size, 32)
 
 
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory):
+    """Conversations with a mask at their end, and without one."""
+    folder = tmp_path_factory.mktemp("talks")
+    for name in ("prist", "llava"):
+        synthetic.write_dataset(folder / f"{name}.raw", train=4, test=2, seed=5, layout=name, progress=False)
+        data.prepare(name, folder / f"{name}.raw", folder / name, progress=False)
+    return folder
+
+
+def test_given_conversations_are_taught(place, env, talks):
+    """The real command: MIRAS's mix, from the shipped base; killed runs resume as any other."""
+    arguments = ["experiments/embedded_conversations.yaml", "steps=2", "warmstart.scenes=2", f"run_dir={place}/talk",
+                 f"warmstart.mix={{{talks}/prist: 10, {talks}/llava: 2}}"]  # fmt: skip
+    done = call(*arguments, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = rows(place / "talk")
+    assert len(told) == 2 and all(row["loss"] > 0 and row["tokens"] > 20 and row["patch_words"] == 0 for row in told)
+    assert (place / "talk" / "trained" / "config.json").exists()
+
+
+def test_a_lesson_teaches_the_answers_and_then_the_place(talks):
+    config = train.load_config("experiments/embedded_conversations.yaml",
+                               [f"warmstart.mix={{{talks}/prist: 10, {talks}/llava: 2}}"])
+    source = train.resolve_path(config.policy.path)
+    tokenizer = train.weights.Tokenizer(source)
+    policy_config = train.PolicyConfig.from_json(json.loads((source / "config.json").read_text()))
+    teacher = train.ConversationTeacher(config, train.Speaker(config.protocol, policy_config, tokenizer))
+    for sample in teacher.sets[0]:
+        prompt, row, picture = teacher.lesson(sample)
+        talk = data.conversation(sample, [0])
+        taught = tokenizer.decode([t for t, ok in zip(row.tokens, row.trained, strict=True) if ok])
+        given = tokenizer.decode([t for t, ok in zip(row.tokens, row.trained, strict=True) if not ok])
+        said, place = taught.split("<thinking>", 1)
+        assert said.split("<|im_end|>")[:-1] == [answer for _, answer in talk.rounds] and "[SEG]" not in taught
+        assert given.count("<|im_start|>user") == len(talk.rounds) + 1  # what follows, and the picture again
+        assert all(human in given for human, _ in talk.rounds[1:]) and talk.query in given
+        assert talk.rounds[0][0] in tokenizer.decode(prompt.row.tokens)
+        answer = train.parse_action(place)
+        assert answer.kind == "keyframe" and answer.frame == 0 and picture.shape == (*sample.size, 3)
+        answer = train.parse_action(place[place.index("<answer>"):])
+        assert np.abs(np.array(answer.box) - talk.box).max() <= train.COORDINATE_STEP
+    for sample in teacher.sets[1]:
+        _, row, picture = teacher.lesson(sample)
+        taught = tokenizer.decode([t for t, ok in zip(row.tokens, row.trained, strict=True) if ok])
+        assert picture is None and "<keyframe>" not in taught and taught.endswith(sample.meta["answer"] + "<|im_end|>")
+    first, words = teacher.batch(3)
+    assert first.rows.trained.any() and (words == -1).all()
+    np.testing.assert_array_equal(first.rows.tokens, teacher.batch(3)[0].rows.tokens)
+
+
 def test_practice_gives_the_first_list_and_trains_what_follows():
     config = train.load_config("experiments/embedded_warmstart_5.yaml", ["policy.path=asset:embedded_base"])
     source = train.resolve_path(config.policy.path)
