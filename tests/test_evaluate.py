@@ -1,13 +1,19 @@
-"""Agreement of models with the exact user and expert, over a real server on loopback."""
+"""Scores of policies and of masks from elsewhere; agreement of models with the exact user and expert, over a real
+server on loopback."""
 
 import json
 import re
+import shutil
+import zipfile
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from PIL import Image
 from test_simulator import SECRET, Server
 
-from icseg_jax import data, evaluate, simulator, synthetic
+from icseg_jax import data, evaluate, metrics, readers, simulator, synthetic
 
 CONFIG = str(Path(__file__).parent.parent / "experiments" / "embedded.yaml")
 
@@ -86,7 +92,18 @@ def test_free_answers_are_compared_by_what_they_name(attribute, said, exact, sam
 
 
 @pytest.mark.parametrize("arguments, reason", [
-    ([CONFIG], "give check=oracle"),
+    ([CONFIG], "give benchmark=NAME, predictions=DIR or check=oracle"),
+    ([CONFIG, "check=oracel"], "check=oracel: give"),
+    ([CONFIG, "benchmark=mevsi"], "no such benchmark .did you mean 'mevis'"),
+    ([CONFIG, "benchmark=mevis", "source=/nowhere"], "no dataset folder /nowhere"),
+    (["benchmark=mevis", "predictions=/nowhere"], "predictions=/nowhere: needs source= too"),
+    (["predictions=/nowhere", "benchmark=mevis", "source=/nowhere"], "predictions=/nowhere: no such folder"),
+    ([CONFIG, "predictions=/tmp", "benchmark=mevis", "source=/nowhere"], "predictions= takes no config"),
+    (["predictions=/tmp", "benchmark=mevis", "source=/tmp", "baselines=true"], "baselines=true: is not for predic"),
+    ([CONFIG, "benchmark=mevis", "source="], "source= is empty"),
+    ([CONFIG, "benchmark=ambi_rvos", "evaluate.repetition_penalty=0"], "repetition_penalty=0"),
+    ([CONFIG, "benchmark=ambi_rvos", "evaluate.presence_penalty=.nan"], "presence_penalty=nan"),
+    ([CONFIG, "benchmark=ambi_rvos", "evaluate.describe=true"], "a column of it already"),
     ([CONFIG, "check=oracle"], "compares models"),
     (["check=oracle"], "no such config|can not be read|: "),
     ([CONFIG, "check=oracle", "expert.kind=endpoint"], "expert.model"),
@@ -95,3 +112,237 @@ def test_bad_input_is_one_line(arguments, reason, capsys):
     assert evaluate.main(arguments) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and re.search(reason, err)
+
+
+# A policy
+
+
+def play(world, out, *more):
+    return evaluate.main([CONFIG, "benchmark=ambi_rvos", f"source={world}", f"out={out}", "evaluate.prompts=2",
+                          "evaluate.samples=4", "sidecar.threads=1", *more])
+
+
+@pytest.fixture(scope="module")
+def scored(world, tmp_path_factory):
+    """Four samples with all baselines, by the shipped base and its real segmenter."""
+    out = tmp_path_factory.mktemp("scored") / "out"
+    patch = pytest.MonkeyPatch()
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(out.parent / "programs"))
+    assert play(world, out) == 0
+    yield out
+    patch.undo()
+
+
+def test_a_policy_leaves_masks_rows_and_a_table(world, scored):
+    rows = list(evaluate.read_rows(scored / "rows.jsonl"))
+    samples = data.load_prepared(world, "test")
+    assert [row["index"] for row in rows] == [0, 1, 2, 3]
+    for row in rows:
+        sample = samples[row["index"]]
+        masks, there = evaluate.read_masks(scored / "masks", sample)
+        assert there and len(list((scored / "masks" / sample.id).iterdir())) == len(sample)
+        truth = np.stack([sample.truth(p) for p in range(len(sample))])
+        again = metrics.video_scores(masks, truth)
+        assert row["columns"]["policy"]["scores"] == pytest.approx(again)
+        assert row["id"] == sample.id and row["query"] == sample.query and row["turns"][-1]["kind"] == "answer"
+        assert row["columns"]["policy"]["words"]["questions"] == sum(turn["kind"] == "call" for turn in row["turns"])
+        assert row["columns"]["oracle"]["words"]["success"] == 1
+        guess = row["columns"]["guess"]["words"]
+        assert guess["success"] == 1 / max(sample.initial_count, 1) and guess["questions"] == 0
+        assert row["columns"]["everything"]["words"]["questions"] == 5
+    table = json.loads((scored / "table.json").read_text())["table"]
+    assert list(table) == list(evaluate.COLUMNS)
+    assert table["true box"]["scores"]["overall"]["J"] > 0.5 > 0.2 > table["guess"]["scores"]["overall"]["J"] - 0.5
+    low, high = table["policy"]["interval"]["scores"]["overall"]["JF"]
+    assert low <= table["policy"]["scores"]["overall"]["JF"] <= high
+    assert table["oracle"]["dialogues"]["resolved_rate"] == 1 and table["guess"]["dialogues"]["resolved_rate"] == 0
+
+
+def test_shares_of_processes_and_a_cut_line_make_the_same_rows(world, scored, tmp_path, monkeypatch):
+    """Process 0 was killed in the middle of its second row; process 1 plays its share, then 0 goes on and joins."""
+    out, whole = tmp_path / "out", (scored / "rows.jsonl").read_text()
+    shutil.copytree(scored, out)
+    for name in ("rows.jsonl", "table.json"):
+        (out / name).unlink()
+    lines = whole.splitlines()
+    (out / "rows.0.jsonl").write_text(f"{lines[0]}\n{lines[2][:99]}")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(evaluate.train.multihost_utils, "sync_global_devices", lambda name: None)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(evaluate.train, "row_owners", lambda mesh, p, n: np.full((p, n), jax.process_index()))
+    assert play(world, out) == 0
+    assert [row["index"] for row in evaluate.read_rows(out / "rows.1.jsonl")] == [1, 3]
+    assert not (out / "rows.jsonl").exists()
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    assert play(world, out) == 0
+    assert (out / "rows.jsonl").read_text() == whole
+    assert json.loads((out / "table.json").read_text()) == json.loads((scored / "table.json").read_text())
+
+
+def test_what_is_there_is_not_played_again_and_nothing_else_goes_there(world, scored, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "Player", lambda *_: pytest.fail("loaded"))
+    assert play(world, scored) == 0
+    assert "true box" in capsys.readouterr().out
+    assert play(world, scored, "evaluate.repetition_penalty=1.1") == 2
+    assert re.fullmatch(r"error: out=.* belongs to another evaluation: evaluate.repetition_penalty \(1.0 -> 1.1\); "
+                        r"give another out=\n", capsys.readouterr().err)
+    held = evaluate.Log(scored, 0)
+    assert play(world, scored) == 2 and "another evaluation is writing here" in capsys.readouterr().err
+    held.close()
+
+
+def test_a_conversation_is_held_turn_by_turn(scored, tmp_path):
+    """PRIST: the user's turns as they are written, the policy's own answers in between, the mask at the end."""
+    root = synthetic.write_dataset(tmp_path / "raw", train=0, test=2, seed=4, layout="prist", progress=False)
+    out = tmp_path / "out"
+    assert evaluate.main([CONFIG, "benchmark=prist", f"source={root}", f"out={out}", "evaluate.prompts=2"]) == 0
+    source = evaluate.Source("prist", root, None)
+    rows = list(evaluate.read_rows(out / "rows.jsonl"))
+    assert len(rows) == 2
+    for row in rows:
+        sample = source.open(row["index"])
+        humans = [turn["text"] for turn in sample.dialogue if turn["role"] == "user"]
+        heard = [turn["reply"] for turn in row["turns"] if turn["kind"] == "talk"]
+        assert heard == [*humans[1:], sample.query] and row["turns"][len(heard)]["kind"] != "talk"
+        assert row["end"] == "answered" and evaluate.read_masks(out / "masks", sample)[1]
+    table = json.loads((out / "table.json").read_text())["table"]
+    assert list(table) == ["policy", "true box"] and table["true box"]["scores"]["overall"]["macro"]["F1"] > 0.5
+
+
+def test_askers_are_what_theory_says():
+    """Over all candidates as targets: the exact means of synthetic.baselines."""
+    graphs = [synthetic.scene_graph(synthetic.make_scene(i, seed=1, split="test")) for i in range(24)]
+    exact, rng = synthetic.baselines(graphs), np.random.default_rng(0)
+
+    def mean(asker, word):
+        return np.mean([np.mean([evaluate.ask(asker, graph | {"target": oid}, [0, 3, 7, 11], rng)[1][word]
+                                 for oid in graph["candidates"]]) for graph in graphs if graph["initial_count"] > 1])
+
+    for asker, name in (("guess", "guess"), ("oracle", "optimal")):
+        for word in ("success", "questions"):
+            assert mean(asker, word) == pytest.approx(exact[name][word])
+    assert mean("everything", "success") == 1 and mean("everything", "questions") == 5
+    assert mean("guess", "success") < mean("random", "success") <= 1
+    none = next(graph for graph in graphs if graph["level"] == "none")
+    left, words = evaluate.ask("oracle", none, [0, 3, 7, 11], rng)
+    assert left == [] and words["success"] == 1 and words["questions"] == 0
+
+
+# Masks from elsewhere
+
+
+def predict(folder, source, draw):
+    """Masks of every sample: draw(truth [T, H, W], number)."""
+    for number in range(len(source)):
+        sample = source.open(number)
+        truth = np.stack([sample.truth(p) for p in range(len(sample))])
+        evaluate.write_masks(folder, sample, draw(truth, number))
+
+
+HEADLINES = {
+    "ambi_rvos": "overall/JF", "ok_vos": "overall/JF", "mevis": "overall/JF", "revos": "overall/JF",
+    "ref_davis17_a": "overall/JF", "ref_davis17_b": "overall/JF", "long_rvos": "overall/vIoU",
+    "reason_vos": "overall/JF", "reason_seg": "overall/gIoU", "prist": "overall/macro/F1",
+    "r2sm": "all/all/gIoU", "cocoa_cls": "amodal/all/gIoU", "d2sa": "all/all/gIoU",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADLINES)
+def test_perfect_masks_score_1_and_none_little(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "RESAMPLES", {"scores": 40, "dialogues": 40})
+    layout = name.removesuffix("_a").removesuffix("_b")
+    root = synthetic.write_dataset(tmp_path / "raw", train=0, test=2, seed=4, layout=layout, progress=False)
+    source = evaluate.Source(name, root, None)
+    predict(tmp_path / "right", source, lambda truth, number: truth)
+    told = ["benchmark=" + name, f"source={root}", f"out={tmp_path}/scores"]
+    assert evaluate.main([f"predictions={tmp_path}/right", *told]) == 0
+
+    def headline():
+        value = json.loads((tmp_path / "scores" / "table.json").read_text())["table"]["policy"]
+        interval = value["interval"]["scores"]
+        value = value["scores"]
+        for key in HEADLINES[name].split("/"):
+            value, interval = value[key], interval[key]
+        assert interval[0] <= value <= interval[1]
+        return value
+
+    assert headline() == pytest.approx(1, abs=1e-4)
+    asks = [n for n in range(len(source)) if (s := source.open(n)).truth(0).any() and s.ability != "no_target"]
+    predict(tmp_path / "wrong", source, lambda truth, number: truth & (number != asks[0]))  # one sample's are empty
+    assert evaluate.main([f"predictions={tmp_path}/wrong", *told]) == 0
+    assert headline() < 0.99
+    before = headline()
+    shutil.rmtree(tmp_path / "wrong" / source.open(asks[0]).id)
+    capsys.readouterr()
+    assert evaluate.main([f"predictions={tmp_path}/wrong", *told]) == 0
+    assert "1 without masks" in capsys.readouterr().out
+    table = json.loads((tmp_path / "scores" / "table.json").read_text())["table"]["policy"]["scores"]
+    if name in ("ambi_rvos", "ok_vos"):  # whose scorer does not look at what is missing
+        assert headline() == 1 and table["overall, missing as 0"]["JF"] == pytest.approx(before)
+    else:
+        assert headline() == pytest.approx(before)
+
+
+def test_bad_masks_are_refused_with_their_id(tmp_path, capsys):
+    root = synthetic.write_dataset(tmp_path / "raw", train=0, test=2, seed=4, layout="long_rvos", progress=False)
+    source = evaluate.Source("long_rvos", root, None)
+    predict(tmp_path / "said", source, lambda truth, number: truth)
+    sample = source.open(0)
+    Image.new("L", (3, 3)).save(tmp_path / "said" / sample.id / f"{sample.frame_names[1]}.png")
+    told = [f"predictions={tmp_path}/said", "benchmark=long_rvos", f"source={root}"]
+    assert evaluate.main(told) == 0
+    out, err = capsys.readouterr()
+    assert f"record {sample.id} is left out: mask " in err and "is 3x3, its frame" in err and "1 refused" in out
+    assert evaluate.main([*told, "strict=true"]) == 2
+    assert evaluate.main([*told, "split=valid"]) == 2
+    assert "split=valid: not in" in capsys.readouterr().err
+    outside = tmp_path / "secret.png"
+    Image.new("L", sample.size[::-1], 255).save(outside)
+    frame = tmp_path / "said" / sample.id / f"{sample.frame_names[1]}.png"
+    frame.unlink()
+    frame.symlink_to(outside)
+    assert evaluate.main(told) == 0 and "leaves the dataset folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, prefix", [("mevis", ""), ("ref_youtube_vos", "Annotations/")])
+def test_the_zip_that_a_server_takes(name, prefix, tmp_path, capsys):
+    root = synthetic.write_dataset(tmp_path / "raw", train=0, test=2, seed=4, layout=name, progress=False)
+    if name == "mevis":  # as it is given out: no labels
+        (root / "valid_u").rename(root / "valid")
+        (root / "valid" / "mask_dict.json").unlink()
+    source = evaluate.Source(name, root, "valid")
+    for number in range(len(source)):
+        sample = source.open(number)
+        assert evaluate.hidden(sample)
+        evaluate.write_masks(tmp_path / "said", sample, np.ones((len(sample), *sample.size), bool))
+    told = [f"predictions={tmp_path}/said", f"benchmark={name}", f"source={root}", f"submission={tmp_path}/s.zip"]
+    assert evaluate.main(told) == 0
+    assert "labels are hidden" in capsys.readouterr().out
+    first = (tmp_path / "s.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "s.zip") as made:
+        names = made.namelist()
+        assert f"{prefix}{sample.id}/{sample.frame_names[0]}.png" in names
+        assert len(names) == sum(len(source.open(i)) for i in range(len(source)))
+        with made.open(names[0]) as file:
+            assert set(np.unique(np.asarray(Image.open(file)))) == {255}
+    (tmp_path / "said" / sample.id / f"{sample.frame_names[0]}.png").unlink()
+    assert evaluate.main(told) == 2 and "is missing, and the server wants all" in capsys.readouterr().err
+    assert (tmp_path / "s.zip").read_bytes() == first and not list(tmp_path.glob(".s.zip*"))
+
+
+def test_only_frames_with_a_file_are_scored_where_the_scorer_lists_them(tmp_path):
+    """Ambi-RVOS (DATA.md 3.4): a frame without a mask file is left out, an empty file counts."""
+    root = synthetic.write_dataset(tmp_path / "raw", train=0, test=2, seed=4, layout="ok_vos", progress=False)
+    source = evaluate.Source("ok_vos", root, None)
+    before = source.open(0)
+    files = sorted((root / "test" / "Annotations").glob(f"{before.meta['video']}/*/*.png"))
+    files[0].unlink()
+    sample = source.open(0)
+    assert "labelled" not in before.meta and sample.meta["labelled"] == list(range(1, len(sample)))
+    wrong = np.stack([before.truth(p) for p in range(len(before))])
+    wrong[0] = True
+    assert evaluate.video_row(sample, wrong, None)["J"] == 1 > evaluate.video_row(before, wrong, None)["J"]
+
+
+def test_every_dataset_with_masks_is_a_benchmark():
+    assert set(readers.DATASETS) - set(evaluate.BENCHMARKS) == {"llava"}
