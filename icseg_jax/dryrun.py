@@ -167,7 +167,7 @@ def lower_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any],
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (p, n)))
     keys = jax.ShapeDtypeStruct((p, n), key.dtype, sharding=whole)
     heat = small(jnp.float32)
-    heard = small(jnp.int32, width=(c.protocol.prompt_tokens + c.protocol.response_tokens,))
+    heard = small(jnp.int32, width=(c.protocol.prompt_tokens + max(c.rollout.cache_buckets),))
     penalty = train.Penalty(heat, heat, heard, count)
     longest = max(c.update.token_buckets)
     mini = p // c.update.minibatches

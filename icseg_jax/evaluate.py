@@ -678,7 +678,7 @@ def read_rows(file: Path) -> Iterator[Row]:
 def same_evaluation(out: Path, told: Mapping[str, Any]) -> None:
     """Writes down what is evaluated, or raises ConfigError when `out` holds rows of anything else."""
     file = out / "evaluation.json"
-    if not file.exists():
+    if not any(rows.stat().st_size for rows in out.glob("rows.*.jsonl")):  # a start that failed binds nobody
         train.write_atomically(file, json.dumps(told, indent=1))
     old, new = train._flat(train.read_json(file) or {}), train._flat(dict(told))
     differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]

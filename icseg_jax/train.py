@@ -2608,7 +2608,7 @@ class Sampler:
 
     def penalty(self, before: Sequence[Sequence[list[int]]], repetition: Array, presence: Array) -> Penalty:
         """before[p][n]: all tokens of a row before it speaks, in the prompt and after it; the others [P,N]."""
-        room = self.c.protocol.prompt_tokens + self.c.protocol.response_tokens
+        room = self.c.protocol.prompt_tokens + max(self.c.rollout.cache_buckets)
         heard = np.full((*np.shape(repetition), room), self.policy.config.vocab_size, np.int32)
         for i, row in enumerate(before):
             for j, tokens in enumerate(row):
