@@ -217,8 +217,8 @@ class WarmstartSection:
     coordinate_sigma: float = 1.5  # start of the spread of coordinate targets, in grid steps
     coordinate_sigma_end: float = 0.0  # reached after four fifths of the run
     patch_words: float = 0.5  # weight of naming what each image token shows; falls to 0 over half of the run
-    # Prepared folders and their rates, such as {data/prist: 10, data/llava: 2}: conversations in place of scenes
-    mix: dict[str, float] = field(default_factory=dict)
+    mix: list[str] = field(default_factory=list)  # prepared folders: conversations in place of scenes
+    rates: list[float] = field(default_factory=list)  # how often each of them is drawn; MIRAS: 10 and 2
 
 
 @dataclass(frozen=True)
@@ -576,8 +576,9 @@ def check_config(c: Config) -> Config:
         need(math.isfinite(weight) and weight >= 0, f"reward.weights.{term}", weight, "use a number from 0 up")
     need(0 < c.reward.iou < 1, "reward.iou", c.reward.iou, "use a number between 0 and 1 (0.5 in the paper)")
     need(0 < c.reward.success <= 1, "reward.success", c.reward.success, "use a share of the maximum (0.7 in the paper)")
-    for folder, rate in c.warmstart.mix.items():
-        need(math.isfinite(rate) and rate > 0, f"warmstart.mix.{folder}", rate, "use a number above 0, such as 10")
+    rates, mix = c.warmstart.rates, c.warmstart.mix
+    ok = len(rates) == len(mix) and all(math.isfinite(rate) and rate > 0 for rate in rates)
+    need(ok, "warmstart.rates", rates, f"give a number above 0 for each of the {len(mix)} folders of warmstart.mix")
     shares = c.warmstart.conversations + c.warmstart.mask_types
     need(0 <= shares <= 1, "warmstart.mask_types", c.warmstart.mask_types, "with conversations it must stay within 1")
     for key, given in (
@@ -4046,7 +4047,7 @@ class ConversationTeacher:
 
     def __init__(self, config: Config, speaker: Speaker):
         self.c, self.w, self.speaker = config, config.warmstart, speaker
-        self.sets = [data.load_prepared(resolve_path(folder), "train") for folder in self.w.mix]
+        self.sets = [data.load_prepared(Path(folder), "train") for folder in self.w.mix]
         tokenizer = speaker.tokenizer
         self.line = [v for v in range(1001) if "<unk>" not in tokenizer.decode(tokenizer.encode(f", {v}"))]
 
@@ -4078,8 +4079,8 @@ class ConversationTeacher:
     def batch(self, step: int) -> tuple[Batch, np.ndarray]:
         """The batch of a step, and words -1 for all its image tokens [P, B, 1]."""
         c, speaker = self.c, self.speaker
-        rates = list(self.w.mix.values())
-        places = data.mixed(c.seed, step, [len(samples) for samples in self.sets], rates, self.w.scenes)
+        sizes = [len(samples) for samples in self.sets]
+        places = data.mixed(c.seed, step, sizes, self.w.rates, self.w.scenes)
         lessons = [self.lesson(self.sets[k][i]) for k, i in places]
         pad, vision = speaker.tokenizer.end_of_text, speaker.policy.vision
         prompts = stack_rows([[[prompt.row]] for prompt, *_ in lessons], c.protocol.prompt_tokens, pad)

@@ -292,7 +292,7 @@ def talks(tmp_path_factory):
 def test_given_conversations_are_taught(place, env, talks):
     """The real command: MIRAS's mix, from the shipped base; killed runs resume as any other."""
     arguments = ["experiments/embedded_conversations.yaml", "steps=2", "warmstart.scenes=2", f"run_dir={place}/talk",
-                 f"warmstart.mix={{{talks}/prist: 10, {talks}/llava: 2}}"]  # fmt: skip
+                 f"warmstart.mix=[{talks}/prist, {talks}/llava]"]  # fmt: skip
     done = call(*arguments, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     told = rows(place / "talk")
@@ -302,7 +302,7 @@ def test_given_conversations_are_taught(place, env, talks):
 
 def test_a_lesson_teaches_the_answers_and_then_the_place(talks):
     config = train.load_config("experiments/embedded_conversations.yaml",
-                               [f"warmstart.mix={{{talks}/prist: 10, {talks}/llava: 2}}"])
+                               [f"warmstart.mix=[{talks}/prist, {talks}/llava]"])
     source = train.resolve_path(config.policy.path)
     tokenizer = train.weights.Tokenizer(source)
     policy_config = train.PolicyConfig.from_json(json.loads((source / "config.json").read_text()))
@@ -365,6 +365,7 @@ def test_learning_rate_rises_stays_and_falls():
     [
         (["experiments/none.yaml"], "no such config"),
         (["experiments/embedded.yaml", "stepz=4"], "closest is steps"),
+        (["experiments/embedded_conversations.yaml", "warmstart.rates=[1]"], "for each of the 2 folders"),
         (["experiments/embedded.yaml", "rollout.rolouts=4"], "closest is rollout.rollouts"),
         (["experiments/embedded.yaml", "steps=many"], "steps"),
         (["experiments/embedded.yaml", "steps"], "key=value"),
