@@ -50,7 +50,7 @@ demo: setup
 
 test: setup
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile # a file stays together: its tests share what they made
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow

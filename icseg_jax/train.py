@@ -3227,7 +3227,8 @@ class SceneTeacher:
         def practice() -> Transcript:
             """A dialogue of a good asker about objects that are not in the picture.
 
-            The first list is given, and so is what is asked: only reading is taught here, habits of asking are not.
+            The first list is given but for what does not fit in it, and so is what is asked: only reading is taught
+            here, habits of asking are not.
             """
             demo = synthetic.demonstrate(synthetic.imagine(scene, rng), shown, rng, skill=1.0)
             row = Transcript(prefix.position)
@@ -3238,7 +3239,14 @@ class SceneTeacher:
             for number, text in enumerate(spoken):
                 thought, end, act = text.partition(" </thinking>")
                 given, semicolon, thought = thought.partition(" ;") if number == 0 else ("", "", thought)
-                row.add(speaker.tokenizer.encode(given))
+                head, *lines = given.split("\n")
+                row.add(speaker.tokenizer.encode(head))
+                fits = False  # whether the line before does: then the next one begins; if not, it is said first
+                for line in lines:
+                    row.add(speaker.tokenizer.encode("\n"), trained=fits)
+                    fits = not line.endswith(" no")
+                    row.add(speaker.tokenizer.encode(line.removesuffix(" no")))
+                    row.add(speaker.tokenizer.encode("" if fits else " no"), trained=True)
                 row.add(speaker.tokenizer.encode(semicolon + thought), trained=True)
                 if number < len(calls):
                     row.add(speaker.tokenizer.encode(end + act))
