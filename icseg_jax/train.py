@@ -3230,7 +3230,8 @@ class SceneTeacher:
             The first list is given but for what does not fit in it, and so is what is asked: only reading is taught
             here, habits of asking are not.
             """
-            demo = synthetic.demonstrate(synthetic.imagine(scene, rng), shown, rng, skill=1.0)
+            first = bool(rng.random() < 0.9)  # only the first list: later ones are easy to read
+            demo = synthetic.demonstrate(synthetic.imagine(scene, rng, near=first), shown, rng, skill=1.0)
             row = Transcript(prefix.position)
             speaker.query(row, demo.query, demo.guidance)
             *calls, keyframe, _ = demo.turns
@@ -3247,7 +3248,10 @@ class SceneTeacher:
                     fits = not line.endswith(" no")
                     row.add(speaker.tokenizer.encode(line.removesuffix(" no")))
                     row.add(speaker.tokenizer.encode("" if fits else " no"), trained=True)
-                row.add(speaker.tokenizer.encode(semicolon + thought), trained=True)
+                row.add(speaker.tokenizer.encode(semicolon), trained=not first or fits)
+                if first:
+                    break
+                row.add(speaker.tokenizer.encode(thought), trained=True)
                 if number < len(calls):
                     row.add(speaker.tokenizer.encode(end + act))
                     speaker.observe(row, information(calls[number].reply))
@@ -3339,7 +3343,7 @@ class SceneTeacher:
             if max(room[: w.rows]) >= 40 and (segment := make()) is not None:
                 put(segment, range(w.rows))
         for row in range(w.rows, len(rows)):
-            for _ in range(6):
+            for _ in range(8):
                 put(practice(), range(row, row + 1))
         frames = np.zeros((self.c.protocol.frames, *self._shape(speaker.frame_grid)), np.float32)
         for i, picture in enumerate(pictures):
