@@ -5,10 +5,10 @@
     arithmetic at 512 prompts x 16 rollouts x 8192 tokens. CONFIG defaults to experiments/embedded.yaml.
 `python -m icseg_jax.bench perception [CONFIG] policy.path=DIR [key=value ...]`
     What a warm-started policy sees in 60 scenes that it was not trained on: words and boxes of demonstrations, each
-    token predicted after the true ones. CONFIG defaults to experiments/embedded_warmstart_7.yaml.
+    token predicted after the true ones. CONFIG defaults to experiments/embedded_warmstart_12.yaml.
 `python -m icseg_jax.bench reading [CONFIG] policy.path=DIR [key=value ...]`
     How it writes lists of candidates: first ones, which must be seen, and later ones, which follow from the list
-    before and the answer. CONFIG defaults to experiments/embedded_warmstart_7.yaml.
+    before and the answer. CONFIG defaults to experiments/embedded_warmstart_12.yaml.
 `python -m icseg_jax.bench lists [CONFIG] policy.path=DIR [key=value ...]`
     What becomes of dialogues about test queries, greedy, by what their first list of candidates looks like, and how
     crowding spoils such lists. CONFIG defaults to experiments/embedded.yaml.
@@ -302,8 +302,8 @@ def teacher_forced(config: train.Config) -> tuple[Callable, train.SceneTeacher, 
 MEASUREMENTS = {
     "advantages": (advantages, "experiments/embedded.yaml"),
     "lists": (lists, "experiments/embedded.yaml"),
-    "perception": (perception, "experiments/embedded_warmstart_7.yaml"),
-    "reading": (reading, "experiments/embedded_warmstart_7.yaml"),
+    "perception": (perception, "experiments/embedded_warmstart_12.yaml"),
+    "reading": (reading, "experiments/embedded_warmstart_12.yaml"),
 }
 
 

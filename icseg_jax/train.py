@@ -3228,9 +3228,9 @@ class SceneTeacher:
             """A dialogue of a good asker about objects that are not in the picture.
 
             The first list is given but for what does not fit in it, and so is what is asked: only reading is taught
-            here, habits of asking are not.
+            here, habits of asking are not. Most end with that list: what does not fit is the harder to learn.
             """
-            first = bool(rng.random() < 0.9)  # only the first list: later ones are easy to read
+            first = bool(rng.random() < 0.9)
             demo = synthetic.demonstrate(synthetic.imagine(scene, rng, near=first), shown, rng, skill=1.0)
             row = Transcript(prefix.position)
             speaker.query(row, demo.query, demo.guidance)
