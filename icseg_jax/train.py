@@ -3809,9 +3809,11 @@ class SceneTeacher:
         def practice() -> Transcript:
             """A dialogue of a good asker about objects that are not in the picture.
 
-            The first list is given, and so is what is asked: only reading is taught here, habits of asking are not.
+            The first list is given but for what does not fit in it, and so is what is asked: only reading is taught
+            here, habits of asking are not. Most end with that list: what does not fit is the harder to learn.
             """
-            demo = synthetic.demonstrate(synthetic.imagine(scene, rng), shown, rng, skill=1.0)
+            first = bool(rng.random() < 0.9)
+            demo = synthetic.demonstrate(synthetic.imagine(scene, rng, near=first), shown, rng, skill=1.0)
             row = Transcript(prefix.position)
             speaker.query(row, demo.query, demo.guidance)
             *calls, keyframe, _ = demo.turns
@@ -3820,8 +3822,18 @@ class SceneTeacher:
             for number, text in enumerate(spoken):
                 thought, end, act = text.partition(" </thinking>")
                 given, semicolon, thought = thought.partition(" ;") if number == 0 else ("", "", thought)
-                row.add(speaker.tokenizer.encode(given))
-                row.add(speaker.tokenizer.encode(semicolon + thought), trained=True)
+                head, *lines = given.split("\n")
+                row.add(speaker.tokenizer.encode(head))
+                fits = False  # whether the line before does: then the next one begins; if not, it is said first
+                for line in lines:
+                    row.add(speaker.tokenizer.encode("\n"), trained=fits)
+                    fits = not line.endswith(" no")
+                    row.add(speaker.tokenizer.encode(line.removesuffix(" no")))
+                    row.add(speaker.tokenizer.encode("" if fits else " no"), trained=True)
+                row.add(speaker.tokenizer.encode(semicolon), trained=not first or fits)
+                if first:
+                    break
+                row.add(speaker.tokenizer.encode(thought), trained=True)
                 if number < len(calls):
                     row.add(speaker.tokenizer.encode(end + act))
                     speaker.observe(row, information(calls[number].reply))
@@ -3913,7 +3925,7 @@ class SceneTeacher:
             if max(room[: w.rows]) >= 40 and (segment := make()) is not None:
                 put(segment, range(w.rows))
         for row in range(w.rows, len(rows)):
-            for _ in range(6):
+            for _ in range(8):
                 put(practice(), range(row, row + 1))
         frames = np.zeros((self.c.protocol.frames, *self._shape(speaker.frame_grid)), np.float32)
         for i, picture in enumerate(pictures):

@@ -10,7 +10,7 @@ def test_credit_is_a_small_part_of_an_update(capsys, monkeypatch):
     small = ["rollout.prompts=4"]
     assert bench.main(["advantages", "experiments/embedded.yaml", *small]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["update"]["shape"] == [2, 8, 384] and told["large"]["shape"] == [4, 4, 64]
+    assert told["update"]["shape"] == [2, 8, 416] and told["large"]["shape"] == [4, 4, 64]
     for kind in ("scalar", "local"):
         assert 0 < told[kind]["share_of_update"] < 0.01
 
@@ -29,7 +29,7 @@ def test_the_shipped_base_reads_its_lists(capsys):
     told = json.loads(capsys.readouterr().out)
     assert set(told) == {"first", "later"}
     for kinds in told.values():
-        assert set(kinds) <= {"more", "place", "ruled_out", "differ"} and "more" in kinds
+        assert set(kinds) <= {"more", "place", "fits", "ruled_out", "differ"} and "more" in kinds
         assert all(kind["right"] > 0.8 and kind["of"] > 0 for name, kind in kinds.items() if name != "place")
     assert told["later"]["place"]["of"] == told["later"]["ruled_out"]["of"] > 20
     assert told["later"]["place"]["right"] > 0.95
