@@ -2610,7 +2610,8 @@ def frozen_generator(c: Config, path: str, mesh: Mesh) -> Callable[[str, list[li
     if not resolve_path(path).is_dir():
         raise ConfigError(f"simulator.path={path}: no such directory; a Hugging Face Qwen3-VL directory works")
     policy_config, params = load_policy(path, mesh, dtype=c.policy.dtype)
-    policy = Policy(policy_config)
+    policy = Policy(policy_config, False, mesh)
+    params = reading_copy(policy, mesh, c.policy.dtype)(params)
     tokenizer = load_tokenizer(resolve_path(path), policy_config)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     batch = -(-c.simulator.max_in_flight // ways) * ways
@@ -2619,7 +2620,7 @@ def frozen_generator(c: Config, path: str, mesh: Mesh) -> Callable[[str, list[li
     @functools.cache
     def sampler(most: int) -> Sampler:
         protocol = dataclasses.replace(c.protocol, action_tokens=most, keyframe_size=c.protocol.frame_size)
-        rollout = dataclasses.replace(c.rollout, cache_buckets=[1])  # nothing is said before the only turn
+        rollout = dataclasses.replace(c.rollout, cache_buckets=[1, most + 1])  # nothing is said before the only turn
         speaker = Speaker(protocol, policy_config, tokenizer)
         return Sampler(dataclasses.replace(c, protocol=protocol, rollout=rollout), policy, speaker, mesh, stops=())
 
@@ -2654,12 +2655,10 @@ def frozen_generator(c: Config, path: str, mesh: Mesh) -> Callable[[str, list[li
             images, stacked = jax.device_put((images, stacked), over)
             lanes = there.prefill(params, stacked, Visual(*there.encode(params, images)), rollouts=1)
             position = np.array([[row.position] for row in rows], np.int32)
-            tokens, _, said, *_ = there.decode(
-                params, lanes, position, none + most, there.keys(0, 0, none[:, 0], none), none.astype(np.float32)
-            )
-            tokens, said = jax.device_get((tokens, said))
+            keys, greedy = there.keys(0, 0, none[:, 0], none), none.astype(np.float32)
+            *_, words, _ = there.generate(params, lanes, position, none, none + most, keys, greedy)
             for i in range(len(part)):
-                text = tokenizer.decode(tokens[i, 0, : int(said[i, 0])])
+                text = tokenizer.decode(words[i][0][0])
                 texts.append(text.removesuffix("<|im_end|>").removesuffix("<|endoftext|>"))
         return texts
 

@@ -996,11 +996,10 @@ class Spoken(train.Sampler):
         self.lines = iter(self.LINES)
         return self.lanes
 
-    def decode(self, params, lanes, position, budget, keys, heat):
+    def generate(self, params, lanes, position, held, budget, keys, temperature):
         ids = self.speaker.tokenizer.encode(next(self.lines))
-        tokens = np.broadcast_to(np.array(ids, np.int32), (*budget.shape, len(ids)))
-        said = np.where(budget > 0, len(ids), 0)
-        return tokens, np.zeros(tokens.shape, np.float32), said, said > 0, None
+        words = [[(ids if most > 0 else [], [0.0] * len(ids)) for most in row] for row in budget]
+        return lanes, None, np.where(budget > 0, len(ids), 0), words, budget > 0
 
     def extend(self, params, lanes, rows):
         return None, None, None

@@ -359,10 +359,13 @@ def test_a_skilled_demonstration_is_optimal(test):
 def test_imagined_objects_fit_their_query_and_can_be_told_apart(train):
     rng = np.random.default_rng(0)
     known = set(synthetic.VOCABULARY) | {str(x) for x in range(0, 1001, synthetic.COORDINATE_STEP)}
-    for scene in train[:100]:
-        about = synthetic.imagine(scene, rng)
-        assert 1 <= len(about.objects) <= 6 and about.candidates == tuple(o.oid for o in about.objects)
-        assert all(o.value(a) == v for o in about.objects for a, v in about.mentioned.items())
+    for near, scene in zip(itertools.cycle((False, True)), train[:100]):
+        about = synthetic.imagine(scene, rng, near=near)
+        fitting = [o.oid for o in about.objects if all(o.value(a) == v for a, v in about.mentioned.items())]
+        others = [o for o in about.objects if o.oid not in fitting]
+        assert about.candidates == tuple(fitting) and 1 <= len(fitting) <= (3 if near else 6)
+        assert len(others) in (range(2, 7) if near else range(3))
+        assert all(sum(o.value(a) != v for a, v in about.mentioned.items()) == 1 for o in others)
         demonstration = synthetic.demonstrate(about, SHOWN, rng, skill=1.0)
         assert demonstration.turns[-1].oid == about.target
         assert set(words(" ".join(turn.thinking for turn in demonstration.turns))) <= known
