@@ -4777,7 +4777,7 @@ class Trainer:
                 self.state = self.state.replace(teacher=jax.tree.map(jnp.copy, self.state.params))
         gap = np.abs(old_logp - batch.rows.logp)[batch.rows.trained]
         heard = np.array([[not d.lost for d in row] for row in dialogues])
-        rows = [dialogue_row(dialogues[i][j], scores, i, j, c) for i, j in np.argwhere(heard)]
+        rows = [dialogue_row(dialogues[i][j], scores, i, j, c) for i, j in np.argwhere(heard).tolist()]
         summary = metrics.dialogue_summary(rows)
         words = (
             "success",
