@@ -34,6 +34,7 @@ import hashlib
 import hmac
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -1354,7 +1355,7 @@ class TrainConfig:
 
     run_dir: str = "runs/sam2_mini"  # checkpoint and log lines
     asset: str | None = None  # where the finished segmenter is written; default run_dir/trained
-    start: str | None = None  # a finished segmenter to go on from: its tracking (phase 3) is trained further
+    start: str | None = None  # a finished segmenter to go on from: its phases 2 and 3 are trained further
     seed: int = 0  # of the weights and of the scenes
     threads: int = 1  # of torch
     image_size: int = 192  # pixels, a multiple of 64: frames are resized to it, masks come out at a quarter
@@ -1614,8 +1615,8 @@ def _train(config: TrainConfig, run: Path, asset: Path) -> dict[str, float]:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     if config.start:
-        model, first = load_segmenter(config.start).model, PHASES.index("clip")
-        model_config = json.loads((Path(config.start) / "config.json").read_text(encoding="utf-8"))
+        begun = load_segmenter(config.start)
+        model, model_config, first = begun.model, begun.config, PHASES.index("complete")
     else:
         model_config = mini_config(config.image_size, config.embed_dim, config.stages, config.width,
                                    config.memories)
@@ -1642,16 +1643,18 @@ def _train(config: TrainConfig, run: Path, asset: Path) -> dict[str, float]:
             keys = [key for key in identity if identity[key] != theirs.get(key)]
             raise ValueError(f"{run} holds a run with another config (differs in {', '.join(keys)}); choose "
                              f"another run_dir")
-        if first >= PHASES.index("complete"):
+        if any(name.startswith("complete_mask_decoder.") for name in saved["model"]) and not segmenter.has_complete:
             add_complete_decoder(model)
         model.load_state_dict(saved["model"])
 
     for number, phase in enumerate(PHASES):
         if number < first:
             continue
+        steps = (config.image_steps, config.complete_steps, config.clip_steps)[number]
+        if config.start and not steps:
+            continue
         if phase == "complete" and not segmenter.has_complete:
             add_complete_decoder(model)
-        steps = (config.image_steps, config.complete_steps, config.clip_steps)[number]
         parameters = _trained(model, phase)
         optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
         start = 0
@@ -1730,12 +1733,29 @@ in {seconds / 60:.0f} minutes of one CPU core. Measured by `measure` on
 """
 
 
+def occluded_objects(seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(frame [h, w, 3], visible mask, complete mask) of the test split's objects that show more than MIN_AREA pixels
+    and hide 5 % or more; without end, a frame of each scene."""
+    from icseg_jax import synthetic
+
+    for index in itertools.count():
+        scene = synthetic.make_scene(index, seed=seed, split="test")
+        frame = index % scene.n_frames
+        visible, whole = synthetic.visible_masks(scene, frame), synthetic.complete_masks(scene, frame)
+        image = None
+        for seen, all_of_it in zip(visible, whole, strict=True):
+            if MIN_AREA < seen.sum() < 0.95 * all_of_it.sum():
+                image = synthetic.render(scene, [frame])[0] if image is None else image
+                yield image, seen, all_of_it
+
+
 def measure(segmenter: Segmenter, scenes: int, clips: int) -> dict[str, float]:
     """Mean IoUs on the test split.
 
     `iou` and `iou_sequential`: visible masks from true box and point; `iou_box`, `iou_point`: from one alone;
-    `iou_noisy`: from noisy ones; `complete_occluded`: complete masks of objects with 5 % or more hidden,
-    prompted by what is seen, and `visible_occluded`, the score of answering with exactly what is seen;
+    `iou_noisy`: from noisy ones; `complete_occluded`: complete masks of objects with 5 % or more hidden, prompted by
+    what is seen, and `visible_occluded`, the score of answering with exactly what is seen, the bound that complete
+    masks must beat (DATA.md 2.3), three objects for every scene; the two `_15`: of those with more than 15 % hidden;
     `track`: mean J over all frames but the prompted one; `track_complete`: the same of complete masks.
     """
     from icseg_jax import synthetic
@@ -1745,13 +1765,13 @@ def measure(segmenter: Segmenter, scenes: int, clips: int) -> dict[str, float]:
         return (mask & truth).sum() / max((mask | truth).sum(), 1)
 
     names = ("iou", "iou_sequential", "iou_box", "iou_point", "iou_noisy", "complete_occluded",
-             "visible_occluded", "track", "track_complete")
+             "visible_occluded", "complete_occluded_15", "visible_occluded_15", "track", "track_complete")
     scores: dict[str, list[float]] = {name: [] for name in names}
     rng = np.random.default_rng(0)
     for index in range(scenes):
         scene = synthetic.make_scene(index, seed=7, split="test")
         frame = int(rng.integers(scene.n_frames))
-        visible, whole = synthetic.visible_masks(scene, frame), synthetic.complete_masks(scene, frame)
+        visible = synthetic.visible_masks(scene, frame)
         chosen = [i for i in range(len(visible)) if visible[i].sum() > MIN_AREA]
         features = [segmenter.embed(synthetic.render(scene, [frame])[0])] * len(chosen)
         prompts = [prompt_of_mask(visible[i]) for i in chosen]
@@ -1764,11 +1784,6 @@ def measure(segmenter: Segmenter, scenes: int, clips: int) -> dict[str, float]:
         ):
             logits = segmenter.segment(features, given, prompting)
             scores[name] += [iou(mask, visible[i]) for mask, i in zip(logits, chosen, strict=True)]
-        hidden = [i for i in chosen if visible[i].sum() < 0.95 * whole[i].sum()]
-        prompts = [prompt_of_mask(visible[i], "amodal") for i in hidden]
-        logits = segmenter.segment(features[: len(hidden)], prompts)
-        scores["complete_occluded"] += [iou(mask, whole[i]) for mask, i in zip(logits, hidden, strict=True)]
-        scores["visible_occluded"] += [visible[i].sum() / whole[i].sum() for i in hidden]
         if index >= clips:
             continue
         features = [segmenter.embed(image) for image in synthetic.render(scene, range(scene.n_frames))]
@@ -1783,6 +1798,13 @@ def measure(segmenter: Segmenter, scenes: int, clips: int) -> dict[str, float]:
             masks = segmenter.track(features, best, prompt_of_mask(seen[best, i], mask_type), truth.shape[1:])
             either = np.maximum((masks | truth).sum((1, 2)), 1)
             scores[name] += [float(j) for j in ((masks & truth).sum((1, 2)) / either)[others]]
+    for image, visible, whole in itertools.islice(occluded_objects(seed=7), 3 * scenes):
+        logits = segmenter.segment([segmenter.embed(image)], [prompt_of_mask(visible, "amodal")])[0]
+        seen = visible.sum() / whole.sum()
+        for bound, suffix in ((0.95, ""), (0.85, "_15")):
+            if seen < bound:
+                scores["complete_occluded" + suffix].append(iou(logits, whole))
+                scores["visible_occluded" + suffix].append(seen)
     return {name: float(np.mean(values)) for name, values in scores.items() if values}
 
 
