@@ -254,7 +254,7 @@ def test_two_thousand_frames_need_the_memory_of_a_few(tmp_path):
     objects = [{"position": 1000, "box": [100, 100, 500, 500], "point": [300, 300]}]
     with SegmenterClient(segmenter=tmp_path / "small", log_file=tmp_path / "log") as client:
         seen, early = set(), None
-        for t, _, mask in client.stream(lambda t: np.roll(noise, t, 1), 2000, objects):
+        for t, _, mask in client.stream(lambda t: np.roll(noise, t), 2000, objects):
             assert mask.shape == (240, 427)
             seen.add(t)
             if len(seen) == 50:
