@@ -221,11 +221,12 @@ class WarmstartSection:
 
 @dataclass(frozen=True)
 class SidecarSection:
-    segmenter: str = "asset:sam2_mini"  # directory of config and weights
+    segmenter: str = "asset:sam2_mini"  # directory of config and weights, or a SAM 2.1 checkpoint (.pt)
     address: str | None = None  # a sidecar on another machine instead of one per host
     timeout: float = 60.0  # seconds per request
     threads: int = 1
     prompting: str = "joint"  # box and point together, or sequential: box first, then the point (METHOD.md 5.2)
+    cache_gb: float = 0.0  # of disk for the shown frames' embeddings, for hosts where encoding them takes the time
 
 
 @dataclass(frozen=True)
@@ -589,6 +590,8 @@ def check_config(c: Config) -> Config:
             raise ConfigError(f"sidecar.address={c.sidecar.address}: {error}") from None
     kinds = ("joint", "sequential")
     need(c.sidecar.prompting in kinds, "sidecar.prompting", c.sidecar.prompting, f"use one of {', '.join(kinds)}")
+    room = c.sidecar.cache_gb
+    need(math.isfinite(room) and room >= 0, "sidecar.cache_gb", room, "use a number of GB, or 0 to keep none")
     kinds = ("oracle", "person", "endpoint", "local")
     need(c.simulator.kind in kinds, "simulator.kind", c.simulator.kind, f"use one of {', '.join(kinds)}")
     need(c.expert.kind in ("oracle", "endpoint"), "expert.kind", c.expert.kind, "use oracle or endpoint")
@@ -4654,6 +4657,7 @@ class Trainer:
         self.segmenter = SegmenterClient(
             c.sidecar.address, segmenter=resolve_path(c.sidecar.segmenter), timeout_s=c.sidecar.timeout,
             threads=c.sidecar.threads, log_file=run.own_file("sidecar.log"), prompting=c.sidecar.prompting,
+            cache_gb=c.sidecar.cache_gb,
         )  # fmt: skip
         self.segmenter.start(wait=False)
         self.mask_reward = MaskReward(self.segmenter, self.mesh)
@@ -4878,11 +4882,15 @@ class Trainer:
         truth = np.stack([sample.truth(i) for i in range(len(sample.frames))])
         masks = np.zeros_like(truth)
         if d.answer is not None and d.frame in d.prompt.fids:
-            video = np.stack([sample.image(i) for i in range(len(sample.frames))])
-            position = d.prompt.positions[d.prompt.fids.index(d.frame)]
-            box, point = np.clip(d.answer.box, 0, 1000).tolist(), np.clip(d.answer.point, 0, 1000).tolist()
+            asked = {
+                "position": d.prompt.positions[d.prompt.fids.index(d.frame)],
+                "box": np.clip(d.answer.box, 0, 1000).tolist(),
+                "point": np.clip(d.answer.point, 0, 1000).tolist(),
+                "mask_type": d.answer.mask_type,
+            }
             try:
-                masks = self.segmenter.track(video, position, box, point, d.answer.mask_type)
+                for i, _, mask in self.segmenter.stream(sample.image, len(sample.frames), [asked]):
+                    masks[i] = mask
             except SidecarError as error:  # the row is left out of J&F, the evaluation goes on
                 print(f"{sample.id}: no masks ({error})", file=sys.stderr)
                 return {}

@@ -335,6 +335,7 @@ def test_learning_rate_rises_stays_and_falls():
         (["experiments/embedded.yaml", "simulator.flip=2"], "from 0 to 1"),
         (["experiments/embedded.yaml", "evaluate.max_turns=9"], "1 to protocol.max_turns=6"),
         (["experiments/embedded.yaml", "sidecar.prompting=both"], "joint, sequential"),
+        (["experiments/embedded.yaml", "sidecar.cache_gb=-1"], "sidecar.cache_gb=-1"),
         (["experiments/embedded.yaml", "mesh.fsdp=0"], "mesh.fsdp=0"),
         (["experiments/embedded.yaml", "profile.steps=5..3"], "first..last"),
         (["experiments/embedded.yaml", "profile.steps=3"], "first..last"),
