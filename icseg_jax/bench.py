@@ -550,7 +550,7 @@ def huggingface(job: dict[str, Any]) -> None:
     from transformers import Qwen3VLForConditionalGeneration
 
     saved = np.load(f"{job['folder']}/dialogue.npz")
-    model = Qwen3VLForConditionalGeneration.from_pretrained(job["folder"], dtype="auto").eval()
+    model = Qwen3VLForConditionalGeneration.from_pretrained(job["folder"], dtype="auto", use_safetensors=True).eval()
     n = job["rollouts"]
     rows = np.repeat(saved["tokens"], n, 0)
     p = len(saved["tokens"])
