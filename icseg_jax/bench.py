@@ -8,10 +8,10 @@
     install 'icseg-jax[bench]'`): CPU seconds of either on one thread, the least of interleaved calls, and their ratio.
 `python -m icseg_jax.bench perception [CONFIG] policy.path=DIR [key=value ...]`
     What a warm-started policy sees in 60 scenes that it was not trained on: words and boxes of demonstrations, each
-    token predicted after the true ones. CONFIG defaults to experiments/embedded_warmstart_7.yaml.
+    token predicted after the true ones. CONFIG defaults to experiments/embedded_warmstart_12.yaml.
 `python -m icseg_jax.bench reading [CONFIG] policy.path=DIR [key=value ...]`
     How it writes lists of candidates: first ones, which must be seen, and later ones, which follow from the list
-    before and the answer. CONFIG defaults to experiments/embedded_warmstart_7.yaml.
+    before and the answer. CONFIG defaults to experiments/embedded_warmstart_12.yaml.
 `python -m icseg_jax.bench lists [CONFIG] policy.path=DIR [key=value ...]`
     What becomes of dialogues about test queries, greedy, by what their first list of candidates looks like, and how
     crowding spoils such lists. CONFIG defaults to experiments/embedded.yaml.
@@ -248,8 +248,9 @@ def perception(config: train.Config, batches: int = 3) -> dict[str, Any]:
 def reading(config: train.Config, batches: int = 3) -> dict[str, Any]:
     """Share of right tokens in the lists of thinking, the truth before them given; later lists can be read.
 
-    more: whether another line follows; place: its number (on a first list it may be one off); ruled_out: whether the
-    answer before excludes it; differ: the attributes that differ among those left.
+    more: whether another line follows; place: its number (on a first list it may be one off); fits: whether the query
+    excludes what a line of a first list said; ruled_out: whether the answer before excludes it; differ: the attributes
+    that differ among those left.
     """
     logits_of, scenes, tokenizer = teacher_forced(config)
     hits: dict[tuple[str, str], list[bool]] = {}
@@ -270,12 +271,15 @@ def reading(config: train.Config, batches: int = 3) -> dict[str, Any]:
                 if not (thinking and batch.rows.trained[row][t]):
                     continue
                 right, kind = bool(said[row][t] == tokens[row][t]), None
+                same_no = bool((said[row][t] == no) == (word == " no"))
+                if not ended and before.strip() in synthetic.COLUMNS:
+                    hits.setdefault(("first" if turn == 1 else "later", "fits"), []).append(same_no)
                 if word in ("\n", " ;") and not ended:
                     kind, ended = "more", word == " ;"
                 elif before == "\n" and not ended and word.isdigit():
                     kind = "place"
                 elif turn > 1 and words[t - 2] == "\n" and before.isdigit() and not ended:
-                    kind, right = "ruled_out", bool((said[row][t] == no) == (word == " no"))
+                    kind, right = "ruled_out", same_no
                 elif ended and word.strip() in synthetic.ASKABLE:
                     kind = "differ"
                 if kind:
@@ -342,7 +346,7 @@ def first_list(d: train.Dialogue) -> tuple[str, float]:
     graph, fid = d.prompt.graph, d.prompt.fids[0]
     words = {o["oid"]: (o["color"], o["shape"], o["size"], o["motion"]["dir"]) for o in graph["objects"]}
     true = collections.Counter(words[oid] for oid in graph["candidates"])
-    lines = re.findall(r"\n\d+ (\w+) (\w+) (\w+) (\w+)", d.texts[0].partition(" ; ")[0])
+    lines = re.findall(r"\n\d+ (\w+) (\w+) (\w+) (\w+) \w+(?! no)\b", d.texts[0].partition(" ; ")[0])
     said = collections.Counter(lines)
     missing, extra = true - said, said - true
     kind = ("wrong" if extra else "missing") if missing else "extra" if extra else "exact"
@@ -547,7 +551,7 @@ def huggingface(job: dict[str, Any]) -> None:
     from transformers import Qwen3VLForConditionalGeneration
 
     saved = np.load(f"{job['folder']}/dialogue.npz")
-    model = Qwen3VLForConditionalGeneration.from_pretrained(job["folder"], dtype="auto").eval()
+    model = Qwen3VLForConditionalGeneration.from_pretrained(job["folder"], dtype="auto", use_safetensors=True).eval()
     n = job["rollouts"]
     rows = np.repeat(saved["tokens"], n, 0)
     p = len(saved["tokens"])
@@ -667,8 +671,8 @@ MEASUREMENTS = {
     "advantages": (advantages, "experiments/embedded.yaml"),
     "lists": (lists, "experiments/embedded.yaml"),
     "metrics": (metrics_speed, None),  # of no config
-    "perception": (perception, "experiments/embedded_warmstart_7.yaml"),
-    "reading": (reading, "experiments/embedded_warmstart_7.yaml"),
+    "perception": (perception, "experiments/embedded_warmstart_12.yaml"),
+    "reading": (reading, "experiments/embedded_warmstart_12.yaml"),
 }
 
 

@@ -463,7 +463,7 @@ def _davis_mask_dict(folder: Path) -> dict:
     if not (folder / "mask_dict.json").is_file():
         pickled = folder / "mask_dict.pkl"
         if pickled.is_file():
-            command = ("import json, pickle; json.dump(pickle.load(open(\"mask_dict.pkl\", \"rb\")), "
+            command = ("from pickle import load; import json; json.dump(load(open(\"mask_dict.pkl\", \"rb\")), "
                        "open(\"mask_dict.json\", \"w\"), default=bytes.decode)")
             raise DataError(f"{pickled} is a pickle, which could run anything; if you trust it, write it as JSON "
                             f"in its folder: python -c '{command}'")

@@ -187,31 +187,41 @@ def requery(scene: Scene, rng: np.random.Generator) -> Scene:
         initial_count=len(candidates), max_count=int(worst), optimal_expected=expected, best_first=best)
 
 
-def imagine(scene: Scene, rng: np.random.Generator) -> Scene:
-    """One to six other objects in the scene's stead, all of which the query fits, for dialogues about a list that is
-    given as text: what comes after a list is read there, not seen.
+def imagine(scene: Scene, rng: np.random.Generator, *, near: bool = False) -> Scene:
+    """One to six other objects in the scene's stead which the query fits, and up to two that it nearly does, for
+    dialogues about a list that is given as text: what comes after a list, and what fits, is read there, not seen.
+
+    near: as many near misses as objects that fit, most of them by their motion, which is learned last.
     """
     worst = math.inf
     while math.isinf(worst):  # alike in everything
-        n = int(rng.integers(1, 7))
+        n, others = (int(rng.integers(1, 4)), int(rng.integers(2, 7))) if near else (
+            int(rng.integers(1, 7)), int(rng.integers(3)))
         values = {a: rng.permutation(len(VALUES[a]))[: int(rng.integers(1, 4))] for a in ASKABLE}
-        said = _pick(rng, ("color", "shape", "size", "motion"))
-        values[said] = values[said][:1]
+        kinds = rng.permutation(("color", "shape", "size", "motion"))[: int(rng.integers(1, 3))].tolist()
+        if near and "motion" not in kinds:
+            kinds[0] = "motion"
+        for said in kinds:
+            values[said] = values[said][:1]
         objects = []
-        for oid in range(1, n + 1):
+        for oid in range(1, n + others + 1):
             row = {a: VALUES[a][int(rng.choice(values[a]))] for a in ASKABLE if a != "column"}
+            if oid > n:
+                off = "motion" if near and rng.random() < 0.5 else _pick(rng, kinds)
+                row[off] = _pick(rng, [v for v in VALUES[off] if v != row[off]])
             radius = int(rng.integers(SIZES[row["size"]][0], SIZES[row["size"]][1] + 1))
             center = rng.integers(radius, scene.width - radius, 2).astype(float)
             while min(abs(center[0] - scene.width * k / 3) for k in (1, 2)) <= DEAD_ZONE * scene.width + 1:
                 center[0] = rng.integers(radius, scene.width - radius)
             still = np.broadcast_to(center, (scene.n_frames, 2))
             objects.append(Object(oid=oid, radius=radius, z=oid, centers=still, **row))
-        worst, expected, best = optimal_questions([attributes_of(o, QUERY_FRAME, scene.width) for o in objects])
-    mentioned = {said: VALUES[said][int(values[said][0])]}
+        worst, expected, best = optimal_questions([attributes_of(o, QUERY_FRAME, scene.width) for o in objects[:n]])
+    mentioned = {said: VALUES[said][int(values[said][0])] for said in kinds}
     return replace(
         scene, objects=tuple(objects), query=_query_text(rng, mentioned, scene.mask_type), mentioned=mentioned,
         level="difficult", candidates=tuple(range(1, n + 1)), target=int(rng.integers(n)) + 1, initial_count=n,
-        max_count=int(worst), optimal_expected=expected, best_first=best, visible=np.ones((n, scene.n_frames)))
+        max_count=int(worst), optimal_expected=expected, best_first=best,
+        visible=np.ones((n + others, scene.n_frames)))
 
 
 def attributes_of(obj: Object, frame: int = QUERY_FRAME, width: int = WIDTH) -> dict[str, str]:
@@ -564,22 +574,28 @@ def placed(obj: Object, frame: int, width: int = WIDTH) -> str:
     return f"{place(obj, frame, width)} {describe(obj, frame, width)}"
 
 
-def think(candidates: Sequence[Object], frame: int, width: int = WIDTH, before: Sequence[Object] = ()) -> str:
+def think(candidates: Sequence[Object], frame: int, width: int = WIDTH, before: Sequence[Object] = (),
+          doubted: Sequence[Object] = ()) -> str:
     """The candidates by their left edges in `frame` (the first shown), and each attribute's number of values.
 
     One to a line, then "; differ color 2 size 2 motion 2 column 2"; after one candidate "; one left"; none: "no match".
     `before`: the candidates of the turn before; those that the answer ruled out are listed as "520 no", so that going
-    through a list and comparing are two things.
+    through a list and comparing are two things. `doubted`: objects that the query does not fit but nearly does, listed
+    with all their attributes and then "no": what an object is must be said before it can be read whether it fits.
     Whether another follows is one token, a new line or a semicolon: were it the next number or a word, a likeliest
     word would win against places of which each is unlikely, and lists that are read greedily would be too short.
     """
-    if not candidates:
-        return "no match"
     kept = {o.oid for o in candidates}
-    listed = "".join(
-        f"\n{placed(o, frame, width)}" if o.oid in kept else f"\n{place(o, frame, width)} no"
-        for o in sorted(before or candidates, key=lambda o: o.centers[frame, 0] - o.radius)
-    )
+
+    def line(o: Object) -> str:
+        if before and o.oid not in kept:
+            return f"\n{place(o, frame, width)} no"
+        return f"\n{placed(o, frame, width)}" + (" no" if o.oid not in kept else "")
+
+    lines = [*(before or candidates), *doubted]
+    listed = "".join(line(o) for o in sorted(lines, key=lambda o: o.centers[frame, 0] - o.radius))
+    if not kept:
+        return f"{listed} ; no match" if doubted else "no match"
     if len(kept) == 1:
         return f"{listed} ; one left"
     kinds = {a: len({o.value(a, frame, width) for o in candidates}) for a in ASKABLE}
@@ -851,6 +867,8 @@ GUESSES = 0.35  # commits although several are left
 NEEDLESS = 0.25  # asks although one is left
 MAX_NEEDLESS = 3
 HABITS = {"any": 0.55, "color": 0.25, "differing": 0.20}  # which attribute it asks
+DOUBTS = (0.1, 0.5)  # lists an object that the query does not fit, and says so: any, one that a single word excludes
+LINES = 6  # of a list with such objects
 BEST_FRAME = 0.6  # takes the shown frame with the largest visible area, else any good one
 GUIDED_SKILL = 0.95
 
@@ -882,10 +900,11 @@ def _dialogue(scene: Scene, graph: dict, user, shown: Sequence[int], rng: np.ran
     turns: list[Turn] = []
     left, needless = list(scene.candidates), 0
     before: list[int] = []
+    doubted = _doubted(scene, rng)
 
     def thought() -> str:
         now, earlier = ([scene.object(oid) for oid in oids] for oids in (left, before))
-        return think(now, shown[0], scene.width, earlier)
+        return think(now, shown[0], scene.width, earlier, () if earlier else doubted)
 
     while len(turns) < BUDGET and left:
         attribute = _decide(scene, left, shown[0], rng, skill, plan, needless)
@@ -908,6 +927,17 @@ def _dialogue(scene: Scene, graph: dict, user, shown: Sequence[int], rng: np.ran
             Turn("keyframe", thinking, len(left), len(left), frame=_key_frame(scene, chosen, shown, rng),
                  oid=chosen.oid),
             Turn("answer", named, len(left), len(left), oid=chosen.oid)]
+
+
+def _doubted(scene: Scene, rng: np.random.Generator) -> list[Object]:
+    """Some of the objects that the query does not fit, most of them near misses, as many as a list has room for."""
+    found = []
+    for obj in scene.objects:
+        off = sum(obj.value(a, QUERY_FRAME, scene.width) != v for a, v in scene.mentioned.items())
+        if off and rng.random() < DOUBTS[off == 1]:
+            found.append(obj)
+    room = max(0, LINES - len(scene.candidates))
+    return [found[i] for i in sorted(rng.permutation(len(found))[:room])]
 
 
 def _decide(scene: Scene, left: Sequence[int], frame: int, rng: np.random.Generator, skill: float,

@@ -223,11 +223,12 @@ class WarmstartSection:
 
 @dataclass(frozen=True)
 class SidecarSection:
-    segmenter: str = "asset:sam2_mini"  # directory of config and weights
+    segmenter: str = "asset:sam2_mini"  # directory of config and weights, or a SAM 2.1 checkpoint (.pt)
     address: str | None = None  # a sidecar on another machine instead of one per host
     timeout: float = 60.0  # seconds per request
     threads: int = 1
     prompting: str = "joint"  # box and point together, or sequential: box first, then the point (METHOD.md 5.2)
+    cache_gb: float = 0.0  # of disk for the shown frames' embeddings, for hosts where encoding them takes the time
 
 
 @dataclass(frozen=True)
@@ -600,6 +601,8 @@ def check_config(c: Config) -> Config:
             raise ConfigError(f"sidecar.address={c.sidecar.address}: {error}") from None
     kinds = ("joint", "sequential")
     need(c.sidecar.prompting in kinds, "sidecar.prompting", c.sidecar.prompting, f"use one of {', '.join(kinds)}")
+    room = c.sidecar.cache_gb
+    need(math.isfinite(room) and room >= 0, "sidecar.cache_gb", room, "use a number of GB, or 0 to keep none")
     kinds = ("oracle", "person", "endpoint", "local")
     need(c.simulator.kind in kinds, "simulator.kind", c.simulator.kind, f"use one of {', '.join(kinds)}")
     need(c.expert.kind in ("oracle", "endpoint"), "expert.kind", c.expert.kind, "use oracle or endpoint")
@@ -2422,7 +2425,7 @@ class Sampler:
         """One stretch of a turn: samples until every row stopped, spent its budget or said rollout.decode_tokens.
 
         position [P,N]: M-RoPE position of the next token; budget [P,N]: tokens a row may still say, 0 for rows that
-        are are out; state [P,N]: of the stop automaton; keys [P,N]; temperature [P,N], 0 takes the likeliest; logp is
+        are out; state [P,N]: of the stop automaton; keys [P,N]; temperature [P,N], 0 takes the likeliest; logp is
         that of the plain logits, whatever the temperature and the penalty. Returns tokens and logp [P,N,R], length and
         state [P,N], finished [P,N] (a stop string or the end of the turn was said), all of them whole on every device,
         then the fresh Keys and the logits [P,N,V] of the next token.
@@ -2679,7 +2682,8 @@ def frozen_generator(c: Config, path: str, mesh: Mesh) -> Callable[[str, list[li
     if not resolve_path(path).is_dir():
         raise ConfigError(f"simulator.path={path}: no such directory; a Hugging Face Qwen3-VL directory works")
     policy_config, params = load_policy(path, mesh, dtype=c.policy.dtype)
-    policy = Policy(policy_config)
+    policy = Policy(policy_config, False, mesh)
+    params = reading_copy(policy, mesh, c.policy.dtype)(params)
     tokenizer = load_tokenizer(resolve_path(path), policy_config)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     batch = -(-c.simulator.max_in_flight // ways) * ways
@@ -2688,7 +2692,7 @@ def frozen_generator(c: Config, path: str, mesh: Mesh) -> Callable[[str, list[li
     @functools.cache
     def sampler(most: int) -> Sampler:
         protocol = dataclasses.replace(c.protocol, action_tokens=most, keyframe_size=c.protocol.frame_size)
-        rollout = dataclasses.replace(c.rollout, cache_buckets=[1])  # nothing is said before the only turn
+        rollout = dataclasses.replace(c.rollout, cache_buckets=[1, most + 1])  # nothing is said before the only turn
         speaker = Speaker(protocol, policy_config, tokenizer)
         return Sampler(dataclasses.replace(c, protocol=protocol, rollout=rollout), policy, speaker, mesh, stops=())
 
@@ -2723,14 +2727,11 @@ def frozen_generator(c: Config, path: str, mesh: Mesh) -> Callable[[str, list[li
             images, stacked = jax.device_put((images, stacked), over)
             lanes = there.prefill(params, stacked, Visual(*there.encode(params, images)), rollouts=1)
             position = np.array([[row.position] for row in rows], np.int32)
-            heat = none.astype(np.float32)
-            tokens, _, said, *_ = there.decode(
-                params, lanes, position, none + most, there.keys(0, 0, none[:, 0], none), heat,
-                there.penalty([[[]]] * batch, heat + 1, heat),
-            )  # fmt: skip
-            tokens, said = jax.device_get((tokens, said))
+            keys, heat = there.keys(0, 0, none[:, 0], none), none.astype(np.float32)
+            penalty = there.penalty([[[]]] * batch, heat + 1, heat)
+            *_, words, _ = there.generate(params, lanes, position, none, none + most, keys, heat, penalty)
             for i in range(len(part)):
-                text = tokenizer.decode(tokens[i, 0, : int(said[i, 0])])
+                text = tokenizer.decode(words[i][0][0])
                 texts.append(text.removesuffix("<|im_end|>").removesuffix("<|endoftext|>"))
         return texts
 
@@ -3880,9 +3881,11 @@ class SceneTeacher:
         def practice() -> Transcript:
             """A dialogue of a good asker about objects that are not in the picture.
 
-            The first list is given, and so is what is asked: only reading is taught here, habits of asking are not.
+            The first list is given but for what does not fit in it, and so is what is asked: only reading is taught
+            here, habits of asking are not. Most end with that list: what does not fit is the harder to learn.
             """
-            demo = synthetic.demonstrate(synthetic.imagine(scene, rng), shown, rng, skill=1.0)
+            first = bool(rng.random() < 0.9)
+            demo = synthetic.demonstrate(synthetic.imagine(scene, rng, near=first), shown, rng, skill=1.0)
             row = Transcript(prefix.position)
             speaker.query(row, demo.query, demo.guidance)
             *calls, keyframe, _ = demo.turns
@@ -3891,8 +3894,18 @@ class SceneTeacher:
             for number, text in enumerate(spoken):
                 thought, end, act = text.partition(" </thinking>")
                 given, semicolon, thought = thought.partition(" ;") if number == 0 else ("", "", thought)
-                row.add(speaker.tokenizer.encode(given))
-                row.add(speaker.tokenizer.encode(semicolon + thought), trained=True)
+                head, *lines = given.split("\n")
+                row.add(speaker.tokenizer.encode(head))
+                fits = False  # whether the line before does: then the next one begins; if not, it is said first
+                for line in lines:
+                    row.add(speaker.tokenizer.encode("\n"), trained=fits)
+                    fits = not line.endswith(" no")
+                    row.add(speaker.tokenizer.encode(line.removesuffix(" no")))
+                    row.add(speaker.tokenizer.encode("" if fits else " no"), trained=True)
+                row.add(speaker.tokenizer.encode(semicolon), trained=not first or fits)
+                if first:
+                    break
+                row.add(speaker.tokenizer.encode(thought), trained=True)
                 if number < len(calls):
                     row.add(speaker.tokenizer.encode(end + act))
                     speaker.observe(row, information(calls[number].reply))
@@ -3984,7 +3997,7 @@ class SceneTeacher:
             if max(room[: w.rows]) >= 40 and (segment := make()) is not None:
                 put(segment, range(w.rows))
         for row in range(w.rows, len(rows)):
-            for _ in range(6):
+            for _ in range(8):
                 put(practice(), range(row, row + 1))
         frames = np.zeros((self.c.protocol.frames, *self._shape(speaker.frame_grid)), np.float32)
         for i, picture in enumerate(pictures):
@@ -4775,6 +4788,7 @@ class Trainer:
         self.segmenter = SegmenterClient(
             c.sidecar.address, segmenter=resolve_path(c.sidecar.segmenter), timeout_s=c.sidecar.timeout,
             threads=c.sidecar.threads, log_file=run.own_file("sidecar.log"), prompting=c.sidecar.prompting,
+            cache_gb=c.sidecar.cache_gb,
         )  # fmt: skip
         self.segmenter.start(wait=False)
         self.mask_reward = MaskReward(self.segmenter, self.mesh)
@@ -4898,7 +4912,7 @@ class Trainer:
                 self.state = self.state.replace(teacher=jax.tree.map(jnp.copy, self.state.params))
         gap = np.abs(old_logp - batch.rows.logp)[batch.rows.trained]
         heard = np.array([[not d.lost for d in row] for row in dialogues])
-        rows = [dialogue_row(dialogues[i][j], scores, i, j, c) for i, j in np.argwhere(heard)]
+        rows = [dialogue_row(dialogues[i][j], scores, i, j, c) for i, j in np.argwhere(heard).tolist()]
         summary = metrics.dialogue_summary(rows)
         words = (
             "success",
@@ -5076,11 +5090,14 @@ def video_masks(segmenter: SegmenterClient, sample: data.Sample, position: int |
                 ) -> np.ndarray:
     """bool [T,H,W]: what SAM2 makes of an answer on the frame at `position`; nothing for no answer. Raises
     SidecarError."""
+    masks = np.zeros((len(sample.frames), *sample.size), bool)
     if answer is None:
-        return np.zeros((len(sample.frames), *sample.size), bool)
-    video = np.stack([sample.image(i) for i in range(len(sample.frames))])
-    box, point = np.clip(answer.box, 0, 1000).tolist(), np.clip(answer.point, 0, 1000).tolist()
-    return segmenter.track(video, position, box, point, answer.mask_type)
+        return masks
+    asked = {"position": position, "box": np.clip(answer.box, 0, 1000).tolist(),
+             "point": np.clip(answer.point, 0, 1000).tolist(), "mask_type": answer.mask_type}  # fmt: skip
+    for i, _, mask in segmenter.stream(sample.image, len(sample.frames), [asked]):
+        masks[i] = mask
+    return masks
 
 
 EVALUATION = 2**30  # the step under which evaluations fold their random keys, so that before and after compare

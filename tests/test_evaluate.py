@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_simulator import SECRET, Server
+from test_simulator import SECRET, server  # noqa: F401 - a fixture
 
 from icseg_jax import data, evaluate, metrics, readers, simulator, synthetic
 
@@ -26,24 +26,14 @@ def world(tmp_path_factory):
     return folder / "prepared"
 
 
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    monkeypatch.setenv("ICSEG_ANSWERS", str(tmp_path / "answers"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    there = Server()
-    yield there
-    there.stop()
-
-
-def command(world, server, *more):
+def command(world, server, *more):  # noqa: F811
     there = [f"{name}.{key}" for name in ("simulator", "expert")
              for key in ("kind=endpoint", "model=m", f"url={server.url}", "timeout=5")]
     return [CONFIG, "check=oracle", f"data.path={world}", "data.generate_train=0", "rollout.prompts=2",
             "update.minibatches=1", *there, *more]
 
 
-def test_a_model_that_knows_agrees_and_one_that_guesses_does_not(world, server, capsys):
+def test_a_model_that_knows_agrees_and_one_that_guesses_does_not(world, server, capsys):  # noqa: F811
     config = evaluate.train.load_config(CONFIG, [a for a in command(world, server)[1:] if a != "check=oracle"])
     played = evaluate.dialogues(config)
     assert played and all(sample.target_ids and len(d) == 5 for sample, _, d in played)

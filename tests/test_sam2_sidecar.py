@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -22,10 +23,12 @@ from hypothesis import strategies as st
 from icseg_jax import sam2_sidecar, synthetic
 from icseg_jax.sam2_sidecar import (
     ASSET,
+    EmbeddingStore,
     Prompt,
     SegmenterClient,
     Server,
     SidecarError,
+    Track,
     decode_message,
     encode_message,
     load_segmenter,
@@ -144,6 +147,283 @@ def test_complete_masks_are_other_masks(client):
     assert whole.shape == seen.shape == frames.shape[:3] and (whole != seen).any()
 
 
+def test_complete_masks_beat_a_perfect_visible_one(client):
+    """R2SM's bound (DATA.md 2.3): whoever answers with exactly what is seen scores 1 - occlude_rate. The prompt is
+    the visible part's, so that what is hidden has to be made up. Over 60 objects of which more than 15 % is hidden,
+    the subset that DATA.md 2.2 calls occluded; how far below that it holds takes more objects (the asset's README)."""
+    found = (row for row in sam2_sidecar.occluded_objects(seed=15) if row[1].sum() < 0.85 * row[2].sum())
+    rows, seen, whole = [], [], []
+    for n, (image, visible, complete) in enumerate(itertools.islice(found, 60)):
+        client.register("occluded", n, image)
+        prompt = prompt_of_mask(visible)
+        rows.append({"video": "occluded", "frame": n, "box": prompt.box, "point": prompt.point})
+        seen.append(visible)
+        whole.append(complete)
+
+    def score(masks):
+        return np.mean([overlap(mask, truth) for mask, truth in zip(masks, whole, strict=True)])
+
+    drawn = score(client.segment([{**row, "mask_type": "amodal"} for row in rows]))
+    assert drawn >= score(seen) + 0.02, (drawn, score(seen))
+    assert drawn > score(client.segment(rows))
+
+
+# -- long videos -----------------------------------------------------------------------------------
+
+
+def follow(client, frames, objects):
+    """Masks [object, t, h, w] and the order in which frames were read and pairs came."""
+    read, came, answered = [], [], 0
+    masks = np.zeros((len(objects), *frames.shape[:3]), bool)
+
+    def reader(t):
+        read.append(t)
+        assert len(read) - answered <= sam2_sidecar.CHUNK  # it never runs ahead
+        return frames[t]
+
+    for t, i, mask in client.stream(reader, len(frames), objects):
+        answered = len(read)
+        came.append((t, i))
+        masks[i, t] = mask
+    return masks, read, came
+
+
+def test_several_objects_share_a_video(client):
+    """Prompted in different frames, by different kinds of prompts, one of them complete and one of nothing."""
+    scene = synthetic.make_scene(5, seed=17, split="test")
+    frames = synthetic.render(scene, range(scene.n_frames))
+    objects = []
+    for n, (position, kind) in enumerate([(3, "both"), (3, "both"), (8, "box"), (0, "both"), (8, "none")]):
+        seen = synthetic.visible_masks(scene, position)
+        prompt = prompt_of_mask(seen[[i for i in range(len(seen)) if seen[i].sum() > 60][n % 2]])
+        objects.append({"position": position, "box": prompt.box if kind != "none" else [0] * 4,
+                        "point": prompt.point if kind == "both" else [0] * 2,
+                        "mask_type": "amodal" if n == 1 else "modal"})
+    before = client.stats()["encoded"]
+    together, read, came = follow(client, frames, objects)
+    assert client.stats()["encoded"] - before == len(frames)
+    assert sorted(came) == [(t, i) for t in range(12) for i in range(5)]
+    assert read == [*range(12), *range(7, -1, -1)]
+    assert not together[4].any() and together[:4].any((2, 3)).sum() > 30
+    for i in (0, 1, 2):
+        alone = client.track(frames, *objects[i].values())
+        assert (alone != together[i]).mean() < 1e-4  # a batch of another size may round differently
+
+
+def test_a_track_survives_the_sidecar(client):
+    scene = synthetic.make_scene(6, seed=12, split="test")
+    frames = np.concatenate([synthetic.render(scene, range(scene.n_frames))] * 2)
+    prompt = prompt_of_mask(synthetic.visible_masks(scene, 0)[0])
+    objects = [{"position": 0, "box": prompt.box, "point": prompt.point}]
+    expected, _, order = follow(client, frames, objects)
+    came, masks, restarts = [], [], client.restarts
+    for t, i, mask in client.stream(frames.__getitem__, len(frames), objects):
+        came.append((t, i))
+        masks.append(mask)
+        if len(came) == 10:
+            os.kill(client.pid, signal.SIGKILL)
+    assert came == order and np.array_equal(np.stack(masks), expected[0]) and client.restarts == restarts + 1
+
+
+def test_frames_that_are_none(client):
+    objects = [{"position": 0, "box": [1, 1, 9, 9], "point": [5, 5]}]
+    with pytest.raises(ValueError, match=r"frame 1: expected uint8 \[h, w, 3\], not float64 \[4, 4\]"):
+        list(client.stream([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4))].__getitem__, 2, objects))
+    with pytest.raises(SidecarError, match="position: expected 0..1, not 2"):
+        list(client.stream(lambda t: None, 2, [{**objects[0], "position": 2}]))
+    for message in ({"frames": 0, "objects": objects}, {"frames": 5, "objects": []}, {"frames": 2},
+                    {"frames": 2, "objects": [{**objects[0], "mask_type": "both"}]}):
+        assert ask(client, [b"", msgpack.packb({"op": "track", **message})]).get("error")
+    assert ask(client, encode_message({"op": "advance", "track": "nobody's", "images": []})) == {"forgotten": True}
+    begun = ask(client, encode_message({"op": "track", "frames": 10**15, "objects": objects}))  # costs no memory
+    assert begun["next"] == list(range(8))
+    again = encode_message({"op": "advance", "track": begun["track"], "images": []})
+    assert ask(client, again)["error"] == "images: expected 8, not 0" and ask(client, again) == {"forgotten": True}
+
+
+@pytest.mark.slow
+def test_two_thousand_frames_need_the_memory_of_a_few(tmp_path):
+    """Neither process grows with the video: 0.6 GB of pixels pass through less than 0.1 GB."""
+    config = sam2_sidecar.mini_config(64, 8, [1, 1, 2, 1], 32, 4)
+    sam2_sidecar.save_segmenter(tmp_path / "small", sam2_sidecar.build_model(config), config)
+
+    def resident(pid):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    noise = np.random.default_rng(0).integers(0, 256, (240, 427, 3), np.uint8)
+    objects = [{"position": 1000, "box": [100, 100, 500, 500], "point": [300, 300]}]
+    with SegmenterClient(segmenter=tmp_path / "small", log_file=tmp_path / "log") as client:
+        seen, early = set(), None
+        for t, _, mask in client.stream(lambda t: np.roll(noise, t), 2000, objects):
+            assert mask.shape == (240, 427)
+            seen.add(t)
+            if len(seen) == 50:
+                early = resident(os.getpid()), resident(client.pid)
+        assert seen == set(range(2000)) and client.stats()["encoded"] > 1900
+        growth = resident(os.getpid()) - early[0], resident(client.pid) - early[1]
+    assert max(growth) < 1e8, growth
+
+
+# -- embeddings on disk ----------------------------------------------------------------------------
+
+
+def test_embeddings_survive_the_process(client, objects, tmp_path, monkeypatch):
+    """And a mask is the same with them, without them, and when one is damaged, bit for bit."""
+    expected = client.mask_iou(rows_of(objects[:8]))[0]
+    folder = tmp_path / "embeddings"
+    monkeypatch.setenv(sam2_sidecar.CACHE_VARIABLE, str(folder))
+    with SegmenterClient(cache_gb=1, log_file=tmp_path / "log") as cached:
+        register(cached, objects[:8])
+        for encoded, loaded in ((8, 0), (2, 6), (0, 8)):
+            assert np.array_equal(cached.mask_iou(rows_of(objects[:8]))[0], expected)
+            stats = cached.stats()
+            assert (stats["encoded"], stats["loaded"]) == (encoded, loaded)
+            cached.track(np.stack([255 - objects[0][2]] * 2), 0, objects[0][4].box, objects[0][4].point)
+            files = sorted(folder.iterdir())
+            assert len(files) == 8  # the tracked video's are not kept
+            cached.close()
+            if encoded == 8:
+                files[0].write_bytes(files[0].read_bytes()[:-1] + b"?")
+                files[1].write_bytes(b"")
+    assert (tmp_path / "log").read_text().count("computed again (damaged)") == 2
+
+
+def test_the_folder_of_embeddings_is_bounded(segmenter, objects, tmp_path, caplog):
+    store = EmbeddingStore(tmp_path / "e", 1e6, segmenter)
+    (tmp_path / "e" / "left.tmp").write_bytes(b"by a process that was killed")
+    os.utime(tmp_path / "e" / "left.tmp", (0, 0))
+    server = Server(segmenter, store=store)
+    for n, o in enumerate(objects[:7]):  # 221 kB each
+        server.embed(o[2])
+        assert sum(file.stat().st_size for file in (tmp_path / "e").iterdir() if file.suffix != ".tmp") <= 1e6
+        for file in (tmp_path / "e").glob("*.embedding"):  # the clock's grain must not decide who is oldest
+            os.utime(file, (min(file.stat().st_mtime, n), min(file.stat().st_mtime, n)))
+    assert not list((tmp_path / "e").glob("*.tmp"))
+    names = {file.name for file in (tmp_path / "e").iterdir()}
+    assert 2 <= len(names) <= 4
+    # Another model's embeddings are other files; a smaller limit is met at the start.
+    other = load_segmenter(ASSET)
+    other.model.no_mem_embed.data[0] += 1
+    assert EmbeddingStore(tmp_path / "e", 5e5, other).load(b"frame") is None
+    assert store._file(b"frame") != EmbeddingStore(tmp_path / "e", 5e5, other)._file(b"frame")
+    left = {file.name for file in (tmp_path / "e").iterdir()}
+    assert left < names and len(left) == 2
+    # A disk that fails is one line, and the work goes on.
+    shutil.rmtree(tmp_path / "e")
+    (tmp_path / "e").write_bytes(b"")
+    for o in objects[7:10]:
+        assert len(server.embed(o[2])) == 3
+    assert caplog.text.count("no more embeddings are kept") == 1
+
+
+# -- SAM 2.1 as it was released --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A checkpoint of the tiny model's shapes in the released layout, random but for a head that always sees
+    something: the real weights are not here."""
+    import torch
+
+    config = sam2_sidecar._read_released(fake_checkpoint(tmp_path_factory.mktemp("fake"), 96, 12))[0]
+    torch.manual_seed(0)
+    model = sam2_sidecar.build_model(config)
+    torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 9.0)
+    file = tmp_path_factory.mktemp("released") / "tiny.pt"
+    torch.save({"model": model.state_dict()}, file)
+    yield file
+    file.unlink()  # 156 MB
+
+
+def fake_checkpoint(folder, channels, blocks, **more):
+    """What tells the sizes apart, and nothing else."""
+    import torch
+
+    names = [f"image_encoder.trunk.blocks.{i}.norm1.weight" for i in range(blocks)]
+    weights = {name: torch.zeros(1) for name in names} | {"no_obj_embed_spatial": torch.zeros(1, 64)}
+    weights["image_encoder.trunk.patch_embed.proj.weight"] = torch.zeros(channels, 3, 7, 7)
+    torch.save({"model": weights | more}, folder / "x.pt")
+    return folder / "x.pt"
+
+
+@pytest.mark.parametrize("letter, channels, blocks", [("t", 96, 12), ("s", 96, 16), ("b+", 112, 24), ("l", 144, 48)])
+def test_released_sizes_find_their_configuration(letter, channels, blocks, tmp_path):
+    import sam2
+    from omegaconf import OmegaConf
+
+    config = sam2_sidecar._read_released(fake_checkpoint(tmp_path, channels, blocks))[0]
+    theirs = OmegaConf.load(Path(sam2.__path__[0]) / f"configs/sam2.1/sam2.1_hiera_{letter}.yaml")["model"]
+    assert {key: config[key] for key in theirs} == theirs
+    with pytest.raises(ValueError, match="don't fit"):
+        load_segmenter(tmp_path / "x.pt")
+
+
+@pytest.mark.filterwarnings("ignore:cannot import name '_C':UserWarning")  # its CUDA extension
+def test_a_released_checkpoint_tracks_like_the_package(released, monkeypatch):
+    """The package builds and loads its predictor itself, with its defaults; ours gets the path alone."""
+    import sam2.sam2_video_predictor as package
+    from sam2.build_sam import build_sam2_video_predictor
+
+    ours = load_segmenter(released)
+    frames = np.stack([o[2] for o in scene_objects(2, seed=16)])
+    predictor = build_sam2_video_predictor("configs/sam2.1/sam2.1_hiera_t.yaml", str(released), device="cpu")
+    monkeypatch.setattr(package, "load_video_frames", lambda **_: (ours.pixels(frames), 128, 128))
+    state = predictor.init_state("unused")
+    box, point = np.array([20, 30, 70, 90], np.float32), np.array([[40, 50]], np.float32)
+    predictor.add_new_points_or_box(state, 0, 1, points=point, labels=np.array([1]), box=box)
+    expected = np.stack([logits[0, 0].numpy() > 0 for _, _, logits in predictor.propagate_in_video(state, 0)])
+    prompt = Prompt(tuple((box / 0.128).tolist()), tuple((point[0] / 0.128).tolist()))
+    masks = ours.track([ours.embed(frame) for frame in frames], 0, prompt, (128, 128))
+    assert 0.01 < expected.mean() < 0.99 and (masks[0] != expected[0]).mean() < 1e-3
+    assert (masks[1] != expected[1]).mean() < 0.02  # the package keeps its memory in bfloat16
+
+
+def test_a_released_checkpoint_is_imported_once(released, tmp_path, capsys):
+    assert sam2_sidecar.main(["import", str(released), str(tmp_path / "out")]) == 0
+    assert "sidecar.segmenter=" in capsys.readouterr().out
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    ours, theirs = load_segmenter(tmp_path / "out"), load_segmenter(released)
+    assert ours.config == theirs.config
+    mine = ours.model.state_dict()
+    assert all(weight.equal(mine[name]) for name, weight in theirs.model.state_dict().items())
+    assert sam2_sidecar.main(["import", str(released), str(tmp_path / "out")]) == 2
+    assert "is there already" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out")
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("trap",)
+
+
+def test_files_that_are_no_released_checkpoint(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no such file; get one of sam2.1_hiera_tiny.pt, .* from https://dl"):
+        load_segmenter(tmp_path / "sam2.1_hiera_large.pt")
+    with pytest.raises(FileNotFoundError, match="or a SAM 2.1 checkpoint, such as https://dl"):
+        load_segmenter(tmp_path / "models/sam2.1_hiera_large")
+    file = tmp_path / "bad.pt"
+    for content in (b"", b"PK\x03\x04 half", (ASSET / "model.safetensors").read_bytes()[:4000]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="not a SAM 2.1 checkpoint") as error:
+            load_segmenter(file)
+        assert "\n" not in str(error.value)
+    for content in (Trap(), {"model": Trap()}, {}, {"model": [1]}, {"model": {"a": 1}}, 3):
+        torch.save(content, file)
+        with pytest.raises(ValueError, match="not a SAM 2.1 checkpoint"):
+            load_segmenter(file)
+    assert not (tmp_path / "trap").exists()
+    with pytest.raises(ValueError, match="not a SAM 2.1 checkpoint; get"):
+        load_segmenter(fake_checkpoint(tmp_path, 96, 13))
+    with pytest.raises(ValueError, match="not all of its weights are tensors"):
+        load_segmenter(fake_checkpoint(tmp_path, 96, 12, other="text"))
+    with pytest.raises(ValueError, match="ends in .pt"):
+        sam2_sidecar.import_checkpoint(ASSET, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_a_mask_depends_neither_on_company_nor_on_the_cache(client, objects):
     """Bit for bit: alone, in another order, after a restart with empty caches, and beside amodal rows."""
     rows = rows_of(objects[:20])
@@ -209,8 +489,9 @@ def test_tracks_like_the_packages_predictor(segmenter, monkeypatch):
     from hydra.utils import instantiate
 
     scene = synthetic.make_scene(4, seed=12, split="test")
-    frames, position = synthetic.render(scene, range(scene.n_frames)), 5
-    prompt = prompt_of_mask(synthetic.visible_masks(scene, position)[0])
+    there_and_back = [*range(12), *range(10, -1, -1), *range(1, 8)]  # long enough for memories to be forgotten
+    frames, position = synthetic.render(scene, there_and_back), 14
+    prompt = prompt_of_mask(synthetic.visible_masks(scene, there_and_back[position])[0])
     config = json.loads((ASSET / "config.json").read_text())
     predictor = instantiate({**config, "_target_": "sam2.sam2_video_predictor.SAM2VideoPredictor"}).eval()
     predictor.load_state_dict(segmenter.model.state_dict(), strict=False)
@@ -223,7 +504,16 @@ def test_tracks_like_the_packages_predictor(segmenter, monkeypatch):
         for t, _, logits in predictor.propagate_in_video(state, position, reverse=reverse):
             expected[t] = logits[0, 0].numpy() > 0
     features = [segmenter.embed(frame) for frame in frames]
+    held, step = [], Track._step
+
+    def watched(self, *arguments):
+        logits = step(self, *arguments)
+        held.append(len(self.groups[0][2]["non_cond_frame_outputs"]))
+        return logits
+
+    monkeypatch.setattr(Track, "_step", watched)
     assert (segmenter.track(features, position, prompt, (128, 128)) != expected).mean() < 1e-4
+    assert len(held) == 30 and max(held) <= 12  # three times what the model looks back at
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -320,7 +610,7 @@ def test_bad_messages_are_answered_and_survived(client, objects):
         {"op": "frames"}, *({"op": "frames", "frames": [entry]} for entry in frames),
         {"op": "segment", "rows": "all"}, {"op": "segment", "rows": [good], "want": "money"},
         {"op": "segment", "rows": [good], "prompting": "nicely"},
-        {"op": "track", "images": [], **prompt}, {"op": "track", "images": [pixel], **prompt})]
+        {"op": "track", "frames": 1, "objects": [prompt]}, {"op": "track", "objects": [prompt]})]
     for parts in [[b"", body] for body in bodies] + [[b"alone"], [b"", b"", b""]]:
         error = ask(client, parts)["error"]
         assert error and "\n" not in error
@@ -330,12 +620,12 @@ def test_bad_messages_are_answered_and_survived(client, objects):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(message=st.dictionaries(
-    st.sampled_from(["op", "rows", "frames", "images", "want", "position", "box", "point", "image", "shape"]),
+    st.sampled_from(["op", "rows", "frames", "images", "want", "objects", "track", "prompting"]),
     st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.binary(max_size=12)
-                 | st.sampled_from(["ping", "stats", "frames", "segment", "track", "iou"]),
+                 | st.sampled_from(["ping", "stats", "frames", "segment", "track", "advance", "iou"]),
                  lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
-                     st.sampled_from(["video", "frame", "image", "shape", "truth", "box", "point"]), inner,
-                     max_size=4), max_leaves=12)))
+                     st.sampled_from(["video", "frame", "image", "shape", "truth", "box", "point", "position"]),
+                     inner, max_size=4), max_leaves=12)))
 def test_any_message_is_a_reply_or_a_valueerror(segmenter, message):
     try:
         assert isinstance(Server(segmenter).answer(message), dict)
@@ -484,6 +774,9 @@ def test_damaged_segmenters(tmp_path, segmenter):
     (["serve", "--socket", "{tmp}/s", "--segmenter", "{tmp}"], "no such file"),
     (["serve", "--socket", "tcp://0.0.0.0:1"], sam2_sidecar.SECRET_VARIABLE),
     (["serve", "--socket", "{tmp}/no/such/folder/s"], "cannot listen"),
+    (["serve", "--socket", "{tmp}/s", "--segmenter", "{tmp}/large.pt"], "no such file; get one of"),
+    (["serve", "--socket", "{tmp}/s", "--cache-gb", "1"], "ICSEG_EMBEDDINGS names another"),
+    (["import", "{tmp}/large.pt", "{tmp}/out"], "no such file; get one of"),
     (["train", "{tmp}/missing.yaml"], "no such config"),
     (["train", "experiments/embedded_sam2.yaml", "image_step=3"], "did you mean image_steps"),
     (["train", "experiments/embedded_sam2.yaml", "image_steps=many"], "image_steps"),
@@ -495,6 +788,7 @@ def test_damaged_segmenters(tmp_path, segmenter):
 def test_bad_command_lines(arguments, complaint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv(sam2_sidecar.SECRET_VARIABLE, raising=False)
+    monkeypatch.setenv(sam2_sidecar.CACHE_VARIABLE, str(ROOT / "README.md"))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     umask = os.umask(0o077)
     try:
@@ -540,14 +834,16 @@ def test_training_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
         sam2_sidecar.train(load_train_config(ROOT / "experiments/embedded_sam2.yaml",
                                              [*small, f"run_dir={tmp_path / 'parts'}", "seed=5"]))
     monkeypatch.setattr(sam2_sidecar, "_save_checkpoint", save)
-    further = load_train_config(
-        ROOT / "experiments/embedded_sam2_2.yaml",
-        [*small, f"start={whole}", f"run_dir={tmp_path / 'further'}", f"asset={tmp_path / 'further/asset'}"])
-    sam2_sidecar.train(further)
-    before, after = (load_segmenter(path).model.state_dict() for path in (whole, tmp_path / "further/asset"))
-    changed = {name.split(".")[0] for name in before if not before[name].equal(after[name])}
-    assert {"memory_attention", "sam_mask_decoder"} <= changed
-    assert not changed & {"image_encoder", "complete_mask_decoder", "sam_prompt_encoder"}
+    for name, steps, trained in (("embedded_sam2_2", [0, 3], {"memory_attention", "sam_mask_decoder"}),
+                                 ("embedded_sam2_complete", [2, 0], {"complete_mask_decoder"})):
+        out = tmp_path / name
+        further = [f"start={whole}", f"run_dir={out}", f"asset={out / 'asset'}", f"complete_steps={steps[0]}",
+                   f"clip_steps={steps[1]}"]
+        sam2_sidecar.train(load_train_config(ROOT / f"experiments/{name}.yaml", [*small, *further]))
+        before, after = (load_segmenter(path).model.state_dict() for path in (whole, out / "asset"))
+        changed = {key.split(".")[0] for key in before if not before[key].equal(after[key])}
+        assert trained <= changed
+        assert not changed & ({"image_encoder", "complete_mask_decoder", "sam_prompt_encoder"} - trained)
     (tmp_path / "parts/checkpoint.pt").write_bytes(b"half a file")
     with pytest.raises(ValueError, match="damaged checkpoint"):
         sam2_sidecar.train(config("parts"))

@@ -999,10 +999,10 @@ class Spoken(train.Sampler):
     def penalty(self, *_):
         return None
 
-    def generate(self, params, lanes, position, held, budget, keys, heat, penalty):
+    def generate(self, params, lanes, position, held, budget, keys, temperature, penalty):
         ids = self.speaker.tokenizer.encode(next(self.lines))
-        words = [[(ids, [0.0] * len(ids)) if left else ([], []) for left in row] for row in budget]
-        return lanes, None, None, words, budget > 0
+        words = [[(ids if most > 0 else [], [0.0] * len(ids)) for most in row] for row in budget]
+        return lanes, None, np.where(budget > 0, len(ids), 0), words, budget > 0
 
     def extend(self, params, lanes, rows):
         return None, None, None

@@ -287,8 +287,13 @@ def test_every_text_is_made_of_the_vocabulary(train, test, n_more):
     assert known - used <= set(unused)
 
 
+def undoubted(thinking):
+    """A first list without the objects that it says do not fit."""
+    return re.sub(r"\n\d+( \w+){5} no(?!\w)", "", thinking)
+
+
 def test_thinking_lists_candidates_from_left_to_right(train):
-    scene = next(scene for scene in train if scene.level == "difficult")
+    scene = next(s for s in train if s.level == "difficult" and len(s.objects) > len(s.candidates))
     candidates = [scene.object(oid) for oid in scene.candidates]
     listed, differ = synthetic.think(candidates, 0).split(" ; ")
     listed = listed.removeprefix("\n").split("\n")
@@ -302,8 +307,30 @@ def test_thinking_lists_candidates_from_left_to_right(train):
     assert differ == "differ " + " ".join(f"{a} {n}" for a, n in counts.items() if n > 1)
     assert synthetic.think(candidates[:1], 0) == f"\n{synthetic.placed(candidates[0], 0)} ; one left"
     assert synthetic.think([], 0) == "no match"
+    differ_at_first = differ
     later, differ = synthetic.think(ordered[1:], 0, before=candidates).split(" ; ")
     assert later.startswith(f"\n{places[0]} no\n") and later.count("\n") == len(ordered)
+    doubtful = next(o for o in scene.objects if o.oid not in scene.candidates)
+    with_doubt, counted = synthetic.think(candidates, 0, doubted=[doubtful]).split(" ; ")
+    assert counted == differ_at_first and f"\n{synthetic.placed(doubtful, 0)} no" in with_doubt
+    assert undoubted(with_doubt) == "\n" + "\n".join(listed)
+    assert synthetic.think([], 0, doubted=[doubtful]) == f"\n{synthetic.placed(doubtful, 0)} no ; no match"
+
+
+def test_demonstrations_doubt_near_misses_most(train):
+    """What a first list says no to does not fit, most often for one word only, and the list stays short."""
+    rng, near, others = np.random.default_rng(0), [], []
+    for scene in train:
+        first = synthetic.demonstrate(scene, SHOWN, rng, skill=1.0).turns[0].thinking
+        lines = first.partition(" ; ")[0].split("\n")[1:]
+        assert len(lines) <= max(synthetic.LINES, len(scene.candidates))
+        for obj in scene.objects:
+            off = sum(obj.value(a) != v for a, v in scene.mentioned.items())
+            doubted = f"{synthetic.placed(obj, SHOWN[0])} no" in lines
+            assert off or not doubted
+            if off:
+                (near if off == 1 else others).append(doubted)
+    assert 0.4 < np.mean(near) < 0.55 and 0.05 < np.mean(others) < 0.15
 
 
 def test_a_skilled_demonstration_is_optimal(test):
@@ -319,7 +346,7 @@ def test_a_skilled_demonstration_is_optimal(test):
         counts = [scene.initial_count, *(turn.count_after for turn in calls)]
         assert all(b < a for a, b in itertools.pairwise(counts)) and counts[-1] == min(scene.initial_count, 1)
         if scene.target is None:
-            assert keyframe.frame == -1 and keyframe.thinking == "no match"
+            assert keyframe.frame == -1 and undoubted(keyframe.thinking).endswith("no match")
         else:
             assert keyframe.thinking.endswith("one left") and keyframe.frame in SHOWN
             assert scene.visible[scene.target - 1, keyframe.frame] >= 0.3
@@ -332,10 +359,13 @@ def test_a_skilled_demonstration_is_optimal(test):
 def test_imagined_objects_fit_their_query_and_can_be_told_apart(train):
     rng = np.random.default_rng(0)
     known = set(synthetic.VOCABULARY) | {str(x) for x in range(0, 1001, synthetic.COORDINATE_STEP)}
-    for scene in train[:100]:
-        about = synthetic.imagine(scene, rng)
-        assert 1 <= len(about.objects) <= 6 and about.candidates == tuple(o.oid for o in about.objects)
-        assert all(o.value(a) == v for o in about.objects for a, v in about.mentioned.items())
+    for near, scene in zip(itertools.cycle((False, True)), train[:100]):
+        about = synthetic.imagine(scene, rng, near=near)
+        fitting = [o.oid for o in about.objects if all(o.value(a) == v for a, v in about.mentioned.items())]
+        others = [o for o in about.objects if o.oid not in fitting]
+        assert about.candidates == tuple(fitting) and 1 <= len(fitting) <= (3 if near else 6)
+        assert len(others) in (range(2, 7) if near else range(3))
+        assert all(sum(o.value(a) != v for a, v in about.mentioned.items()) == 1 for o in others)
         demonstration = synthetic.demonstrate(about, SHOWN, rng, skill=1.0)
         assert demonstration.turns[-1].oid == about.target
         assert set(words(" ".join(turn.thinking for turn in demonstration.turns))) <= known
@@ -364,7 +394,8 @@ def test_noisy_and_guided_demonstrations(train):
         left, before = list(scene.candidates), []
         for turn in calls:
             now, earlier = ([scene.object(oid) for oid in oids] for oids in (left, before))
-            assert turn.thinking == synthetic.think(now, 1, before=earlier)
+            said = turn.thinking if earlier else undoubted(turn.thinking)
+            assert said == synthetic.think(now, 1, before=earlier)
             before = left
             left = simulator.consistent(synthetic.scene_graph(scene), shown, left, turn.question, turn.reply)
             assert scene.target in left and len(left) == turn.count_after
