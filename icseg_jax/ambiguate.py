@@ -2,7 +2,8 @@
 
 METHOD.md 6, last paragraph: words that tell a target from its kind are dropped until two objects or more match. What
 is known of an object is what the set's own expressions say of it, so "does it match?" has three answers, and a query
-which some object only may match is not used: the counts that are written are sure as far as the texts are.
+which some object only may match is not used: the counts that are written are sure as far as the texts are. Where the
+expressions leave something open, a multimodal model behind an endpoint may look (`url=`, `model=`).
 `python -m icseg_jax.data ambiguate NAME source=DIR out=DIR` writes it, and `data.read_ambi_rvos` reads it.
 
 1 What an expression says · 2 Who matches a query · 3 From clear to ambiguous · 4 On disk
@@ -15,7 +16,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from icseg_jax import data, readers, synthetic
+from icseg_jax import data, readers, simulator, synthetic
 from icseg_jax.data import DataError, Sample
 
 SOURCES = ("mevis", "revos", "ref_youtube_vos", "ref_davis17_a", "long_rvos")  # sets that number their objects
@@ -140,6 +141,9 @@ def _singular(word: str) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
+Seen = Mapping[str, Mapping[str, str]]  # object id -> what a model says of it (simulator.read_description)
+
+
 @dataclass
 class Known:
     """What the expressions about an object say of it, taken together."""
@@ -173,10 +177,11 @@ def _kinds(noun: str) -> set[str]:
     return found
 
 
-def known_objects(expressions: Sequence[tuple[str, Sequence[str]]]) -> dict[str, Known]:
+def known_objects(expressions: Sequence[tuple[str, Sequence[str]]], seen: Seen) -> dict[str, Known]:
     """Object id -> what is known, of one video's expressions, each a text and the ids of the objects it means.
 
-    What is said of several holds for each of them, unless it joins things ("the dog and the cat").
+    What is said of several holds for each of them, unless it joins things ("the dog and the cat"). What a model saw
+    fills in what no expression says.
     """
     known: dict[str, Known] = {}
     for text, ids in expressions:
@@ -190,6 +195,13 @@ def known_objects(expressions: Sequence[tuple[str, Sequence[str]]]) -> dict[str,
             about.nouns |= {said.noun} - {""}
             for attribute, value in said.values.items():
                 about.values.setdefault(attribute, set()).add(value)
+    for id, told in seen.items():
+        about, noun = known.setdefault(id, Known()), parse(f"the {told.get('category', '')}").noun
+        if noun and about.nouns - _THINGS <= _kinds(noun):  # it may name more exactly, not otherwise
+            about.nouns.add(noun)
+        for attribute in ATTRIBUTES.keys() & told.keys():
+            about.values.setdefault(attribute, {told[attribute]})
+        about.texts += [told["description"]] if "description" in told else []
     return known
 
 
@@ -211,14 +223,15 @@ class Query:
     max_count: int  # questions needed in the worst case; -1: the known attributes do not tell all candidates apart
 
 
-def ambiguous(expressions: Sequence[tuple[str, Sequence[str]]]) -> list[Query]:
-    """Ambiguous queries from one video's expressions, each a text and the ids of the objects it means.
+def ambiguous(expressions: Sequence[tuple[str, Sequence[str]]], seen: Seen) -> list[Query]:
+    """Ambiguous queries from one video's expressions, each a text and the ids of the objects it means, and from what a
+    model saw of them, if one looked.
 
     From each expression about one object: its noun and as many of its attributes as can stay with two matching
     objects or more, where of every object of the video it is known whether it matches. A query is made once per
     target.
     """
-    known = known_objects(expressions)
+    known = known_objects(expressions, seen)
     queries: dict[tuple[str, str], Query] = {}
     for number, (text, ids) in enumerate(expressions):
         said = parse(text)
@@ -280,12 +293,13 @@ def _questions(candidates: Sequence[dict[str, set[str]]]) -> int:
 
 
 def ambiguate(name: str, source: str | Path, out: str | Path, *, test: str | None = None, strict: bool = False,
-              progress: bool = True) -> dict[str, dict]:
+              describer: simulator.ModelDescriber | None = None, progress: bool = True) -> dict[str, dict]:
     """Writes the benchmark made of the dataset `name` (SOURCES) in `source` to the new folder `out`.
 
     The train split gives train, `test` (None: the first other split that has labels) gives test. Frames are copied;
     masks, pictures with the target's red contour and descriptions (METHOD.md 6) are written for every target,
-    descriptions of all candidates for every query. Bad records are left out; `strict` stops at the first. Returns
+    descriptions of all candidates for every query. Bad records are left out; `strict` stops at the first. `describer`
+    tells what the expressions leave open; who it was is then written to ambiguate.json. Returns
     {split: {"videos", "levels": {level: queries}, "refused": [(id, reason)]}}.
 
     Raises DataError for an unknown name or split, for an `out` that holds something, and when no query can be made.
@@ -299,11 +313,13 @@ def ambiguate(name: str, source: str | Path, out: str | Path, *, test: str | Non
     test = test or next((split for split in there if split != "train" and _labelled(name, source, split)), None)
     taken = {ours: theirs for ours, theirs in (("train", "train"), ("test", test)) if theirs in there}
     with data.whole_folder(Path(out), "ambiguate") as building:
-        made = {ours: _write_split(name, source, theirs, building, ours, strict, progress)
+        made = {ours: _write_split(name, source, theirs, building, ours, strict, describer, progress)
                 for ours, theirs in taken.items()}
         if not any(about["levels"] for about in made.values()):
             raise DataError(f"no video of {name} in {source} has labels and two objects that its expressions call the "
                             "same")
+        if describer is not None:
+            (building / "ambiguate.json").write_text(json.dumps({"source": name, "model": describer.about()}, indent=1))
     return made
 
 
@@ -312,8 +328,8 @@ def _labelled(name: str, source: str | Path, split: str) -> bool:
     return first is not None and first.masks is not None
 
 
-def _write_split(name: str, source: str | Path, theirs: str, root: Path, split: str, strict: bool, progress: bool
-                 ) -> dict[str, Any]:
+def _write_split(name: str, source: str | Path, theirs: str, root: Path, split: str, strict: bool,
+                 describer: simulator.ModelDescriber | None, progress: bool) -> dict[str, Any]:
     refused: list[tuple[str, str]] = []
     samples = readers.read(name, source, theirs, strict=strict, refused=refused)
     watched = tqdm(samples, f"ambiguate {theirs}", unit=" expressions", disable=None if progress else True)
@@ -321,9 +337,10 @@ def _write_split(name: str, source: str | Path, theirs: str, root: Path, split: 
     videos = 0
     for video, group in itertools.groupby(watched, lambda sample: sample.meta["video"]):
         clear = [sample for sample in group if sample.masks is not None]
-        made = ambiguous(_expressions(clear))
         try:
-            new = _write_video(root / f"RVOS_{split.capitalize()}", video, clear, made, len(rows)) if made else []
+            seen = _seen(clear, describer) if describer else {}
+            made = ambiguous(_expressions(clear), seen)
+            new = _write_video(root / f"RVOS_{split.capitalize()}", video, clear, made, seen, len(rows)) if made else []
         except (ValueError, OSError) as error:
             for kind in ("JPEGImages", "Annotations", "Visualization", "description_oid"):
                 shutil.rmtree(root / f"RVOS_{split.capitalize()}" / kind / video, ignore_errors=True)
@@ -346,11 +363,23 @@ def _expressions(samples: Sequence[Sample]) -> list[tuple[str, list[str]]]:
     return [("" if sample.ability == "reasoning" else sample.query, sample.target_ids) for sample in samples]
 
 
-def _write_video(folder: Path, video: str, samples: Sequence[Sample], queries: Sequence[Query], aid: int) -> list[dict]:
+def _seen(samples: Sequence[Sample], describer: simulator.ModelDescriber) -> Seen:
+    """What the model says of each object of a video that has masks of its own. DataError when it does not answer."""
+    own = {s.target_ids[0]: s for s in samples if len(s.target_ids) == 1}
+    if len(own) < 2:
+        return {}
+    told = dict(zip(own, describer.describe_all(list(own.values())), strict=True))
+    if lost := [id for id, said in told.items() if said is None]:
+        raise DataError(f"the model did not answer about object {lost[0]}; what it answered is kept for the next call")
+    return told
+
+
+def _write_video(folder: Path, video: str, samples: Sequence[Sample], queries: Sequence[Query], seen: Seen, aid: int
+                 ) -> list[dict]:
     """The files of one video, and its rows of the table (DATA.md 3.2); `aid`: the number of the first."""
     folder.mkdir(exist_ok=True)
     folder = folder.resolve()
-    known = known_objects(_expressions(samples))
+    known = known_objects(_expressions(samples), seen)
     masks = {s.target_ids[0]: s.masks for s in samples if len(s.target_ids) == 1}
     abouts = {id: _description(id, known[id], masks.get(id), samples[0].frame_ids)
               for query in queries for id in query.candidates}

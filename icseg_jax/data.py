@@ -982,9 +982,10 @@ usage: python -m icseg_jax.data COMMAND ...
                                              write the synthetic world, in the layout of any dataset but RefCOCO
   prepare NAME source=DIR out=DIR [strict=true]
                                              turn a dataset's folder into array_record files
-  ambiguate NAME source=DIR out=DIR [test=SPLIT] [strict=true]
+  ambiguate NAME source=DIR out=DIR [test=SPLIT] [strict=true] [url=URL model=NAME] [timeout=60] [max_in_flight=8]
                                              an ambiguous benchmark in Ambi-RVOS's layout, by rules, out of the clear
-                                             expressions of a referring video set; test=valid_u is MeViS's
+                                             expressions of a referring video set; test=valid_u is MeViS's; a model
+                                             behind an endpoint may look at what the expressions leave open
   preview NAME_OR_DIR out=PNG [source=DIR] [split=test] [n=8]
                                              a picture of samples: of the dataset NAME in source=, of a prepared
                                              or Ambi-RVOS folder, or of `synthetic`, made on the spot
@@ -1153,14 +1154,33 @@ def _prepare_and_report(name: str, source: str, out: str, strict: bool = False, 
     print(out)
 
 
-def _ambiguate_and_report(name: str, source: str, out: str, test: str | None = None, strict: bool = False) -> None:
-    from icseg_jax import ambiguate
+def _ambiguate_and_report(name: str, source: str, out: str, test: str | None = None, strict: bool = False,
+                          url: str | None = None, model: str | None = None, timeout: int = 60, max_in_flight: int = 8
+                          ) -> None:
+    from icseg_jax import ambiguate, simulator
 
-    for split, made in ambiguate.ambiguate(name, source, out, test=test, strict=strict).items():
+    if (url is None) != (model is None):
+        raise DataError(f"ambiguate needs {'model' if model is None else 'url'}= too; a model looks when both are given")
+    describer = None
+    if url is not None:
+        try:
+            simulator.check_url(url)
+        except ValueError as error:
+            raise DataError(f"url={url}: {error}") from None
+        if timeout < 1 or max_in_flight < 1:
+            raise DataError(f"timeout={timeout} max_in_flight={max_in_flight}: both must be at least 1")
+        host = simulator.Endpoint("ambiguate", url, model, timeout=timeout, max_in_flight=max_in_flight)
+        host.check(pictures=True)
+        describer = simulator.ModelDescriber(host, {a: list(values) for a, values in ambiguate.ATTRIBUTES.items()})
+    for split, made in ambiguate.ambiguate(name, source, out, test=test, strict=strict, describer=describer).items():
         levels = ", ".join(f"{count} {level}" for level, count in sorted(made["levels"].items())) or "none"
         print(f"{split}: queries about {made['videos']} videos: {levels}; {len(made['refused'])} refused")
         for id, reason in made["refused"]:
             print(f"  refused {id}: {reason}")
+    if describer is not None:
+        counts = describer.about()
+        print(f"{model} was asked about {counts['asked']} objects: {counts['kept']} known from before, "
+              f"{counts['unreadable']} in vain, {counts['failed']} without an answer")
     print(out)
 
 
@@ -1171,7 +1191,8 @@ COMMANDS: dict[str, tuple[Callable[..., None], list[str], dict[str, type], int]]
     "generate": (generate, [], {"out": str, "train": int, "test": int, "seed": int, "layout": str}, 3),
     "prepare": (_prepare_and_report, ["name"],
                 {"source": str, "out": str, "strict": bool} | KEYS, 2),
-    "ambiguate": (_ambiguate_and_report, ["name"], {"source": str, "out": str, "test": str, "strict": bool}, 2),
+    "ambiguate": (_ambiguate_and_report, ["name"], {"source": str, "out": str, "test": str, "strict": bool,
+                  "url": str, "model": str, "timeout": int, "max_in_flight": int}, 2),
     "preview": (preview, ["name_or_dir"], {"out": str, "source": str, "split": str, "n": int} | KEYS, 1),
     "stats": (stats, ["name_or_dir"], {"source": str} | KEYS, 0),
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from test_simulator import server  # noqa: F401 - a fixture
 
 from icseg_jax import ambiguate, data, synthetic
 
@@ -40,7 +41,11 @@ def test_what_expressions_say(text: str, noun: str, values: dict[str, str]) -> N
 
 
 def made(*expressions: tuple[str, str]) -> list[tuple]:
-    queries = ambiguate.ambiguous([(text, ids.split()) for text, ids in expressions])
+    return found([(text, ids.split()) for text, ids in expressions], {})
+
+
+def found(expressions, seen) -> list[tuple]:
+    queries = ambiguate.ambiguous(expressions, seen)
     return [(q.text, q.target, " ".join(q.candidates), q.level, q.max_count) for q in queries]
 
 
@@ -57,6 +62,18 @@ def test_words_are_dropped_until_two_match() -> None:
     assert made(("the cat", "1"), ("the dog", "2")) == [] == made(("two dogs", "1 2"))
     # What joins two is said of neither.
     assert made(("the dog", "1"), ("a dog and a cat", "1 2"), ("the kitten", "2")) == []
+
+
+def test_what_a_model_saw_fills_what_is_open() -> None:
+    pair = [("white dog", ["1"]), ("eating", ["2"])]
+    assert found(pair, {}) == [] == found(pair, {"2": {"category": "cat"}})
+    seen = {"1": {"category": "dog", "color": "black"}, "2": {"category": "Dogs", "color": "black", "size": "small"}}
+    # What expressions say stands: the first one is white, so color tells them apart.
+    assert found(pair, seen) == [("the dog", "1", "1 2", "simple", 1)]
+    known = ambiguate.known_objects([("the animal", ["1"]), ("a cat", ["2"])], {
+        "1": {"category": "dog", "description": "eats"}, "2": {"category": "dog", "color": "white"}})
+    assert known["1"].nouns == {"animal", "dog"} and known["1"].texts == ["the animal", "eats"]
+    assert known["2"].nouns == {"cat"} and known["2"].values == {"color": {"white"}}
 
 
 def test_levels() -> None:
@@ -120,6 +137,43 @@ def test_the_worlds_videos_become_a_benchmark(mevis: Path, tmp_path: Path, capsy
     assert total > 4
 
 
+def test_a_model_looks_at_what_expressions_leave_open(mevis: Path, tmp_path: Path, server, capsys) -> None:  # noqa: F811
+    """Every expression is "the thing" but one a video; a server that calls all of them circles makes these many."""
+    root = Path(shutil.copytree(mevis, tmp_path / "mevis"))
+    shutil.rmtree(root / "valid_u")
+    table = json.loads((root / "train" / "meta_expressions.json").read_text())
+    for video in table["videos"].values():
+        for number, said in enumerate(video["expressions"].values()):
+            said["exp"] = "the thing" if number else "the red circle"
+    (root / "train" / "meta_expressions.json").write_text(json.dumps(table))
+    call = ["ambiguate", "mevis", f"source={root}", f"out={tmp_path}/out"]
+    assert data.main(call) == 2 and "two objects that its expressions call the same" in capsys.readouterr().err
+    about = {"category": "circle", "color": "red", "size": ["no"], "description": "<b>round</b> one"}
+    server.says = lambda body: f"<thinking> hm </thinking><output> {json.dumps(about)} </output>"
+    call += [f"url={server.url}", "model=m"]
+    assert data.main(call) == 0
+    assert " 0 in vain, 0 without an answer" in capsys.readouterr().out
+    body = server.bodies[-1]
+    kinds = [part["type"] for part in body["messages"][-1]["content"]]
+    assert kinds == ["text", "image_url"] * 6 and '"color": ""' in body["messages"][0]["content"]
+    samples = list(data.read_ambi_rvos(tmp_path / "out", "train", strict=True))
+    assert samples and all(sample.query == "the red circle" and sample.initial_count >= 2 for sample in samples)
+    listed = json.loads(samples[0].privileged["all_target_path"].read_text())["candidates"]
+    assert all(c["attributes"] == {"color": "red"} and c["description"].endswith("round one") for c in listed)
+    told = json.loads((tmp_path / "out" / "ambiguate.json").read_text())["model"]
+    assert told["model"] == "m" and told["unreadable"] == 0 and len(told["prompt_hash"]) == 16
+    # Again: nothing is asked; another server that is not there is one line, before anything is written.
+    asked = len(server.bodies)
+    shutil.rmtree(tmp_path / "out")
+    assert data.main(call) == 0 and len(server.bodies) == asked + 1  # the check
+    assert f"{told['asked']} known from before" in capsys.readouterr().out
+    server.stop()
+    shutil.rmtree(tmp_path / "out")
+    assert data.main(call) == 2 and not (tmp_path / "out").exists()
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "no HTTP connection" in told
+
+
 def test_names_do_not_lead_out(mevis: Path, tmp_path: Path) -> None:
     """An annotation's id is the name of a folder in what is written."""
     root = Path(shutil.copytree(mevis, tmp_path / "mevis"))
@@ -143,6 +197,9 @@ def test_names_do_not_lead_out(mevis: Path, tmp_path: Path) -> None:
     ("mevvis source=. out=x", "(did you mean 'mevis'?)"), ("mevis source=nowhere out=x", "no dataset folder nowhere"),
     ("mevis source=. out=x", "with a record in ."), ("mevis source=.", "needs out="),
     ("mevis source=. out=x endpoint=http://x", "ambiguate has no 'endpoint'"),
+    ("mevis source=. out=x url=http://x", "needs model= too"), ("mevis source=. out=x model=m", "needs url= too"),
+    ("mevis source=. out=x url=x model=m", "url=x: is no URL"),
+    ("mevis source=. out=x url=http://x model=m timeout=0", "timeout=0 max_in_flight=8: both must be"),
 ])
 def test_bad_input_is_one_line(words: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                capsys: pytest.CaptureFixture) -> None:
