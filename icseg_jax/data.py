@@ -1160,7 +1160,7 @@ def _ambiguate_and_report(name: str, source: str, out: str, test: str | None = N
     from icseg_jax import ambiguate, simulator
 
     if (url is None) != (model is None):
-        raise DataError(f"ambiguate needs {'model' if model is None else 'url'}= too; a model looks when both are given")
+        raise DataError(f"ambiguate needs {'model' if model is None else 'url'}= too; both make a model look")
     describer = None
     if url is not None:
         try:
