@@ -28,6 +28,11 @@ from tqdm import tqdm
 from icseg_jax import data, readers, simulator, synthetic
 from icseg_jax.data import DataError, Sample
 
+
+class NoAnswer(DataError):
+    """A model that was asked to look did not answer in time."""
+
+
 SOURCES = ("mevis", "revos", "ref_youtube_vos", "ref_davis17_a", "long_rvos")  # sets that number their objects
 
 # ------------------------------------------------------------------------------------------------------------
@@ -299,10 +304,12 @@ def ambiguate(name: str, source: str | Path, out: str | Path, *, test: str | Non
     The train split gives train, `test` (None: the first other split that has labels) gives test. Frames are copied;
     masks, pictures with the target's red contour and descriptions (METHOD.md 6) are written for every target,
     descriptions of all candidates for every query. Bad records are left out; `strict` stops at the first. `describer`
-    tells what the expressions leave open; who it was is then written to ambiguate.json. Returns
+    tells what the expressions leave open; who it was is then written to ambiguate.json, and when it does not answer
+    all stops: what it said is known in the next call. Returns
     {split: {"videos", "levels": {level: queries}, "refused": [(id, reason)]}}.
 
-    Raises DataError for an unknown name or split, for an `out` that holds something, and when no query can be made.
+    Raises DataError for an unknown name or split, for an `out` that holds something, when no query can be made, and
+    when the describer does not answer.
     """
     if name not in SOURCES:
         raise DataError(f"{name!r} does not say which expressions mean the same object{data._closest(name, SOURCES)}; "
@@ -341,6 +348,8 @@ def _write_split(name: str, source: str | Path, theirs: str, root: Path, split: 
             seen = _seen(clear, describer) if describer else {}
             made = ambiguous(_expressions(clear), seen)
             new = _write_video(root / f"RVOS_{split.capitalize()}", video, clear, made, seen, len(rows)) if made else []
+        except NoAnswer as error:  # leaving videos out for that would be a benchmark of chance
+            raise DataError(f"video {video} of {theirs} of {source}: {error}") from None
         except (ValueError, OSError) as error:
             for kind in ("JPEGImages", "Annotations", "Visualization", "description_oid"):
                 shutil.rmtree(root / f"RVOS_{split.capitalize()}" / kind / video, ignore_errors=True)
@@ -370,7 +379,7 @@ def _seen(samples: Sequence[Sample], describer: simulator.ModelDescriber) -> See
         return {}
     told = dict(zip(own, describer.describe_all(list(own.values())), strict=True))
     if lost := [id for id, said in told.items() if said is None]:
-        raise DataError(f"the model did not answer about object {lost[0]}; what it answered is kept for the next call")
+        raise NoAnswer(f"the model did not answer about object {lost[0]}; what it answered is kept for the next call")
     return told
 
 

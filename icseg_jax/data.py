@@ -702,11 +702,9 @@ def prepare(name: str, source: str | Path, out: str | Path, *, progress: bool = 
         if out.exists():
             shutil.rmtree(out)
         os.replace(folder, out)
-    except KeyboardInterrupt:
-        raise  # the next prepare goes on with it
-    except BaseException:
+    except DataError:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        raise  # after anything else (Ctrl-C, a full disk) the next prepare goes on with it
     shutil.rmtree(partial, ignore_errors=True)
     return made | {"reused": False}
 
@@ -980,13 +978,13 @@ usage: python -m icseg_jax.data COMMAND ...
 
   generate out=DIR train=N test=N [seed=0] [layout=ambi_rvos]
                                              write the synthetic world, in the layout of any dataset but RefCOCO
-  prepare NAME source=DIR out=DIR [strict=true]
+  prepare NAME source=DIR [out=data/NAME] [strict=true]
                                              turn a dataset's folder into array_record files
   ambiguate NAME source=DIR out=DIR [test=SPLIT] [strict=true] [url=URL model=NAME] [timeout=60] [max_in_flight=8]
                                              an ambiguous benchmark in Ambi-RVOS's layout, by rules, out of the clear
                                              expressions of a referring video set; test=valid_u is MeViS's; a model
                                              behind an endpoint may look at what the expressions leave open
-  preview NAME_OR_DIR out=PNG [source=DIR] [split=test] [n=8]
+  preview NAME_OR_DIR [out=NAME.png] [source=DIR] [split=test] [n=8]
                                              a picture of samples: of the dataset NAME in source=, of a prepared
                                              or Ambi-RVOS folder, or of `synthetic`, made on the spot
   stats NAME_OR_DIR [source=DIR]             counts, candidates, frames and mask areas per split and ability
@@ -1051,10 +1049,11 @@ def stats(path: str, source: str | None = None, **keys: str) -> None:
             print(f"  refused {id}: {reason}")
 
 
-def preview(name: str, out: str, source: str | None = None, split: str | None = None, n: int = 8, **keys: str
-            ) -> None:
+def preview(name: str, out: str | None = None, source: str | None = None, split: str | None = None, n: int = 8,
+            **keys: str) -> None:
     """Draws `n` samples, a row of shown frames each, with the target outlined in red and, where they are known, the
-    other candidates in yellow, into the PNG `out`. `split` None: test, or else the last one there is."""
+    other candidates in yellow, into the PNG `out` (None: NAME.png here). `split` None: test, or else the last one
+    there is."""
     if n < 1:
         raise DataError(f"n={n} shows nothing; use 1 or more")
     with tempfile.TemporaryDirectory() as scratch:
@@ -1073,7 +1072,7 @@ def preview(name: str, out: str, source: str | None = None, split: str | None = 
             why = f"the first is refused because {refused[0][1]}" if refused else "it is empty"
             raise DataError(f"{split} of {folder} has no usable record; {why}")
         sheet = _contact_sheet(chosen)
-    target = Path(out)
+    target = Path(out or f"{Path(name).absolute().name}.png")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     sheet.save(partial, "PNG")
@@ -1121,8 +1120,10 @@ def _candidates(sample: Sample) -> list[tuple[str, dict | None]]:
     path = privileged.get("all_target_path")
     if path is None or not path.is_file():
         return []
-    found = _json_object(path).get("candidates")  # METHOD.md 6
-    return [(str(c.get("description", c.get("oid"))), None) for c in found or [] if isinstance(c, dict)]
+    from icseg_jax import simulator
+
+    found = simulator.listed(_json(path))  # METHOD.md 6
+    return [(str(c.get("description", c.get("oid"))), None) for c in found if isinstance(c, dict)]
 
 
 def _outlined(sample: Sample, position: int) -> np.ndarray:
@@ -1144,7 +1145,8 @@ def outlined(image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -
     return np.where(line[..., None], np.uint8((255, 0, 0)), image)
 
 
-def _prepare_and_report(name: str, source: str, out: str, strict: bool = False, **keys: str) -> None:
+def _prepare_and_report(name: str, source: str, out: str | None = None, strict: bool = False, **keys: str) -> None:
+    out = out or f"data/{name}"
     made = prepare(name, source, out, strict=strict, **keys)
     for split, result in made["splits"].items():
         print(f"{split}: {result['examples']} samples, {len(result['refused'])} refused"
@@ -1190,10 +1192,10 @@ KEYS: dict[str, type] = {"amodal_key": str, "visible_key": str}  # of muva
 COMMANDS: dict[str, tuple[Callable[..., None], list[str], dict[str, type], int]] = {
     "generate": (generate, [], {"out": str, "train": int, "test": int, "seed": int, "layout": str}, 3),
     "prepare": (_prepare_and_report, ["name"],
-                {"source": str, "out": str, "strict": bool} | KEYS, 2),
+                {"source": str, "out": str, "strict": bool} | KEYS, 1),
     "ambiguate": (_ambiguate_and_report, ["name"], {"source": str, "out": str, "test": str, "strict": bool,
                   "url": str, "model": str, "timeout": int, "max_in_flight": int}, 2),
-    "preview": (preview, ["name_or_dir"], {"out": str, "source": str, "split": str, "n": int} | KEYS, 1),
+    "preview": (preview, ["name_or_dir"], {"out": str, "source": str, "split": str, "n": int} | KEYS, 0),
     "stats": (stats, ["name_or_dir"], {"source": str} | KEYS, 0),
 }
 

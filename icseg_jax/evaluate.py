@@ -30,10 +30,12 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import io
 import json
+import math
 import os
 import sys
 import threading
@@ -161,7 +163,7 @@ Table = dict[str, Any]  # nested dicts of numbers
 
 def video_row(sample: data.Sample, masks: Bool[np.ndarray, "t h w"], chosen: str | None) -> Row:
     """metrics.video_scores of one sample on the frames that its benchmark scores."""
-    kept = sample.meta.get("labelled") or list(range(len(sample)))
+    kept = sample.meta.get("labelled", list(range(len(sample))))
 
     def stack(read: Callable[[int], np.ndarray]) -> np.ndarray:
         return np.stack([read(p) for p in kept])
@@ -266,7 +268,14 @@ def merged_rows(source: Source, folder: Path, known: Iterable[int]) -> list[Row]
         meta = source.open(number).meta
         videos[meta["video"], meta["annotator"]].append(number)
     rows = []
+    whole = collections.Counter()
+    for number in range(len(source)):
+        with contextlib.suppress(ValueError, OSError):
+            meta = source.open(number).meta
+            whole[meta["video"], meta["annotator"]] += 1
     for (video, annotator), numbers in videos.items():
+        if len(numbers) < whole[video, annotator]:
+            continue  # an object without its expression would count as perfectly absent
         samples = sorted(map(source.open, numbers), key=lambda s: int(s.meta["object"]))
         said = metrics.merge_objects(np.stack([read_masks(folder, sample)[0] for sample in samples]))
         truth = np.zeros(said.shape, np.int64)
@@ -379,10 +388,8 @@ SUBMISSIONS = {"mevis": "", "ref_youtube_vos": "Annotations/"}  # what stands be
 def write_submission(file: Path, source: Source, folder: Path) -> int:
     """The zip that the server of `source`'s benchmark takes, of all masks in `folder`; whole or not there.
 
-    Returns how many masks it holds. Raises ConfigError for a benchmark without a server, or a mask that is missing.
+    Returns how many masks it holds. Raises ConfigError for a mask that is missing.
     """
-    if source.name not in SUBMISSIONS:
-        raise train.ConfigError(f"submission={file}: {source.name} has no server; of {', '.join(SUBMISSIONS)} there is")
     file.parent.mkdir(parents=True, exist_ok=True)
     new, count = file.with_name(f".{file.name}.{os.getpid()}"), 0
     try:
@@ -483,9 +490,15 @@ class Exact:
 
     def __init__(self, who: Any):
         self.who, self.workers = who, getattr(who, "workers", 1)
+        self.said: dict[tuple, str] = {}  # batches are filled up with copies, and a person should hear them once
 
     def answer(self, graph: dict, shown: Sequence[int], question: str) -> str:
-        return self.who.answer(graph, shown, question) if graph else simulator.CLARIFY
+        if not graph:
+            return simulator.CLARIFY
+        key = (json.dumps(graph, sort_keys=True), tuple(shown), question)
+        if key not in self.said:
+            self.said[key] = self.who.answer(graph, shown, question)
+        return self.said[key]
 
     def diagnose(self, graph: dict, shown: Sequence[int], dialogue: Dialogue) -> simulator.Diagnosis:
         return self.who.diagnose(graph, shown, dialogue) if graph else simulator.Diagnosis([], "", [], [])
@@ -502,7 +515,8 @@ class Player:
     def __init__(self, config: train.Config, path: str, baselines: bool, out: Path, process: int):
         c = self.config = config
         self.baselines, self.masks = baselines, out / "masks"
-        tensor = c.mesh.tensor or train.PRESETS[c.mesh.preset][2]
+        tensor, here = c.mesh.tensor or train.PRESETS[c.mesh.preset][2], jax.local_device_count()
+        tensor = here if tensor == -1 else math.gcd(tensor, here)
         self.mesh = train.make_mesh(train.MeshSection(data=-1, fsdp=1, tensor=tensor), jax.local_devices())
         if c.evaluate.prompts % self.mesh.shape["data"]:
             raise train.ConfigError(f"evaluate.prompts={c.evaluate.prompts}: dialogues are spread over "
@@ -551,10 +565,11 @@ class Player:
     def batch(self, prompts: Sequence[train.Prompt]) -> tuple[list[train.Dialogue], list[train.Dialogue | None]]:
         """The dialogues of the policy, and, where a target is described, those of the policy that is told."""
         played = self.play(prompts)
-        if not (self.baselines and all(prompt.graph for prompt in prompts)):
-            return played, [None] * len(prompts)
-        told = list(played)  # a query without a target stays as it is
         described = [i for i, prompt in enumerate(prompts) if simulator.describe_target(prompt.sample)]
+        if not (self.baselines and described):
+            return played, [None] * len(prompts)
+        # A query without a target stays as it is.
+        told = [None if d.prompt.sample.target_ids else d for d in played]
         if described:
             again = self.play([self.prompt(train.described(prompts[i].sample)) for i in described])
             for i, d in zip(described, again, strict=True):
@@ -566,7 +581,7 @@ class Player:
         """The rows of a batch, masks written before each; None: the user or the expert model did not answer."""
         words = [self.words(dialogues) for dialogues in (played, told)]
         for i, (number, d) in enumerate(zip(numbers, played, strict=True)):
-            if words[0][i] is None:
+            if words[0][i] is None or (told[i] is not None and words[1][i] is None):
                 yield None
                 continue
             prompt, sample = d.prompt, d.prompt.sample
@@ -577,11 +592,13 @@ class Player:
                 columns = {"policy": self.column(sample, masks, answer and answer.mask_type, words[0][i])}
                 if told[i] is d:
                     columns["described"] = columns["policy"]
-                elif told[i] is not None and words[1][i] is not None:
+                elif told[i] is not None:
                     columns["described"] = self.answered(prompt, *train.answered(told[i]), words[1][i])
                 if self.baselines and not hidden(sample):
                     columns |= self.others(number, prompt)
             except (ValueError, OSError) as error:
+                if getattr(error, "errno", None) in MACHINE:
+                    raise
                 yield refusal(number, sample.id, error)
                 continue
             turns = [{"said": text, "kind": action.kind, "reply": reply}
@@ -594,10 +611,11 @@ class Player:
     def words(self, dialogues: Sequence[train.Dialogue | None]) -> list[Row | None]:
         """Each dialogue in the words of METHOD.md 11.7, without counts where nobody knows them; None where lost."""
         there = [d for d in dialogues if d is not None]
+        out: list[Row | None] = [None] * len(dialogues)
         if not there:
-            return [None] * len(dialogues)
+            return out
+        places = [i for i, d in enumerate(dialogues) if d is not None]
         scores, _, _ = train.score([[d] for d in there], self.config, self.expert, None)
-        out = []
         for i, d in enumerate(there):
             row = train.dialogue_row(d, scores, i, 0, self.config)
             kept = ["level", "success", "frame_ok", "questions", "format"]
@@ -605,8 +623,8 @@ class Player:
                 kept += ["counts", "asked", "gains", "optimal", "budget"]
             if hidden(d.prompt.sample):
                 kept = ["level", "questions", "format"]
-            out.append(None if d.lost else {k: row[k] for k in kept})
-        return out if len(there) == len(dialogues) else [None] * len(dialogues)
+            out[places[i]] = None if d.lost else {k: row[k] for k in kept}
+        return out
 
     def column(self, sample: data.Sample, masks: np.ndarray, chosen: str | None, words: Row | None) -> Row:
         scores = {} if hidden(sample) else benchmark(sample.dataset).row(sample, masks, chosen)
@@ -632,6 +650,10 @@ class Player:
                 tracked[taken] = self.answered(prompt, *object_answer(prompt, taken), None)
             columns[asker] = tracked[taken] | {"words": words}
         return columns
+
+
+# What goes wrong with this machine, not with a record: the run stops and goes on from there when it is mended.
+MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EACCES, errno.EROFS}
 
 
 def refusal(number: int, id: str, error: Exception) -> Row:
@@ -666,6 +688,15 @@ class Log:
         self._lock.close()
 
 
+def wait_for_others(out: Path, process: int, processes: int) -> None:
+    """Until all have played their shares: each holds its lock while it plays. Hours may pass, which no collective
+    waits for."""
+    for other in range(processes):
+        if other != process and (lock := out / f".lock.{other}").exists():
+            with lock.open("a") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+
+
 def read_rows(file: Path) -> Iterator[Row]:
     """The whole lines of a file of rows; the last one of a killed process may be cut."""
     for line in file.read_text(encoding="utf-8").splitlines():
@@ -693,9 +724,11 @@ FREE = {"evaluate": {"prompts", "samples", "every", "clips", "gallery", "before"
         "expert": {"timeout", "max_in_flight", "url"}}  # fmt: skip
 
 
-def play_benchmark(config: train.Config, given: Mapping[str, str]) -> None:
-    """`benchmark=` of a policy: plays this process's share of what is not there yet, then prints the table."""
+def play_benchmark(config: train.Config, given: Mapping[str, str]) -> int:
+    """`benchmark=` of a policy: plays this process's share of what is not there yet, then prints the table. Returns how
+    many dialogues got no answer from a model."""
     name, how = given["benchmark"], benchmark(given["benchmark"])
+    check_submission(given, whole=not config.evaluate.samples)
     if config.mesh.distributed:
         train.join_processes()
     process, processes = jax.process_index(), jax.process_count()
@@ -724,22 +757,25 @@ def play_benchmark(config: train.Config, given: Mapping[str, str]) -> None:
         same_evaluation(out, {
             "benchmark": name, "source": str(source.path.resolve()), "split": source.split, "seed": config.seed,
             "records": source.fingerprint, "checkpoint": str(resolved), "dtype": config.policy.dtype,
-            "baselines": baselines, **json.loads(json.dumps(settings)),
+            "baselines": baselines, "prompts": simulator.PROMPT_VERSION, **json.loads(json.dumps(settings)),
         })  # fmt: skip
         count = min(config.evaluate.samples or len(source), len(source))
-        done = log.all()
+        done = {number: row for number, row in log.all().items() if "refused" not in row}  # those are tried again
         share = range(process, count, processes)
         pending = [number for number in share if number not in done]
         lost = 0
-        if pending:
+        if train.agreed(bool(pending)):  # all load the policy or none does: they meet there
             train.cache_programs()
             player = Player(config, path, baselines, out, process)
             with contextlib.closing(player.segmenter):
                 player.segmenter.start()
+                if how.row is amodal_row and not player.segmenter.amodal:
+                    what = f"sidecar.segmenter={config.sidecar.segmenter}: draws no complete masks"
+                    raise train.ConfigError(f"{what}, which {name} wants; asset:sam2_mini has a decoder for them")
                 old = [done[number] for number in share if number in done]
-                lost = play_pending(player, source, pending, log, old, strict, len(share))
-        if processes > 1:
-            train.multihost_utils.sync_global_devices("evaluated")
+                lost = play_pending(player, source, pending, log, old, strict, len(share)) if pending else 0
+        log.close()
+        wait_for_others(out, process, processes)
         if process == 0:
             rows = {number: row for number, row in log.all().items() if number < count}
             train.write_atomically(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows.values()))
@@ -750,6 +786,7 @@ def play_benchmark(config: train.Config, given: Mapping[str, str]) -> None:
             submit(given["submission"], source, out / "masks")
     finally:
         log.close()
+    return lost
 
 
 def play_pending(player: Player, source: Source, pending: Sequence[int], log: Log, old: Sequence[Row], strict: bool,
@@ -788,6 +825,8 @@ def play_pending(player: Player, source: Source, pending: Sequence[int], log: Lo
             except train.ConfigError:
                 raise
             except (ValueError, OSError) as error:
+                if getattr(error, "errno", None) in MACHINE:
+                    raise
                 keep(refusal(number, source.id_of(number), error))
         return numbers, prompts
 
@@ -898,6 +937,17 @@ def table_lines(table: Table) -> list[str]:
             for line in lines]  # fmt: skip
 
 
+def check_submission(given: Mapping[str, str], *, whole: bool) -> None:
+    """Raises ConfigError for a submission that could not be written in the end."""
+    if "submission" not in given:
+        return
+    if given["benchmark"] not in SUBMISSIONS:
+        raise train.ConfigError(f"submission={given['submission']}: {given['benchmark']} has no server; of "
+                                f"{', '.join(SUBMISSIONS)} there is")
+    if not whole:
+        raise train.ConfigError(f"submission={given['submission']}: the server wants all; leave evaluate.samples out")
+
+
 def submit(file: str, source: Source, folder: Path) -> None:
     print(f"{file}: {write_submission(Path(file), source, folder)} masks")
 
@@ -908,6 +958,7 @@ def score_predictions(given: Mapping[str, str]) -> None:
         if key not in given:
             raise train.ConfigError(f"predictions={given['predictions']}: needs {key}= too; see --help")
     how, folder = benchmark(given["benchmark"]), Path(given["predictions"])
+    check_submission(given, whole=True)
     if not folder.is_dir():
         raise train.ConfigError(f"predictions={folder}: no such folder; masks are looked for in {folder}/ID/FRAME.png")
     source = Source(given["benchmark"], Path(given["source"]), given.get("split"))
@@ -950,7 +1001,7 @@ OWN = {"check": (), "predictions": ("benchmark", "source", "split", "out", "subm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, or 2 on bad input."""
+    """Returns 0, 1 when a model left dialogues without an answer, or 2 on bad input."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -972,10 +1023,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise train.ConfigError(f"{config}: predictions= takes no config")
             score_predictions(given)
         elif kind == "benchmark":
-            play_benchmark(train.load_config(config, changes), given)
+            return int(play_benchmark(train.load_config(config, changes), given) > 0)
         else:
             print(json.dumps(against_oracle(train.load_config(config, changes)), indent=1))
-    except (train.ConfigError, data.DataError, SidecarError) as error:
+    except (train.ConfigError, data.DataError, SidecarError, OSError) as error:
         print(f"error: {data._first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -271,7 +271,10 @@ def merge_objects(masks: Shaped[np.ndarray, "o *thw"]) -> Int[np.ndarray, "*thw"
 
     Protocol A of Ref-DAVIS17 (DATA.md 4.2): the largest wins, the first of equals.
     """
-    masks = np.where(np.asarray(masks, float) < 0.5, 0.0, masks)
+    masks = np.asarray(masks)
+    if masks.dtype == bool:  # as below, without making numbers of whole videos
+        return np.where(masks.any(0), masks.argmax(0) + 1, 0)
+    masks = np.where(masks.astype(float) < 0.5, 0.0, masks)
     return np.concatenate([np.full((1, *masks.shape[1:]), 0.1), masks]).argmax(0)
 
 
@@ -475,7 +478,8 @@ def dialogue_summary(rows: Sequence[dict]) -> dict:
         "resolved_rate": _mean(ambiguous, _resolved),
         "redundant_question_rate": call_share(lambda r: sum(gain <= 0 for gain in r["gains"])),
         "regret": _mean(
-            ambiguous, lambda r: (r["questions"] if _resolved(r) else r["budget"]) - r["optimal"]
+            [r for r in ambiguous if r["optimal"] is not None],
+            lambda r: (r["questions"] if _resolved(r) else r["budget"]) - r["optimal"],
         ),
         "regret_clear": questions(clear),
         "asked": {

@@ -1050,6 +1050,7 @@ class SegmenterClient:
         self._process: subprocess.Popen | None = None
         self._directory: str | None = None
         self._ready = False
+        self.amodal = False  # whether complete masks can be had; known once it is ready
 
     def __enter__(self) -> SegmenterClient:
         self.start()
@@ -1311,7 +1312,7 @@ class SegmenterClient:
 
     def _await_ready(self) -> None:
         if not self._ready:
-            self._request({"op": "ping"}, self.start_timeout_s)
+            self.amodal = bool(self._request({"op": "ping"}, self.start_timeout_s)["amodal"])
             self._ready = True
 
     def _stop(self) -> None:

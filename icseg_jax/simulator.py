@@ -176,8 +176,14 @@ def _target(graph: dict) -> dict | None:
 
 
 def describe_target(sample: Any) -> str:
-    """Every attribute of a sample's target in words, "" without one: what an oracle would add to the query."""
-    graph = (sample.privileged or {}).get("scene_graph")
+    """A sample's target in words, "" where nothing is known: what an oracle would add to the query. Every attribute
+    that the scene graph knows, or what the target's file says."""
+    known = sample.privileged or {}
+    graph = known.get("scene_graph")
+    if not graph and sample.target_ids:
+        about = (known.get("descriptions") or {}).get("target")
+        text = about.get("description") if isinstance(about, dict) else None
+        return sanitise(text, 64) if isinstance(text, str) and text.strip() else ""
     target = _target(graph) if graph else None
     if target is None:
         return ""
@@ -379,22 +385,28 @@ def leaks(guidance: str, graph_or_values: dict | Iterable[str]) -> bool:
 
 # Words that give nobody away: what advice on asking is made of.
 _HARMLESS = frozenset(
-    "a an the it its this that these those of in on at to from with by for as and or not no yes is are be has have one "
-    "neither please clarify unable answer visible object target thing feature color colour shape size motion movement "
-    "direction action position place side column frame video question ask attribute category description".split())
+    "a an the it its this that these those of in on at to from with by for as and or not no yes is are be has have "
+    "one neither please clarify unable answer visible object target thing feature color colour shape size motion "
+    "movement direction action position place side column frame video question ask attribute category description "
+    "about after again all also although always among another any around because been before being between both but "
+    "can could did do does doing done during each either else every few he her here him his how however i if into "
+    "kind less like looks made make makes many may me might more most much must my never nothing now off often once "
+    "only other others our out over own per perhaps quite rather same several she should since so some something such "
+    "than their them then there they through too towards under until us use used user very was we were what when "
+    "where whether which while who whom whose why will within without would you your".split())
 
 
 def giveaways(sample: Sample, dialogue: Sequence[tuple[str, str]]) -> set[str]:
     """What guidance on a sample without a scene graph must not say (for `leaks`): the words that describe its target
     but not every candidate, and those of the user's answers. Words of the query are known anyway."""
     described = (sample.privileged or {}).get("descriptions") or {}
-    candidates = [_words(c) for c in _listed(described.get("candidates"))]
+    candidates = [_words(c) for c in listed(described.get("candidates"))]
     common = set.intersection(*candidates) if len(candidates) > 1 else set()
     told = _words(described.get("target")) | _words([answer for question, answer in dialogue if question])
     return told - common - _words(sample.query) - _HARMLESS
 
 
-def _listed(described: Any) -> list:
+def listed(described: Any) -> list:
     """The candidates of a description file; the schema of the real ones is not published."""
     candidates = described.get("candidates") if isinstance(described, dict) else described
     return candidates if isinstance(candidates, list) else []

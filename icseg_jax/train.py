@@ -55,6 +55,7 @@ import math
 import operator
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -639,6 +640,9 @@ def check_config(c: Config) -> Config:
         f"the largest must hold protocol.response_tokens={c.protocol.response_tokens}",
     )
     need(c.stage == "rl" or not c.mesh.distributed, "mesh.distributed", "true", "stage=sft runs in one process")
+    # Each process asks about its own rows, and a policy on all their devices answers only when all of them ask.
+    alone = c.simulator.kind != "local" or not c.mesh.distributed
+    need(alone, "simulator.kind", "local", "with mesh.distributed=true use endpoint or oracle")
     need(c.mesh.preset in PRESETS, "mesh.preset", c.mesh.preset, f"use one of {', '.join(PRESETS)}")
     for axis in AXES:
         size = getattr(c.mesh, axis)
@@ -2885,6 +2889,11 @@ class Scores(struct.PyTreeNode):
     valid: Array  # [P,N] bool: False where the segmenter failed, or the user or the expert did not answer in time
 
 
+def wanted_mask(sample: data.Sample, answer: Action) -> str:
+    """modal | amodal: what the answer names, where its query's wording chooses (DATA.md 2.3); else what is seen."""
+    return answer.mask_type if sample.mask_type else "modal"
+
+
 class MaskReward:
     """IoU of SAM2's mask with the truth, reached from a jitted function by a host callback.
 
@@ -2934,7 +2943,7 @@ class MaskReward:
                 continue
             index[i], frame[i], wanted[i] = p, d.frame, True
             box[i], point[i] = np.clip(d.answer.box, 0, 1000), np.clip(d.answer.point, 0, 1000)
-            amodal[i] = d.answer.mask_type == "amodal"
+            amodal[i] = wanted_mask(d.prompt.sample, d.answer) == "amodal"
             if (p, d.frame) not in shown:
                 shown.add((p, d.frame))
                 position = d.prompt.positions[d.prompt.fids.index(d.frame)]
@@ -3748,7 +3757,7 @@ def dialogue_row(d: Dialogue, scores: Scores, i: int, j: int, config: Config) ->
         "asked": [q.attribute if q else None for q in questions],
         "gains": np.asarray(turn_gains(scores.counts[i, j], scores.asked[i, j]))[:k].tolist(),
         "questions": k,
-        "optimal": float(d.prompt.graph.get("optimal_expected", 0.0)),
+        "optimal": d.prompt.graph.get("optimal_expected"),
         "budget": config.protocol.max_turns - 1,
         "format": bool(scores.well_formed[i, j]),
         "reward": float(sum(config.reward.weights.get(t, 0.0) * scores.terms[t][i, j] for t in TERMS)),
@@ -4060,6 +4069,7 @@ class ConversationTeacher:
 
     def __init__(self, config: Config, speaker: Speaker):
         self.c, self.w, self.speaker = config, config.warmstart, speaker
+        self.cut: set[str] = set()  # samples that were too long, and said to be
         self.sets = [data.load_prepared(Path(folder), "train") for folder in self.w.mix]
         tokenizer = speaker.tokenizer
         self.line = [v for v in range(1001) if "<unk>" not in tokenizer.decode(tokenizer.encode(f", {v}"))]
@@ -4087,6 +4097,11 @@ class ConversationTeacher:
         speaker.observe(row, KEYFRAME_REPLY if shown else NO_TARGET_REPLY, 0 if shown else None)
         text = speaker.answer(thought, self.sayable(talk.box), self.sayable(talk.point), sample.mask_type)
         row.add([*encode(text), speaker.tokenizer.end_of_turn], trained=True)
+        if len(row) > self.w.row_tokens and sample.id not in self.cut:
+            self.cut.add(sample.id)
+            if len(self.cut) <= 20:
+                kept = f"warmstart.row_tokens={self.w.row_tokens} are kept"
+                print(f"{sample.id}: {len(row)} tokens, {kept}: where the target is, is not taught", file=sys.stderr)
         return prompt, _cut(row, self.w.row_tokens), prompt.image_of(talk.frame) if shown else None
 
     def batch(self, step: int) -> tuple[Batch, np.ndarray]:
@@ -4125,6 +4140,8 @@ def coordinate_spread(
         for form in ("{}", ", {}"):
             ids = [tokenizer.encode(form.format(c)) for c in range(0, 1001)]
             line = [i[0] for i in ids if len(i) == 1 and tokenizer.decode(i) != "<unk>"]
+            if len(line) <= 10:  # single digits, which are parts of numbers, and no grid
+                continue
             for place, token in enumerate(line):
                 reach = np.arange(place - width, place + width + 1)
                 inside = (reach >= 0) & (reach < len(line))
@@ -4464,7 +4481,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Hosts that share a folder may share process numbers too.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
@@ -5094,7 +5112,7 @@ def video_masks(segmenter: SegmenterClient, sample: data.Sample, position: int |
     if answer is None:
         return masks
     asked = {"position": position, "box": np.clip(answer.box, 0, 1000).tolist(),
-             "point": np.clip(answer.point, 0, 1000).tolist(), "mask_type": answer.mask_type}  # fmt: skip
+             "point": np.clip(answer.point, 0, 1000).tolist(), "mask_type": wanted_mask(sample, answer)}  # fmt: skip
     for i, _, mask in segmenter.stream(sample.image, len(sample.frames), [asked]):
         masks[i] = mask
     return masks

@@ -553,8 +553,9 @@ def test_leftovers_of_a_killed_prepare_are_removed(world: Path, tmp_path: Path) 
     assert not leftover.exists() and rival.exists()
 
 
-def test_a_killed_prepare_goes_on_where_it_stopped(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-                                                   ) -> None:
+@pytest.mark.parametrize("reason", [KeyboardInterrupt(), MemoryError("no room")])
+def test_a_killed_prepare_goes_on_where_it_stopped(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   reason: BaseException) -> None:
     rows = [make_row(id=f"q{i}") for i in range(5)]
     write_table(root, [*rows[:2], make_row(id="bad", oid=9), *rows[2:], rows[0]])
     monkeypatch.setattr(data, "SHARD_BYTES", 1)  # a file for every sample
@@ -562,12 +563,12 @@ def test_a_killed_prepare_goes_on_where_it_stopped(root: Path, tmp_path: Path, m
 
     def interrupted(sample: data.Sample) -> dict:
         if len(opened) == 4:
-            raise KeyboardInterrupt
+            raise reason
         opened.append(sample.id)
         return to_record(sample)
 
     monkeypatch.setattr(data, "_to_record", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(type(reason)):
         data.prepare("ambi_rvos", root, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists() and opened == ["q0", "q1", "q2", "q3"]
     (left,) = tmp_path.glob(".out.partial.*")
@@ -584,7 +585,7 @@ def test_a_killed_prepare_goes_on_where_it_stopped(root: Path, tmp_path: Path, m
 
     with monkeypatch.context() as patch:  # other tables begin anew
         patch.setattr(data, "_to_record", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(type(reason)):
             opened.clear()
             data.prepare("ambi_rvos", root, tmp_path / "other", progress=False)
     write_table(root, rows[:2])
@@ -663,7 +664,8 @@ def test_order_depends_on_everything() -> None:
 # --- commands ---------------------------------------------------------------------------------------------
 
 
-def test_commands_from_nothing_to_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_commands_from_nothing_to_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
     world, out, picture = (str(tmp_path / name) for name in ("world", "records", "sheet.png"))
     assert data.main(["generate", f"out={world}", "train=2", "test=2", "seed=5"]) == 0
     assert data.main(["prepare", "ambi_rvos", f"source={world}", f"out={out}"]) == 0
@@ -678,6 +680,10 @@ def test_commands_from_nothing_to_a_picture(tmp_path: Path, capsys: pytest.Captu
         assert data.main(["preview", source, f"out={picture}", "n=2"]) == 0
         assert data.decode_image(Path(picture)).shape == (420, 680, 3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["records", "sheet.png", "world"]
+    monkeypatch.chdir(tmp_path)  # without out=
+    assert data.main(["preview", "world", "n=1"]) == 0 and Path("world.png").is_file()
+    assert data.main(["prepare", "ambi_rvos", "source=world"]) == 0
+    assert len(data.load_prepared(tmp_path / "data" / "ambi_rvos", "test")) == 2
 
 
 BAD_COMMANDS = {

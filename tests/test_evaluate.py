@@ -1,11 +1,13 @@
 """Scores of policies and of masks from elsewhere; agreement of models with the exact user and expert, over a real
 server on loopback."""
 
+import errno
 import json
 import re
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image
 from test_simulator import SECRET, server  # noqa: F401 - a fixture
 
-from icseg_jax import data, evaluate, metrics, readers, simulator, synthetic
+from icseg_jax import data, evaluate, metrics, readers, simulator, synthetic, train
 
 CONFIG = str(Path(__file__).parent.parent / "experiments" / "embedded.yaml")
 
@@ -94,6 +96,10 @@ def test_free_answers_are_compared_by_what_they_name(attribute, said, exact, sam
     ([CONFIG, "benchmark=ambi_rvos", "evaluate.repetition_penalty=0"], "repetition_penalty=0"),
     ([CONFIG, "benchmark=ambi_rvos", "evaluate.presence_penalty=.nan"], "presence_penalty=nan"),
     ([CONFIG, "benchmark=ambi_rvos", "evaluate.describe=true"], "a column of it already"),
+    ([CONFIG, "benchmark=revos", "submission=x.zip", "source=/tmp"], "submission=x.zip: revos has no server"),
+    ([CONFIG, "benchmark=mevis", "submission=x.zip", "evaluate.samples=3"], "leave evaluate.samples out"),
+    ([CONFIG, "benchmark=mevis", "simulator.kind=local", "simulator.path=x", "mesh.distributed=true"],
+     "with mesh.distributed=true use endpoint or oracle"),
     ([CONFIG, "check=oracle"], "compares models"),
     (["check=oracle"], "no such config|can not be read|: "),
     ([CONFIG, "check=oracle", "expert.kind=endpoint"], "expert.model"),
@@ -159,7 +165,7 @@ def test_shares_of_processes_and_a_cut_line_make_the_same_rows(world, scored, tm
     lines = whole.splitlines()
     (out / "rows.0.jsonl").write_text(f"{lines[0]}\n{lines[2][:99]}")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(evaluate.train.multihost_utils, "sync_global_devices", lambda name: None)
+    monkeypatch.setattr(evaluate.train, "agreed", lambda mine: mine)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(evaluate.train, "row_owners", lambda mesh, p, n: np.full((p, n), jax.process_index()))
     assert play(world, out) == 0
@@ -274,6 +280,43 @@ def test_perfect_masks_score_1_and_none_little(name, tmp_path, capsys, monkeypat
         assert headline() == 1 and table["overall, missing as 0"]["JF"] == pytest.approx(before)
     else:
         assert headline() == pytest.approx(before)
+
+
+def test_a_video_of_protocol_a_counts_when_all_of_its_objects_do(tmp_path):
+    root = synthetic.write_dataset(tmp_path / "raw", train=0, test=1, seed=4, layout="ref_davis17", progress=False)
+    source = evaluate.Source("ref_davis17_a", root, None)
+    predict(tmp_path / "said", source, lambda truth, number: truth)
+    rows = evaluate.merged_rows(source, tmp_path / "said", range(len(source)))
+    assert {row["J"] for row in rows} == {1.0} and len({row["group"] for row in rows}) == 4
+    fewer = evaluate.merged_rows(source, tmp_path / "said", range(1, len(source)))
+    assert {row["group"] for row in rows} - {row["group"] for row in fewer} == {
+        f"annotator {source.open(0).meta['annotator']}"}
+
+
+def test_what_the_machine_lacks_is_no_fault_of_a_record(world, scored, tmp_path, monkeypatch, capsys):
+    """A full disk ends the evaluation with one line; what a record was refused for is looked at again."""
+    out = tmp_path / "out"
+    shutil.copytree(scored, out)
+    lines = (out / "rows.0.jsonl").read_text().splitlines(keepends=True)
+    bad = json.dumps({"index": 3, "id": "x", "refused": "once"}) + "\n"
+    (out / "rows.0.jsonl").write_text("".join(line for line in lines if '"index": 3,' not in line) + bad)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "write_masks", full)
+        assert play(world, out) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: [Errno 28]")
+    assert (out / "rows.0.jsonl").read_text().endswith(bad)
+    assert play(world, out) == 0
+    assert (out / "rows.jsonl").read_text() == (scored / "rows.jsonl").read_text()
+
+
+def test_a_mask_type_that_nobody_asked_for_is_not_drawn():
+    said = train.Action("answer", mask_type="amodal")
+    for asked, drawn in ((None, "modal"), ("modal", "amodal"), ("amodal", "amodal")):
+        assert train.wanted_mask(SimpleNamespace(mask_type=asked), said) == drawn
 
 
 def test_bad_masks_are_refused_with_their_id(tmp_path, capsys, monkeypatch):

@@ -207,6 +207,8 @@ def test_davis_objects_match_and_leave_void_out():
     merged = merge_objects(np.array([[0.9, 0.4, 0.6, 0.0], [0.8, 0.49, 0.7, 0.5]]))
     assert merged.tolist() == [1, 0, 2, 2]
     assert merge_objects(np.ones((2, 1, 1, 1), bool)).tolist() == [[[1]]]
+    masks = np.random.default_rng(0).random((3, 2, 5, 7)) < 0.4
+    np.testing.assert_array_equal(merge_objects(masks), merge_objects(masks.astype(float)))
 
 
 def test_video_scores_by_hand():
@@ -373,6 +375,7 @@ def test_dialogue_words():
     assert summary["resolved_rate"] == pytest.approx(1 / 3)  # no question: unresolved; 2 left: unresolved
     assert summary["redundant_question_rate"] == pytest.approx(2 / 4)  # of all calls, pooled
     assert summary["regret"] == pytest.approx((0 + (5 - 1.5) + (5 - 1.4)) / 3)  # unresolved pays the budget
+    assert dialogue_summary([row | {"optimal": None} for row in ROWS])["regret"] is None  # nobody knows
     assert summary["asked"] == {"color": 0.75, "unclear": 0.25}
     assert summary["format_rate"] == pytest.approx(5 / 6)
     assert summary["reward"] == pytest.approx(2.5)

@@ -726,6 +726,12 @@ def test_guidance_on_a_real_video_gives_nothing_away(samples):
     for guidance in ("Ask for the color first, then for the place.", "A dog that runs is best told by motion."):
         assert not simulator.leaks(guidance, told), guidance
     assert simulator.giveaways(dataclasses.replace(sample, privileged=None), []) == set()
+    told = {"target": {"description": "The dog which is near the other one, wearing a red collar while it sits."}}
+    natural = dataclasses.replace(sample, query="the animal", privileged={"descriptions": told})
+    assert simulator.giveaways(natural, []) == {"dog", "near", "wearing", "red", "collar", "sits"}
+    assert simulator.describe_target(natural) == told["target"]["description"]
+    advice = "While several candidates are left, ask which feature differs most, and never ask the same thing twice."
+    assert not simulator.leaks(advice, simulator.giveaways(natural, []))
 
 
 def test_descriptions_may_be_any_json_and_hold_no_special_token(server, samples, tmp_path):
