@@ -1,13 +1,13 @@
 """Scores of policies and of masks from elsewhere; agreement of models with the exact user and expert, over a real
 server on loopback."""
 
+import dataclasses
 import errno
 import json
 import re
 import shutil
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -313,10 +313,11 @@ def test_what_the_machine_lacks_is_no_fault_of_a_record(world, scored, tmp_path,
     assert (out / "rows.jsonl").read_text() == (scored / "rows.jsonl").read_text()
 
 
-def test_a_mask_type_that_nobody_asked_for_is_not_drawn():
+def test_a_mask_type_that_nobody_asked_for_is_not_drawn(world):
+    sample = data.load_prepared(world, "test")[0]
     said = train.Action("answer", mask_type="amodal")
     for asked, drawn in ((None, "modal"), ("modal", "amodal"), ("amodal", "amodal")):
-        assert train.wanted_mask(SimpleNamespace(mask_type=asked), said) == drawn
+        assert train.wanted_mask(dataclasses.replace(sample, mask_type=asked), said) == drawn
 
 
 def test_bad_masks_are_refused_with_their_id(tmp_path, capsys, monkeypatch):
