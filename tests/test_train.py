@@ -281,9 +281,9 @@ def test_the_warm_start_learns_from_random_weights(place, env):
 
 @pytest.fixture(scope="module")
 def talks(tmp_path_factory):
-    """Conversations with a mask at their end, and without one."""
+    """Conversations with a mask at their end, and without one, and wordings that choose a mask."""
     folder = tmp_path_factory.mktemp("talks")
-    for name in ("prist", "llava"):
+    for name in ("prist", "llava", "r2sm"):
         synthetic.write_dataset(folder / f"{name}.raw", train=4, test=2, seed=5, layout=name, progress=False)
         data.prepare(name, folder / f"{name}.raw", folder / name, progress=False)
     return folder
@@ -292,7 +292,7 @@ def talks(tmp_path_factory):
 def test_given_conversations_are_taught(place, env, talks):
     """The real command: MIRAS's mix, from the shipped base; killed runs resume as any other."""
     arguments = ["experiments/embedded_conversations.yaml", "steps=2", "warmstart.scenes=2", f"run_dir={place}/talk",
-                 f"warmstart.mix=[{talks}/prist, {talks}/llava]"]  # fmt: skip
+                 f"warmstart.mix=[{talks}/prist, {talks}/llava, {talks}/r2sm]"]  # fmt: skip
     done = call(*arguments, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     told = rows(place / "talk")
@@ -302,7 +302,7 @@ def test_given_conversations_are_taught(place, env, talks):
 
 def test_a_lesson_teaches_the_answers_and_then_the_place(talks):
     config = train.load_config("experiments/embedded_conversations.yaml",
-                               [f"warmstart.mix=[{talks}/prist, {talks}/llava]"])
+                               [f"warmstart.mix=[{talks}/prist, {talks}/llava, {talks}/r2sm]"])
     source = train.resolve_path(config.policy.path)
     tokenizer = train.weights.Tokenizer(source)
     policy_config = train.PolicyConfig.from_json(json.loads((source / "config.json").read_text()))
@@ -325,6 +325,11 @@ def test_a_lesson_teaches_the_answers_and_then_the_place(talks):
         _, row, picture = teacher.lesson(sample)
         taught = tokenizer.decode([t for t, ok in zip(row.tokens, row.trained, strict=True) if ok])
         assert picture is None and "<keyframe>" not in taught and taught.endswith(sample.meta["answer"] + "<|im_end|>")
+    for sample in teacher.sets[2]:
+        _, row, _ = teacher.lesson(sample)
+        taught = tokenizer.decode([t for t, ok in zip(row.tokens, row.trained, strict=True) if ok])
+        assert train.parse_action(taught[taught.index("<answer>"):].removesuffix("<|im_end|>")
+                                  ).mask_type == sample.mask_type and sample.query in taught
     first, words = teacher.batch(3)
     assert first.rows.trained.any() and (words == -1).all()
     np.testing.assert_array_equal(first.rows.tokens, teacher.batch(3)[0].rows.tokens)
@@ -369,7 +374,7 @@ def test_learning_rate_rises_stays_and_falls():
     [
         (["experiments/none.yaml"], "no such config"),
         (["experiments/embedded.yaml", "stepz=4"], "closest is steps"),
-        (["experiments/embedded_conversations.yaml", "warmstart.rates=[1]"], "for each of the 2 folders"),
+        (["experiments/embedded_conversations.yaml", "warmstart.rates=[1]"], "for each of the 3 folders"),
         (["experiments/embedded.yaml", "rollout.rolouts=4"], "closest is rollout.rollouts"),
         (["experiments/embedded.yaml", "steps=many"], "steps"),
         (["experiments/embedded.yaml", "steps"], "key=value"),
