@@ -180,8 +180,7 @@ def describe_target(sample: Any) -> str:
     that the scene graph knows, or what the target's file says."""
     known = sample.privileged or {}
     graph = known.get("scene_graph")
-    if not graph and sample.target_ids:
-        about = (known.get("descriptions") or {}).get("target")
+    if not graph and (about := (known.get("descriptions") or {}).get("target")):
         text = about.get("description") if isinstance(about, dict) else None
         return sanitise(text, 64) if isinstance(text, str) and text.strip() else ""
     target = _target(graph) if graph else None

@@ -527,6 +527,7 @@ def test_mask_rewards_find_their_rows(world, played):
             return iou, np.array([row["mask_type"] == "modal" for row in rows])
 
     prompts = world.prompts(range(2))
+    prompts[1].sample = dataclasses.replace(prompts[1].sample, mask_type="modal")  # its wording chooses
     rng, rows = np.random.default_rng(0), []
     for number, prompt in enumerate(prompts):
         row = [train.Dialogue(prompt) for _ in range(4)]
