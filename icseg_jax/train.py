@@ -2891,7 +2891,7 @@ class Scores(struct.PyTreeNode):
 
 def wanted_mask(sample: data.Sample, answer: Action) -> str:
     """modal | amodal: what the answer names, where its query's wording chooses (DATA.md 2.3); else what is seen."""
-    return answer.mask_type if sample.mask_type else "modal"
+    return (sample.mask_type and answer.mask_type) or "modal"
 
 
 class MaskReward:
