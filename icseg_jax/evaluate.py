@@ -653,7 +653,7 @@ class Player:
 
 
 # What goes wrong with this machine, not with a record: the run stops and goes on from there when it is mended.
-MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EACCES, errno.EROFS}
+MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EROFS}
 
 
 def refusal(number: int, id: str, error: Exception) -> Row:
