@@ -437,8 +437,8 @@ def dialogue_summary(rows: Sequence[dict]) -> dict:
     `rows`: one dict per dialogue with `level` (simple, medium, difficult, clear, none), `success`, `frame_ok`
     (METHOD.md 3.1), `counts` [Q + 1] (candidates left, METHOD.md 2.2), `asked` [Q] (attribute of each call,
     None where it was not understood), `gains` [Q] (METHOD.md 3.3), `questions` = Q, `optimal` (E*, DATA.md
-    6.4; None where nobody knows), `budget` (most questions allowed), `format`, where it was rewarded `reward` and `terms` {name: value
-    or None}, and where a video was segmented `J` and `F`.
+    6.4; None where nobody knows), `budget` (most questions allowed), `format`, where it was rewarded `reward` and
+    `terms` {name: value or None}, and where a video was segmented `J` and `F`.
 
     Returns a dict of numbers, None where nothing was there to average; `success_by_level`, `asked` (share of
     all calls; "unclear" for None) and `terms` are dicts of such numbers. `standard_error` and `count` repeat
