@@ -434,15 +434,17 @@ def _occlusion_bin(rate: float) -> str:
 def dialogue_summary(rows: Sequence[dict]) -> dict:
     """One evaluation as plain numbers, in the words of METHOD.md 11.7.
 
-    `rows`: one dict per dialogue with `level` (simple, medium, difficult, clear, none), `success`, `frame_ok`
-    (METHOD.md 3.1), `counts` [Q + 1] (candidates left, METHOD.md 2.2), `asked` [Q] (attribute of each call,
-    None where it was not understood), `gains` [Q] (METHOD.md 3.3), `questions` = Q, `optimal` (E*, DATA.md
-    6.4; None where nobody knows), `budget` (most questions allowed), `format`, where it was rewarded `reward` and
-    `terms` {name: value or None}, and where a video was segmented `J` and `F`.
+    `rows`: one dict per dialogue with `id` (of the sample; without one, each row is its own), `level` (simple,
+    medium, difficult, clear, none), `success`, `frame_ok` (METHOD.md 3.1), `counts` [Q + 1] (candidates left,
+    METHOD.md 2.2), `asked` [Q] (attribute of each call, None where it was not understood), `gains` [Q] (METHOD.md
+    3.3), `questions` = Q, `optimal` (E*, DATA.md 6.4; None where nobody knows), `budget` (most questions allowed),
+    `format`, where it was rewarded `reward` and `terms` {name: value or None}, and where a video was segmented `J`
+    and `F`.
 
     Returns a dict of numbers, None where nothing was there to average; `success_by_level`, `asked` (share of
     all calls; "unclear" for None) and `terms` are dicts of such numbers. `standard_error` and `count` repeat
-    the same keys; shares of calls are pooled over dialogues, so their error is that of a ratio of sums.
+    the same keys; shares of calls are pooled over dialogues, so their error is that of a ratio of sums, and dialogues
+    over one sample count as one draw of it.
     """
     ambiguous = [r for r in rows if r["level"] in AMBIGUOUS]
     clear = [r for r in rows if r["level"] == "clear"]
@@ -455,7 +457,7 @@ def dialogue_summary(rows: Sequence[dict]) -> dict:
         return _mean(rows, lambda r: r["questions"])
 
     def call_share(hits: Callable[[dict], int]) -> tuple:
-        return _ratio([hits(r) for r in rows], [r["questions"] for r in rows])
+        return _ratio([hits(r) for r in rows], [r["questions"] for r in rows], rows)
 
     attributes = [attribute or "unclear" for r in rows for attribute in r["asked"]]
     terms = dict.fromkeys(name for r in rows for name in r.get("terms", ()))
@@ -507,18 +509,23 @@ def _resolved(row: dict) -> bool:
 
 
 def _mean(rows: list[dict], value: Callable[[dict], float]) -> tuple[float | None, float | None, int]:
-    """Mean, its standard error, and n; None for what n = 0 or n = 1 cannot give."""
-    return _ratio([value(r) for r in rows], [1] * len(rows))
+    """Mean, its standard error, and how many rows; None for what no row or one sample cannot give."""
+    return _ratio([value(r) for r in rows], [1] * len(rows), rows)
 
 
-def _ratio(hits: list[float], sizes: list[int]) -> tuple[float | None, float | None, int]:
-    """sum(hits) / sum(sizes), its standard error by linearisation over the n dialogues, and sum(sizes)."""
-    n, total = len(sizes), sum(sizes)
+def _ratio(hits: list[float], sizes: list[int], rows: list[dict]) -> tuple[float | None, float | None, int]:
+    """sum(hits) / sum(sizes), its standard error by linearisation over the n samples, and sum(sizes)."""
+    total = sum(sizes)
     if not total:
         return None, None, 0
     ratio = sum(hits) / total
-    residuals = sum((hit - ratio * size) ** 2 for hit, size in zip(hits, sizes, strict=True))
-    return float(ratio), sqrt(residuals * n / (n - 1)) / total if n > 1 else None, total
+    residuals: dict[Any, float] = {}  # dialogues over one sample are no independent ones
+    for i, (hit, size, row) in enumerate(zip(hits, sizes, rows, strict=True)):
+        sample = row.get("id", i)
+        residuals[sample] = residuals.get(sample, 0.0) + hit - ratio * size
+    n = len(residuals)
+    error = sqrt(sum(r * r for r in residuals.values()) * n / (n - 1)) / total if n > 1 else None
+    return float(ratio), error, total
 
 
 # --- how sure a table is ------------------------------------------------------------------------------------

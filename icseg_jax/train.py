@@ -60,7 +60,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,8 @@ class UpdateSection:
     sdpo_is_clip: float = 2.0  # sdpo: cap of the importance ratio
     mask_overlong: bool = True
     token_buckets: list[int] = field(default_factory=lambda: [2048, 4096, 8192])  # T of a step's rollouts
+    # Rows that the rollouts of a prompt may lie in, several to a row; [] (and sdpo): each in a row of its own
+    row_buckets: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,8 @@ class ExpertSection(EndpointSection):
 @dataclass(frozen=True)
 class EvaluateSection:
     every: int = 50  # steps between evaluations; 0 turns every evaluation off
-    prompts: int = 64  # dialogues side by side
+    prompts: int = 64  # samples side by side, each with one greedy dialogue and `draws` sampled ones
+    draws: int = 1  # sampled dialogues per sample
     samples: int = 0  # of the test split; 0: all
     clips: int = 32  # samples whose video masks are scored
     gallery: int = 24  # dialogues kept with pictures
@@ -338,12 +341,12 @@ WHOLE = {
     | {"action_tokens": 1, "observation_tokens": 1},
     "rollout": {"prompts": 1, "refills": 0, "cache_buckets": 1, "observation_buckets": 1, "decode_tokens": 1}
     | {"least_prompts": 1},
-    "update": {"warmup": 0, "minibatches": 1, "micro_prompts": 0, "token_buckets": 1},
+    "update": {"warmup": 0, "minibatches": 1, "micro_prompts": 0, "token_buckets": 1, "row_buckets": 1},
     "warmstart": {"scenes": 1, "rows": 1, "practice": 0, "row_tokens": 1, "keyframes": 1, "warmup": 0},
     "sidecar": {"threads": 1},
     "simulator": {"max_in_flight": 1},
     "expert": {"max_in_flight": 1},
-    "evaluate": {"every": 0, "prompts": 1, "samples": 0, "clips": 0, "gallery": 0},
+    "evaluate": {"every": 0, "prompts": 1, "draws": 1, "samples": 0, "clips": 0, "gallery": 0},
     "checkpoint": {"every": 0, "keep": 1},
 }
 POSITIVE = {
@@ -467,6 +470,12 @@ def check_config(c: Config) -> Config:
         "stage=sft packs several dialogues into a row, which only xla masks",
     )
     need(
+        c.policy.attention == "xla" or not c.update.row_buckets,
+        "update.row_buckets",
+        c.update.row_buckets,
+        "several rollouts in a row are masked by policy.attention=xla alone; use [] or that",
+    )
+    need(
         c.policy.attention != "cudnn" or c.policy.dtype == "bfloat16",
         "policy.dtype",
         c.policy.dtype,
@@ -492,7 +501,7 @@ def check_config(c: Config) -> Config:
             name = f"{section}.{key}" if section else key
             for value in given if isinstance(given, list) else [given]:
                 need(value >= least, name, given, f"use {least} or more")
-            need(given != [], name, given, "give at least one size")
+            need(given != [] or key == "row_buckets", name, given, "give at least one size")
     try:
         profiled(c)
     except ValueError:
@@ -1580,8 +1589,10 @@ def check_mesh(c: Config, mesh: Mesh) -> None:
         need(size, c.rollout.rollouts, "rollout.prompts / update.minibatches", "the prompts of an update")
         if c.update.micro_prompts:
             need(c.update.micro_prompts, c.rollout.rollouts, "update.micro_prompts", "the prompts of a micro-batch")
+        for rows in c.update.row_buckets:
+            need(c.update.micro_prompts or size, rows, "update.row_buckets", f"prompts in {rows} rows")
         if c.evaluate.every:
-            need(c.evaluate.prompts, len(DECODINGS), "evaluate.prompts", "dialogues")
+            need(c.evaluate.prompts, 1 + c.evaluate.draws, "evaluate.prompts", "dialogues")
 
 
 def placement(mesh: Mesh, axes: Sequence[str | tuple[str, ...] | None]) -> NamedSharding:
@@ -3348,7 +3359,6 @@ def predict(
             context=(keys,), context_masks=(there[:, :, None, :],),
         )  # fmt: skip
         before = jnp.take_along_axis(before, last, 2)
-        before = jnp.broadcast_to(before, (p, n, 1, before.shape[-1]))
     else:
         tile = lambda x, axis: jnp.repeat(x, n, axis=axis)  # noqa: E731
         size = prompts.tokens.shape[-1]
@@ -3365,7 +3375,10 @@ def predict(
         )  # fmt: skip
         before = jnp.take_along_axis(hidden, last, 2)
         hidden = hidden[:, :, size:]
-    return jnp.concatenate([before, hidden[:, :, :-1]], 2)
+    # The prompt's last token predicts the first one of every segment.
+    last_segment = jnp.pad(rows.segment, ((0, 0), (0, 0), (1, 0)))[..., :-1]
+    shifted = jnp.pad(hidden, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :-1]
+    return jnp.where((rows.segment != last_segment)[..., None], before, shifted)
 
 
 def token_logp(
@@ -3542,6 +3555,68 @@ def pack(
 def context_room(config: Config, speaker: Speaker) -> int:
     """How many tokens of a teacher's context are read: what the end of the prompt leaves of credit.guidance_tokens."""
     return config.credit.guidance_tokens - len(speaker.closing())
+
+
+def share_rows(batch: Batch, buckets: Sequence[int]) -> tuple[Batch, np.ndarray]:
+    """The same rollouts in fewer rows, [P,R,T]: short ones of a group lie in one row, each a segment of its own.
+
+    R is the least of `buckets` that holds every group, or N: few shapes, since a program is compiled for each. Also
+    returns `source` [P,R,T]: the index n * T + t of each token in the rows [P,N,T], -1 for padding.
+    """
+    p, n, length = batch.rows.tokens.shape
+    sizes = (np.asarray(batch.rows.segment) > 0).sum(-1)
+    plans = [fit_into_rows(group, length) for group in sizes.tolist()]
+    most = max(map(len, plans))
+    count = min(rows for rows in (*buckets, n) if rows >= most)
+    if count == n:  # as they were: fused kernels know no segments
+        plans = [[[j] for j in range(n)]] * p
+    source = np.full((p, count, length), -1, np.int32)
+    segment = np.zeros((p, count, length), np.int32)
+    for i, plan in enumerate(plans):
+        for r, members in enumerate(plan):
+            at = 0
+            for number, j in enumerate(members, start=1):
+                span = slice(at, at + sizes[i, j])
+                source[i, r, span] = j * length + np.arange(sizes[i, j])
+                segment[i, r, span] = number
+                at = span.stop
+    of = lambda name: take_tokens(getattr(batch.rows, name), source, -1 if name in ("slots", "turn") else 0)  # noqa: E731
+    rows = Rows(**{field.name: of(field.name) for field in dataclasses.fields(Rows)})
+    return batch.replace(rows=rows.replace(segment=segment)), source
+
+
+def fit_into_rows(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Indices of `sizes` by row of `length`: the longest first, each into the fullest row that has room for it."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for j in sorted(range(len(sizes)), key=lambda j: -sizes[j]):
+        fitting = [r for r in range(len(rows)) if room[r] >= sizes[j]]
+        if not fitting:
+            fitting = [len(rows)]
+            rows.append([])
+            room.append(length)
+        best = min(fitting, key=lambda r: room[r])
+        rows[best].append(j)
+        room[best] -= sizes[j]
+    return rows
+
+
+def take_tokens(values: Array, source: np.ndarray, fill: Any) -> np.ndarray:
+    """[P,N,T,...] -> [P,R,T,...] as `share_rows` laid it; `fill` where there is padding."""
+    rest = values.shape[3:]
+    flat = np.asarray(values).reshape(len(source), -1, *rest)
+    out = flat[np.arange(len(source))[:, None, None], np.maximum(source, 0)]
+    out[source < 0] = fill
+    return out
+
+
+def put_back(values: Array, source: np.ndarray, rollouts: int) -> np.ndarray:
+    """[P,R,T] -> [P,N,T], 0 at padding: what `share_rows` took apart."""
+    p, _, length = source.shape
+    out = np.zeros((p, rollouts * length), np.asarray(values).dtype)
+    there = source >= 0
+    out[np.nonzero(there)[0], source[there]] = np.asarray(values)[there]
+    return out.reshape(p, rollouts, length)
 
 
 def own_tokens(values: Array, starts: Array, length: int) -> jax.Array:
@@ -4889,18 +4964,16 @@ class Trainer:
             batch, _ = pack(dialogues, c, self.speaker)
         lam = float(step_strength(c.credit, number))
         with clock("logprob"):
-            old_logp = jax.device_get(self.logprob(self.state.params, shard_batch(self.mesh, batch)))
+            old_logp = self.read(self.state.params, batch)
 
         contexts = teacher_contexts(dialogues, total_return(scores, c), guidance, c)
-        guided: Guided | None = None
 
         def teacher_logp() -> tuple[np.ndarray, np.ndarray]:
             with clock("teacher"):
                 view, starts = pack(dialogues, c, self.speaker, contexts=contexts)
-                logp = np.asarray(self.logprob(self.state.teacher, shard_batch(self.mesh, view)))
-                plain = old_logp
+                logp, plain = self.read(self.state.teacher, view), old_logp
                 if c.credit.delta_baseline == "teacher_plain":
-                    plain = np.asarray(self.logprob(self.state.teacher, shard_batch(self.mesh, batch)))
+                    plain = self.read(self.state.teacher, batch)
                 return np.asarray(own_tokens(logp, starts, batch.rows.tokens.shape[-1])), plain
 
         room = context_room(c, self.speaker)
@@ -4911,16 +4984,19 @@ class Trainer:
             batch, scores, contexts, np.array([[d.end == "overlong" for d in row] for row in dialogues]), c,
             old_logp=old_logp, teacher_logp=teacher_logp if needs_teacher(c) else None, lam=lam,
         )  # fmt: skip
+        guided: Guided | None = None
         if c.update.loss == "sdpo":
             with clock("pack"):
                 guided = Guided(*pack(dialogues, c, self.speaker, contexts=contexts))
         rate = learning_rate(c.update, number, c.steps)
         with clock("update"):
             parts = []
-            size = c.rollout.prompts // c.update.minibatches
-            for k in range(c.update.minibatches):
-                mini = take_prompts((batch, credit, guided), c.rollout.prompts, k * size, (k + 1) * size)
-                self.state, stats = self.update(self.state, *shard_batch(self.mesh, mini), rate)
+            for mini, earned, told in self.minibatches((batch, credit, guided)):
+                if guided is None:  # sdpo compares two views token by token: their rows stay side by side
+                    mini, source = share_rows(mini, c.update.row_buckets)
+                    earned = jax.tree.map(lambda x, at=source: take_tokens(x, at, 0), earned)
+                part = shard_batch(self.mesh, (mini, earned, told))
+                self.state, stats = self.update(self.state, *part, rate)
                 parts.append(stats)
             stats = {k: float(np.mean([p[k] for p in parts])) for k in parts[0]}
             stats["final_ratio"] = float(parts[-1]["ratio"])
@@ -4962,6 +5038,22 @@ class Trainer:
             "seconds": clock.take(),
         }
 
+    def minibatches(self, tree: Any) -> Iterator[Any]:
+        """The parts of a step's batch that one update each learns from: equally many prompts."""
+        prompts, parts = self.config.rollout.prompts, self.config.update.minibatches
+        size = prompts // parts
+        for k in range(parts):
+            yield take_prompts(tree, prompts, k * size, (k + 1) * size)
+
+    def read(self, params: Any, batch: Batch) -> np.ndarray:
+        """Log-probability [P,N,T] of every token; what stands at padding means nothing."""
+        buckets, out = self.config.update.row_buckets, []
+        for part in self.minibatches(batch) if buckets else [batch]:  # a part has the rows that it needs
+            shared, source = share_rows(part, buckets)
+            logp = jax.device_get(self.logprob(params, shard_batch(self.mesh, shared)))
+            out.append(put_back(logp, source, part.rows.tokens.shape[1]))
+        return np.concatenate(out)
+
     def evaluate(self, name: str | None = None) -> dict[str, dict]:
         """Greedy and sampled scores on the test split (METHOD.md 11.7); with a name, the gallery is kept under it."""
         from tqdm import tqdm
@@ -4969,10 +5061,11 @@ class Trainer:
         c, clock = self.config, self.clock
         params = self.cast(self.state.params)
         count = min(c.evaluate.samples or len(self.test), len(self.test))
-        decodings = dict(zip(DECODINGS, (0.0, c.rollout.temperature), strict=True))
+        decodings = ["greedy"] + ["sampled"] * c.evaluate.draws  # of a sample's dialogues, side by side
+        temperatures = [0.0] + [c.rollout.temperature] * c.evaluate.draws
         clips = set(np.linspace(0, count - 1, min(c.evaluate.clips, count)).astype(int).tolist())
         gallery = set(np.linspace(0, count - 1, min(c.evaluate.gallery, count)).astype(int).tolist()) if name else set()
-        lost = dict.fromkeys(decodings, 0)  # dialogues that the user or the expert left without an answer
+        lost = dict.fromkeys(DECODINGS, 0)  # dialogues that the user or the expert left without an answer
 
         def rate(indices: Sequence[int], dialogues: list[list[Dialogue]]) -> tuple[dict[str, list[dict]], list[dict]]:
             owners = row_owners(self.mesh, len(dialogues), len(decodings))
@@ -4983,7 +5076,7 @@ class Trainer:
                 if index in clips and owners[i, j] == jax.process_index()
             }  # fmt: skip
             seen = exchange(seen)
-            rows: dict[str, list[dict]] = {decoding: [] for decoding in decodings}
+            rows: dict[str, list[dict]] = {decoding: [] for decoding in DECODINGS}
             stories = []
             for i, index in enumerate(indices):
                 for j, decoding in enumerate(decodings):
@@ -5008,7 +5101,7 @@ class Trainer:
                 with clock("data"):
                     prompts = [self.test_prompt(self.test[i]) for i in indices]
                 dialogues = self.sampler.play(
-                    params, prompts, list(decodings.values()), self.test_user, seed=c.seed, step=EVALUATION,
+                    params, prompts, temperatures, self.test_user, seed=c.seed, step=EVALUATION,
                     clock=clock, max_turns=c.evaluate.max_turns,
                     penalties=(c.evaluate.repetition_penalty, c.evaluate.presence_penalty),
                 )  # fmt: skip
@@ -5023,7 +5116,7 @@ class Trainer:
         return {
             decoding: metrics.dialogue_summary([row for rows, _ in done for row in rows[decoding]])
             | ({"lost": lost[decoding]} if lost[decoding] else {})
-            for decoding in decodings
+            for decoding in DECODINGS
         }
 
     def track(self, d: Dialogue) -> dict[str, float]:

@@ -130,13 +130,29 @@ def test_stopped_and_run_again(tmp_path):
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3]
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """What 60 runs can share: one segmenter and one small world."""
+    folder = tmp_path_factory.mktemp("rows")
+    address = f"ipc://{folder}/segmenter"
+    serve = [sys.executable, "-m", "icseg_jax.sam2_sidecar", "serve", "--socket", address]
+    sidecar = subprocess.Popen(serve)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield [f"sidecar.address={address}", f"data.path={folder}/data"]
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    sidecar.terminate()
+    sidecar.wait(30)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_every_row_runs_two_steps(row, tmp_path):
-    small = command(tmp_path / "out", str(row), "steps=2")
-    if row.parent.name == "groups":  # what the row says is what runs
-        small = [a for a in small if a != "rollout.rollouts=2"]
-    done = subprocess.run(small, timeout=900, check=False)
-    assert done.returncode == 0
-    lines = (tmp_path / "out" / row.stem / "seed0" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+def test_every_row_runs_two_steps(row, tmp_path, shared):
+    """As `python -m icseg_jax.train ROW`, which `ablate` starts, but in this process."""
+    small = [a for a in TINY if row.parent.name != "groups" or "rollouts" not in a]  # what the row says is what runs
+    out = tmp_path / "run"
+    assert train.main([str(row), "steps=2", f"run_dir={out}", *small, *shared]) == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["finished"] and summary["after"]["sampled"]["count"]["success"] == 6

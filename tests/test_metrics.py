@@ -347,7 +347,7 @@ def test_perfect_visible_masks_reach_the_bound():
 def row(level, counts, asked, success, optimal, **more):
     gains = [(a - b) / max(a - 1, 1) for a, b in zip(counts, counts[1:], strict=False)]
     return {
-        "id": "x", "level": level, "success": success, "frame_ok": True, "counts": counts, "asked": asked,
+        "level": level, "success": success, "frame_ok": True, "counts": counts, "asked": asked,
         "gains": gains, "questions": len(asked), "optimal": optimal, "budget": 5, "format": True,
         "reward": 2.0, "terms": {"iou": float(success)}, "J": None, "F": None,
     } | more  # fmt: skip
@@ -410,6 +410,16 @@ def test_pooled_share_has_the_error_of_a_ratio():
     spread = np.std([d["redundant_question_rate"] for d in draws])
     error = np.mean([d["standard_error"]["redundant_question_rate"] for d in draws])
     assert error == pytest.approx(spread, rel=0.2)
+
+
+def test_dialogues_over_one_sample_are_one_draw_of_it():
+    samples = [row | {"id": str(i)} for i, row in enumerate(ROWS)]
+    once, thrice = dialogue_summary(samples), dialogue_summary(samples * 3)
+    assert thrice["count"]["success"] == 3 * once["count"]["success"]
+    assert dialogue_summary(ROWS) == once  # without ids each row is a sample of its own
+    for word in ("success", "regret", "redundant_question_rate"):
+        assert thrice[word] == pytest.approx(once[word])
+        assert thrice["standard_error"][word] == pytest.approx(once["standard_error"][word])
 
 
 def test_what_is_not_there_is_none():

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icseg_jax import data, simulator, synthetic, train, weights
@@ -233,11 +233,17 @@ def whole_update(world, scored):
 
 
 @pytest.mark.parametrize(
-    "change", ["update.share_prefix=false", "update.micro_prompts=1", "update.token_buckets=[512]", "order"]
-)
+    "change",
+    ["update.share_prefix=false", "update.micro_prompts=1", "update.token_buckets=[512]", "order", "shared rows",
+     "shared rows, update.share_prefix=false"],
+)  # fmt: skip
 def test_layout_leaves_loss_and_gradient_unchanged(world, scored, whole_update, change, played):
-    config = train.load_config(CONFIG, [*SMALL, *([change] if "=" in change else [])])
+    config = train.load_config(CONFIG, [*SMALL, *[c for c in change.split(", ") if "=" in c]])
     batch, credit = scored[2:]
+    if "shared" in change:
+        batch, source = train.share_rows(batch, [2])
+        assert batch.rows.tokens.shape[1] < ROLLOUTS and batch.rows.segment.max() > 1
+        credit = jax.tree.map(lambda x: train.take_tokens(x, source, 0), credit)
     if change == "order":  # the prompts in another order; images lie flat, several to a prompt
         turned = lambda x: np.asarray(x).reshape(PROMPTS, -1, *x.shape[1:])[::-1].reshape(x.shape)  # noqa: E731
         batch, credit = jax.tree.map(turned, (batch, credit))
@@ -249,6 +255,46 @@ def test_layout_leaves_loss_and_gradient_unchanged(world, scored, whole_update, 
     assert loss == pytest.approx(whole_update[0], abs=1e-6)
     for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(whole_update[1]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_rollouts_that_share_a_row_are_read_as_if_alone(world, played):
+    batch, _ = train.pack(played, world.config, world.speaker)
+    logprob, _ = train.make_programs(world.policy, world.config)
+    alone = np.asarray(logprob(world.params, batch))
+    shared, source = train.share_rows(batch, [2])
+    assert shared.rows.tokens.shape[1] < ROLLOUTS
+    together = train.put_back(logprob(world.params, shared), source, ROLLOUTS)
+    there = batch.rows.segment > 0
+    np.testing.assert_allclose(together[there], alone[there], rtol=1e-5, atol=1e-5)
+    assert not together[~there].any()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 8), st.lists(st.integers(1, 8), max_size=3))
+@settings(max_examples=30)
+def test_shared_rows_hold_every_token_once(seed, n, buckets):
+    """Any lengths: no token is lost, moved between rollouts or put out of order, in the fewest rows on offer."""
+    rng = np.random.default_rng(seed)
+    p, length = 3, 12
+    sizes = rng.integers(0, length + 1, (p, n)) // rng.integers(1, 4, (p, 1))
+    on = np.arange(length) < sizes[..., None]
+    word = np.where(on, rng.integers(1, 99, on.shape), 0)
+    rows = train.Rows(tokens=word, positions=np.stack([word] * 3, -1), slots=np.where(on, word, -1), segment=on * 1,
+                      trained=on, turn=np.where(on, word, -1), logp=word * 1.0)  # fmt: skip
+    shared, source = train.share_rows(train.Batch(rows, rows, None, None), buckets)
+    count = shared.rows.tokens.shape[1]
+    assert count in (*buckets, n) and (count < n or (shared.rows.tokens == word).all())
+    np.testing.assert_array_equal(train.put_back(shared.rows.tokens, source, n), word)
+    np.testing.assert_array_equal(shared.rows.slots, np.where(source >= 0, shared.rows.tokens, -1))
+    np.testing.assert_array_equal(shared.rows.segment > 0, source >= 0)
+    for i, r in np.ndindex(p, count):
+        of, at = source[i, r] // length, source[i, r] % length
+        there = source[i, r] >= 0
+        assert (np.diff(shared.rows.segment[i, r][there]) >= 0).all()
+        for k in range(1, shared.rows.segment[i, r].max() + 1):
+            mine = shared.rows.segment[i, r] == k
+            assert len(set(of[mine])) == 1 and at[mine].tolist() == list(range(mine.sum()))
+    needed = max(len(train.fit_into_rows(group, length)) for group in sizes.tolist())
+    assert count >= needed and not any(needed <= rows < count for rows in buckets)
 
 
 def test_masked_tokens_do_not_reach_the_update(world, scored, whole_update):
@@ -465,15 +511,15 @@ def test_what_a_step_hands_to_the_update(world, played, scored):
         rows[baseline] = once.step()
         assert [c.mask.shape[0] for c in once.handed] == [PROMPTS // 2] * 2
         made[baseline] = jax.tree.map(lambda *x: np.concatenate(x), *once.handed)
-    own = np.asarray(once.logprob(world.params, batch))
+    own = once.read(world.params, batch)
     old = made["student"].old_logp
     np.testing.assert_array_equal(old, own)
     assert not np.array_equal(old[batch.rows.trained], batch.rows.logp[batch.rows.trained])
     contexts = train.teacher_contexts(played, train.total_return(scores, once.config), guidance, once.config)
     view, starts = train.pack(played, once.config, world.speaker, contexts=contexts)
-    told = np.asarray(train.own_tokens(once.logprob(stale, view), starts, batch.rows.tokens.shape[-1]))
+    told = np.asarray(train.own_tokens(once.read(stale, view), starts, batch.rows.tokens.shape[-1]))
     overlong = np.array([[d.end == "overlong" for d in row] for row in played])
-    for baseline, plain in (("student", own), ("teacher_plain", np.asarray(once.logprob(stale, batch)))):
+    for baseline, plain in (("student", own), ("teacher_plain", once.read(stale, batch))):
         want, stats = train.token_credit(
             batch, scores, contexts, overlong, once.config, old_logp=own,
             teacher_logp=lambda plain=plain: (told, plain), lam=0.5,
