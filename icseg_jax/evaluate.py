@@ -550,6 +550,7 @@ class Player:
                 f"simulator.kind={self.config.simulator.kind}: {sample.id} is a query to ask about, and no scene graph "
                 "tells the exact user what is true; use simulator.kind=endpoint or local"
             )
+        train.check_sight(self.expert, sample)
         return prompt
 
     def play(self, prompts: Sequence[train.Prompt]) -> list[train.Dialogue]:
@@ -719,7 +720,7 @@ def same_evaluation(out: Path, told: Mapping[str, Any]) -> None:
 
 
 # What a row does not depend on: batches, deadlines, where the segmenter runs.
-FREE = {"evaluate": {"prompts", "samples", "every", "clips", "gallery", "before", "describe"},
+FREE = {"evaluate": {"prompts", "draws", "samples", "every", "clips", "gallery", "before", "describe"},
         "sidecar": {"address", "timeout", "threads"}, "simulator": {"timeout", "max_in_flight", "url"},
         "expert": {"timeout", "max_in_flight", "url"}}  # fmt: skip
 
@@ -757,7 +758,7 @@ def play_benchmark(config: train.Config, given: Mapping[str, str]) -> int:
         same_evaluation(out, {
             "benchmark": name, "source": str(source.path.resolve()), "split": source.split, "seed": config.seed,
             "records": source.fingerprint, "checkpoint": str(resolved), "dtype": config.policy.dtype,
-            "baselines": baselines, "prompts": simulator.PROMPT_VERSION, **json.loads(json.dumps(settings)),
+            "baselines": baselines, "prompts": answering(config), **json.loads(json.dumps(settings)),
         })  # fmt: skip
         count = min(config.evaluate.samples or len(source), len(source))
         done = {number: row for number, row in log.all().items() if "refused" not in row}  # those are tried again
@@ -779,7 +780,7 @@ def play_benchmark(config: train.Config, given: Mapping[str, str]) -> int:
         if process == 0:
             rows = {number: row for number, row in log.all().items() if number < count}
             train.write_atomically(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows.values()))
-            report(source, list(rows.values()), out / "masks", out)
+            report(source, list(rows.values()), out / "masks", out, answering(config))
         if lost:
             print(f"{lost} dialogues got no answer from a model; the same command plays them again", file=sys.stderr)
         if process == 0 and "submission" in given:
@@ -872,9 +873,24 @@ def dialogue_words(rows: Sequence[Row]) -> Table:
     return {"format_rate" if k == "format" else k: float(np.mean([w[k] for w in words])) for k in known}
 
 
-def report(source: Source, rows: Sequence[Row], folder: Path, out: Path | None) -> Table:
+def answering(c: train.Config) -> dict[str, dict]:
+    """Who answered and who counted; models with the hash of what they are told, since results depend on them
+    (METHOD.md 8, Q7, Q8)."""
+    told = {"simulator": {"kind": c.simulator.kind}, "expert": {"kind": c.expert.kind}}
+    hashes = {"simulator": simulator.ModelUser.prompt_hash(c.simulator.description),
+              "expert": simulator.ModelExpert.prompt_hash()}  # fmt: skip
+    for name, said in told.items():
+        section = getattr(c, name)
+        if section.kind in ("endpoint", "local"):
+            said["model"] = section.path if section.kind == "local" else section.model
+            said |= {"prompt_version": simulator.PROMPT_VERSION, "prompt_hash": hashes[name]}
+    return told
+
+
+def report(source: Source, rows: Sequence[Row], folder: Path, out: Path | None,
+           answered_by: Mapping[str, dict] | None = None) -> Table:
     """Prints the table of all columns and writes it to out/table.json: {column: {"scores", "dialogues"}} of numbers
-    and, under "interval", of (low, high) beside them."""
+    and, under "interval", of (low, high) beside them; `answered_by` goes beside the table."""
     how, played = benchmark(source.name), [row for row in rows if "columns" in row]
     if not played:
         why = f"the first is refused because {rows[0]['refused']}" if rows else "no dialogue was answered"
@@ -899,7 +915,7 @@ def report(source: Source, rows: Sequence[Row], folder: Path, out: Path | None) 
                          for name, (of, members) in parts.items()}}  # fmt: skip
     refused = len(rows) - len(played)
     told = {"benchmark": source.name, "split": source.split, "samples": len(played), "refused": refused,
-            "videos": len({row["video"] for row in played}), "table": table}  # fmt: skip
+            "videos": len({row["video"] for row in played}), "answered_by": answered_by, "table": table}  # fmt: skip
     missing = sum(bool(row["columns"]["policy"]["scores"].get("missing")) for row in played)
     print(f"{source.name} {source.split}: {len(played)} samples of {told['videos']} videos"
           + (f", {refused} refused" if refused else "") + (f", {missing} without masks" if missing else ""))

@@ -946,7 +946,12 @@ class ModelUser:
 
     def __init__(self, host: Endpoint | Local, *, description: bool = False):
         self.host, self.description, self._watch = host, description, _Watcher(host.picture)
-        self.prompt = _prompt_hash(USER_PROMPT, REMINDERS["answer"], self.MAX_TOKENS, description)
+        self.prompt = self.prompt_hash(description)
+
+    @classmethod
+    def prompt_hash(cls, description: bool) -> str:
+        """Of all that it is told beside what it is asked."""
+        return _prompt_hash(USER_PROMPT, REMINDERS["answer"], cls.MAX_TOKENS, description)
 
     def answer_all(self, requests: Sequence[tuple[Sample, Sequence[int], str]]) -> list[str | None]:
         """Answers to (sample, shown frames, question); UNABLE where the model's texts can not be read, CLARIFY about a
@@ -982,7 +987,13 @@ class ModelExpert:
 
     def __init__(self, host: Endpoint | Local):
         self.host, self._watch = host, _Watcher(host.picture)
-        self.prompt = _prompt_hash(EXPERT_PROMPT, REMINDERS["output"], self.MAX_TOKENS)
+        self.prompt = self.prompt_hash()
+        self._sighted = False  # known to take pictures
+
+    @classmethod
+    def prompt_hash(cls) -> str:
+        """Of all that it is told beside what it is asked."""
+        return _prompt_hash(EXPERT_PROMPT, REMINDERS["output"], cls.MAX_TOKENS)
 
     def diagnose_all(self, requests: Sequence[tuple[Sample, Sequence[int], Sequence[tuple[str, str]]]]
                      ) -> list[Diagnosis | None]:
@@ -1007,9 +1018,19 @@ class ModelExpert:
                 out.append(Diagnosis(counts, guidance, attributes, []))
         return out
 
+    def check_sight(self, sample: Sample) -> None:
+        """Raises EndpointError when the sample must be shown and the model takes no pictures; asks it once at most."""
+        if not self._sighted and isinstance(self.host, Endpoint) and self._looks(sample, _described(sample, [])[1]):
+            self.host.check(pictures=True)
+            self._sighted = True
+
+    @staticmethod
+    def _looks(sample: Sample, candidates: str) -> bool:
+        return not candidates and sample.masks is not None
+
     def _request(self, sample: Sample, shown: Sequence[int], dialogue: Sequence[tuple[str, str]]) -> _Request:
         target, candidates = _described(sample, shown)
-        pictures, digest = ([], "") if candidates or sample.masks is None else self._watch(sample, shown)
+        pictures, digest = self._watch(sample, shown) if self._looks(sample, candidates) else ([], "")
         turns = [{"question": sanitise(question, 64) if question else "(not well-formed)", "answer": sanitise(answer)}
                  for question, answer in dialogue]
         lines = [f"Query: {_quoted(sample.query)}"]

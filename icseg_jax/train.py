@@ -4851,6 +4851,16 @@ def meet(c: Config, mesh: Mesh) -> tuple[Any, Any, Any]:
     return user, simulator.load_user(u.kind, flip=flip, refuse=refuse, seed=c.seed), expert
 
 
+def check_sight(expert: Any, *samples: data.Sample) -> None:
+    """Raises ConfigError when the expert would have to see one of them and is a model that reads text alone."""
+    try:
+        for sample in samples:
+            if isinstance(expert, simulator.ModelExpert):
+                expert.check_sight(sample)
+    except simulator.EndpointError as error:
+        raise ConfigError(str(error)) from None
+
+
 class Trainer:
     """Everything a step of reinforcement learning needs, wired once."""
 
@@ -4872,6 +4882,7 @@ class Trainer:
         self.clock = Clock()
         self.train, self.test = open_data(c)
         self.pool = training_pool(self.train, c)
+        check_sight(self.expert, self.train[0], self.test[0])
         knowing = not (isinstance(self.user, MODELS) and isinstance(self.expert, MODELS))
         if knowing and not (self.train[0].privileged or {}).get("scene_graph"):
             raise ConfigError(

@@ -147,13 +147,23 @@ def test_a_policy_leaves_masks_rows_and_a_table(world, scored):
         guess = row["columns"]["guess"]["words"]
         assert guess["success"] == 1 / max(sample.initial_count, 1) and guess["questions"] == 0
         assert row["columns"]["everything"]["words"]["questions"] == 5
-    table = json.loads((scored / "table.json").read_text())["table"]
+    told = json.loads((scored / "table.json").read_text())
+    assert told["answered_by"] == {"simulator": {"kind": "oracle"}, "expert": {"kind": "oracle"}}
+    table = told["table"]
     assert list(table) == list(evaluate.COLUMNS)
     ceiling, floor = (table[name]["scores"]["overall"]["J"] for name in ("true box", "guess"))
     assert ceiling > 0.5 and ceiling >= floor
     low, high = table["policy"]["interval"]["scores"]["overall"]["JF"]
     assert low <= table["policy"]["scores"]["overall"]["JF"] <= high
     assert table["oracle"]["dialogues"]["resolved_rate"] == 1 and table["guess"]["dialogues"]["resolved_rate"] == 0
+
+
+def test_a_table_names_the_models_and_what_they_were_told():
+    given = ["simulator.kind=endpoint", "simulator.url=http://127.0.0.1:1/v1", "simulator.model=m"]
+    with_file = evaluate.answering(train.load_config(CONFIG, [*given, "simulator.description=true"]))["simulator"]
+    without = evaluate.answering(train.load_config(CONFIG, given))["simulator"]
+    assert without["model"] == "m" and without["prompt_hash"] != with_file["prompt_hash"]
+    assert without["prompt_hash"] == simulator.ModelUser(simulator.Endpoint("simulator", "http://a/v1", "m")).prompt
 
 
 def test_shares_of_processes_and_a_cut_line_make_the_same_rows(world, scored, tmp_path, monkeypatch):

@@ -705,6 +705,20 @@ def test_an_expert_reads_descriptions_or_else_looks(server, samples):
     assert parts(server.bodies[2], "text")[0].count('"oid"') == sample.initial_count + 1
 
 
+def test_an_expert_who_reads_text_alone_is_found_out_before_it_must_look(server, samples):
+    refused = (400, "application/json", '{"error": {"message": "images are not supported"}}')
+    server.lists, server.says = models("m"), lambda body: refused if parts(body, "image_url") else completion("yes")
+    expert = expert_of(server)
+    train.check_sight(expert, *samples)  # described: nobody has to look
+    assert not server.bodies
+    blind = dataclasses.replace(samples[0], privileged=None)
+    with pytest.raises(train.ConfigError, match="images are not supported.*use a model that reads images"):
+        train.check_sight(expert, blind)
+    server.says = lambda body: completion("yes")
+    train.check_sight(expert, blind, blind)
+    assert len(server.bodies) == 2  # asked once
+
+
 def test_an_expert_who_can_not_be_read_says_nothing(server, samples):
     server.says = lambda body: "three, I would say"
     request = (samples[0], SHOWN, [(QUESTION, "blue")])
