@@ -720,7 +720,7 @@ def same_evaluation(out: Path, told: Mapping[str, Any]) -> None:
 
 
 # What a row does not depend on: batches, deadlines, where the segmenter runs.
-FREE = {"evaluate": {"prompts", "draws", "samples", "every", "clips", "gallery", "before", "describe"},
+FREE = {"evaluate": {"prompts", "draws", "split", "samples", "every", "clips", "gallery", "before", "describe"},
         "sidecar": {"address", "timeout", "threads"}, "simulator": {"timeout", "max_in_flight", "url"},
         "expert": {"timeout", "max_in_flight", "url"}}  # fmt: skip
 

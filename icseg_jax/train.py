@@ -104,8 +104,7 @@ class PolicySection:
 
 @dataclass(frozen=True)
 class DataSection:
-    name: str = "ambi_rvos"  # reader (DATA.md 4.2)
-    path: str = "data/synthetic"  # prepared by `python -m icseg_jax.data prepare`
+    path: str = "data/synthetic"  # prepared by `python -m icseg_jax.data prepare`, whatever the dataset
     generate_train: int = 0  # synthetic scenes to write and prepare when `path` does not exist yet; 0: never
     generate_test: int = 0
     generate_seed: int = 0
@@ -263,7 +262,8 @@ class EvaluateSection:
     every: int = 50  # steps between evaluations; 0 turns every evaluation off
     prompts: int = 64  # samples side by side, each with one greedy dialogue and `draws` sampled ones
     draws: int = 1  # sampled dialogues per sample
-    samples: int = 0  # of the test split; 0: all
+    split: str = "test"  # of data.path that is evaluated
+    samples: int = 0  # of that split; 0: all
     clips: int = 32  # samples whose video masks are scored
     gallery: int = 24  # dialogues kept with pictures
     before: bool = True  # evaluate before training too
@@ -527,7 +527,6 @@ def check_config(c: Config) -> Config:
     need(0 <= c.credit.lam <= 1, "credit.lam", c.credit.lam, "use a number from 0 to 1 (0.5 in the paper)")
     need(c.credit.lam_decay > 0, "credit.lam_decay", c.credit.lam_decay, "use 1 or more steps")
     need(0 <= c.credit.weight_clip < 1, "credit.weight_clip", c.credit.weight_clip, "use a number from 0 to below 1")
-    need(c.data.name == "ambi_rvos", "data.name", c.data.name, "use ambi_rvos")
     for name, levels in (("protocol.clarify", c.protocol.clarify), ("evaluate.clarify", c.evaluate.clarify or [])):
         for level in set(levels) - set(LEVELS):  # other datasets have levels of their own; a slip of the pen is refused
             close = difflib.get_close_matches(level, LEVELS, 1, 0.75)
@@ -5246,7 +5245,7 @@ def open_data(config: Config) -> tuple[data.PreparedDataset, data.PreparedDatase
     if jax.process_count() > 1 and jax.process_index() == 0:
         multihost_utils.sync_global_devices("data")
     try:
-        train, test = data.load_prepared(path, "train"), data.load_prepared(path, "test")
+        train, test = data.load_prepared(path, "train"), data.load_prepared(path, config.evaluate.split)
         if generated:
             train[0], test[0]  # damage shows before the first step
     except data.DataError as error:

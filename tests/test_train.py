@@ -180,6 +180,17 @@ def test_a_world_of_another_size_is_not_taken_for_this_one(place, tmp_path):
         train.open_data(train.load_config("experiments/embedded.yaml", [f"data.path={place}/world"]))
 
 
+def test_another_dataset_is_read_by_its_own_splits(tmp_path):
+    synthetic.write_dataset(tmp_path / "raw", train=8, test=2, seed=1, progress=False, layout="mevis")
+    data.prepare("mevis", tmp_path / "raw", tmp_path / "mevis", progress=False)
+    given = [f"data.path={tmp_path}/mevis", "data.generate_train=0", "data.generate_test=0"]
+    read = lambda *more: train.open_data(train.load_config("experiments/embedded.yaml", [*given, *more]))  # noqa: E731
+    taught, tested = read("evaluate.split=valid_u")
+    assert (taught.split, tested.split) == ("train", "valid_u") and tested[0].target_ids
+    with pytest.raises(data.DataError, match="has no split 'test'; it has .*valid_u"):
+        read()
+
+
 def test_a_failed_start_binds_nobody(tmp_path):
     first = train.load_config("experiments/embedded.yaml", ["seed=3", f"run_dir={tmp_path}/run"])
     train.Run(first).close()
@@ -416,7 +427,6 @@ def test_learning_rate_rises_stays_and_falls():
         (["experiments/embedded.yaml", "protocol.keyframe=best"], "last, first"),
         (["experiments/embedded.yaml", "protocol.clarify=[simpel]"], "closest is simple"),
         (["experiments/embedded.yaml", "data.repeat.clear=-1"], "data.repeat.clear=-1: use 0"),
-        (["experiments/embedded.yaml", "data.name=ambi"], "use ambi_rvos"),
         (["experiments/embedded.yaml", "update.beta2=1"], "update.beta2=1"),
         (["experiments/embedded.yaml", "reward.process=best"], "reduction"),
         (["experiments/embedded.yaml", "reward.weights.looks=1"], "known terms"),
