@@ -129,7 +129,7 @@ def random_scores(p: int, n: int, questions: int, seed: int = 0) -> train.Scores
 
 
 def random_batch(config: train.Config, speaker: train.Speaker) -> train.Batch:
-    """A batch of the config's shapes full of random tokens: as much work as a real one."""
+    """A batch of the config's shapes full of random tokens: as much work as a real one without update.row_buckets."""
     c, rng = config, np.random.default_rng(0)
     p, n = c.rollout.prompts // c.update.minibatches, c.rollout.rollouts
 

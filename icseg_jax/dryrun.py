@@ -195,7 +195,9 @@ def lower_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any],
             lambda: sampler.extend.jitted.lower(reading, lanes, rows(p, n, max(c.rollout.observation_buckets))), beside
         ),
         "logprob": (
-            lambda: logprob.jitted.lower(params, batch(p, told)), (state.optimiser, state.teacher)
+            # Rows that are shared are read a minibatch at a time.
+            lambda: logprob.jitted.lower(params, batch(mini if c.update.row_buckets else p, told)),
+            (state.optimiser, state.teacher),
         ),
         "update": (lambda: update.jitted.lower(state, minibatch, credit, guided, rate), ()),
     }  # fmt: skip

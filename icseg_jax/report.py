@@ -877,6 +877,8 @@ def _table(summary: dict) -> str:
     kinds |= {"jf": "clips for J&amp;F"}
     sizes = [f"{n:.0f} {kind}" for name, kind in kinds.items() if (n := _look_up(one, f"count/{name}"))]
     size = f"Held-out queries: {', '.join(sizes)}." if sizes else ""
+    asked = [_look_up(_evaluation(summary, "after", d) or {}, "count/success") for d in ("greedy", "sampled")]
+    draws = f", {asked[1] / asked[0]:.0f} dialogues per query" if all(asked) and asked[1] > asked[0] else ""
     seeing = "The askers at the right see perfectly and differ only in what they ask." if baselines else ""
     return f"""<section>
 <h2>Before and after</h2>
@@ -884,7 +886,7 @@ def _table(summary: dict) -> str:
 <thead><tr><td></td>{groups}</tr><tr><td></td>{names}</tr></thead>
 <tbody>{"".join(rows)}</tbody></table></div>
 <p class="note">{size} ± is one standard error; <span class="same">≈</span> marks a change within two of them.
-Sampled: at the temperature of training. {seeing}</p>
+Sampled: at the temperature of training{draws}. {seeing}</p>
 <details><summary>What the words mean</summary><dl>
 <dt>Success</dt><dd>The predicted box overlaps the target's on the chosen frame by more than half (IoU), or a
 missing target is called missing.</dd>

@@ -196,7 +196,7 @@ class UpdateSection:
     sdpo_is_clip: float = 2.0  # sdpo: cap of the importance ratio
     mask_overlong: bool = True
     token_buckets: list[int] = field(default_factory=lambda: [2048, 4096, 8192])  # T of a step's rollouts
-    # Rows that the rollouts of a prompt may lie in, several to a row; [] (and sdpo): each in a row of its own
+    # Rows that the rollouts of a prompt may lie in, several to a row; []: each in a row of its own, as in sdpo's update
     row_buckets: list[int] = field(default_factory=list)
 
 
@@ -1589,7 +1589,12 @@ def check_mesh(c: Config, mesh: Mesh) -> None:
         if c.update.micro_prompts:
             need(c.update.micro_prompts, c.rollout.rollouts, "update.micro_prompts", "the prompts of a micro-batch")
         for rows in c.update.row_buckets:
-            need(c.update.micro_prompts or size, rows, "update.row_buckets", f"prompts in {rows} rows")
+            if not fills(mesh, c.update.micro_prompts or size, rows):
+                works = ", ".join(str(k) for k in range(fsdp, c.rollout.rollouts, fsdp)) or "none below rollout.rollouts"
+                raise ConfigError(
+                    f"update.row_buckets={c.update.row_buckets}: rows are spread over mesh.fsdp={fsdp}, which does not "
+                    f"divide {rows}; what works: {works}"
+                )
         if c.evaluate.every:
             need(c.evaluate.prompts, 1 + c.evaluate.draws, "evaluate.prompts", "dialogues")
 
@@ -3357,7 +3362,7 @@ def predict(
             rows.tokens, rows.positions, own_mask(rows), visual=visual, slots=rows.slots,
             context=(keys,), context_masks=(there[:, :, None, :],),
         )  # fmt: skip
-        before = jnp.take_along_axis(before, last, 2)
+        before = laid(jnp.take_along_axis(before, last, 2), policy.mesh, row_axes(policy.mesh, p, n)[0])
     else:
         tile = lambda x, axis: jnp.repeat(x, n, axis=axis)  # noqa: E731
         size = prompts.tokens.shape[-1]

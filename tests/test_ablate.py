@@ -137,17 +137,23 @@ def shared(tmp_path_factory):
     address = f"ipc://{folder}/segmenter"
     serve = [sys.executable, "-m", "icseg_jax.sam2_sidecar", "serve", "--socket", address]
     sidecar = subprocess.Popen(serve)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield [f"sidecar.address={address}", f"data.path={folder}/data"]
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     sidecar.terminate()
     sidecar.wait(30)
 
 
+@pytest.fixture
+def own_signals():
+    """A run in this process takes Ctrl-C and SIGTERM; they come back after it."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_every_row_runs_two_steps(row, tmp_path, shared):
+def test_every_row_runs_two_steps(row, tmp_path, shared, own_signals):
     """As `python -m icseg_jax.train ROW`, which `ablate` starts, but in this process."""
     small = [a for a in TINY if row.parent.name != "groups" or "rollouts" not in a]  # what the row says is what runs
     out = tmp_path / "run"

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PRESETS = {"dp": "mesh.preset=dp", "fsdp": "mesh.preset=fsdp", "fsdp_tp": "mesh.preset=fsdp_tp"}
-MIXED = "mesh.data=2 mesh.fsdp=2 mesh.tensor=2"
+MIXED = "mesh.data=2 mesh.fsdp=2 mesh.tensor=2 update.row_buckets=[4,6]"  # one device has a row for each rollout
 SMALL = ["rollout.prompts=8", "rollout.rollouts=8", "rollout.least_prompts=8", "update.minibatches=1"]
 SMALL += ["protocol.max_turns=3", "evaluate.every=0", "credit.lam=0"]
 
@@ -117,10 +117,13 @@ def main(folder: str, *overrides: str) -> None:
         batch, _ = train.pack(dialogues, config, speaker)
         state = train.fresh_state(params, config, teacher=False)
         logprob, update = train.make_programs(policy, config, state)
-        logp = np.asarray(logprob(state.params, train.shard_batch(mesh, batch)))
+        shared, source = train.share_rows(batch, config.update.row_buckets)
+        assert shared.rows.tokens.shape[1] < 8 or not config.update.row_buckets
+        logp = train.put_back(logprob(state.params, train.shard_batch(mesh, shared)), source, 8)
         advantages = np.random.default_rng(0).standard_normal((8, 8, 1)).astype(np.float32)
         credit = train.Credit(advantages * np.ones_like(logp), batch.rows.logp, batch.rows.trained)
-        state, stats = update(state, *train.shard_batch(mesh, (batch, credit, None)), np.float32(0))
+        credit = jax.tree.map(lambda x, at=source: train.take_tokens(x, at, 0), credit)
+        state, stats = update(state, *train.shard_batch(mesh, (shared, credit, None)), np.float32(0))
         got = {
             "tokens": batch.rows.tokens, "logp": np.where(batch.rows.trained, logp, 0), "loss": float(stats["loss"]),
             "gradient": [np.asarray(x) / 0.1 for x in jax.tree.leaves(state.optimiser[1].mu)],

@@ -505,12 +505,16 @@ def test_what_a_step_hands_to_the_update(world, played, scored):
     guidance = [["ask color first"] * ROLLOUTS for _ in range(PROMPTS)]
     made, rows = {}, {}
     for baseline in ("student", "teacher_plain"):
-        once = Once(world, played, scores, guidance, f"credit.delta_baseline={baseline}")
+        once = Once(world, played, scores, guidance, f"credit.delta_baseline={baseline}", "update.row_buckets=[2]")
         stale = jax.tree.map(lambda x: x * 0.99, once.state.teacher)
         once.state = once.state.replace(teacher=stale)
         rows[baseline] = once.step()
         assert [c.mask.shape[0] for c in once.handed] == [PROMPTS // 2] * 2
-        made[baseline] = jax.tree.map(lambda *x: np.concatenate(x), *once.handed)
+        sources = [train.share_rows(part, [2])[1] for part in once.minibatches(batch)]
+        assert any(source.shape[1] < ROLLOUTS for source in sources)
+        back = [jax.tree.map(lambda x, at=at: train.put_back(x, at, ROLLOUTS), credit)
+                for credit, at in zip(once.handed, sources, strict=True)]  # fmt: skip
+        made[baseline] = jax.tree.map(lambda *x: np.concatenate(x), *back)
     own = once.read(world.params, batch)
     old = made["student"].old_logp
     np.testing.assert_array_equal(old, own)

@@ -28,7 +28,7 @@ TINY = [
 ]
 
 
-EVERY = ["checkpoint.every=1", "evaluate.every=2", "evaluate.clips=2", "profile.steps=2..2"]
+EVERY = ["checkpoint.every=1", "evaluate.every=2", "evaluate.clips=2", "evaluate.draws=2", "profile.steps=2..2"]
 
 
 def command(*arguments, module="train"):
@@ -91,6 +91,8 @@ def test_a_run_leaves_all_it_promises(straight):
     for when in ("before", "after"):
         for decoding in ("greedy", "sampled"):
             assert words <= set(summary[when][decoding])
+        counts = {decoding: summary[when][decoding]["count"]["success"] for decoding in ("greedy", "sampled")}
+        assert counts["sampled"] == 2 * counts["greedy"] > 0  # evaluate.draws
     assert {"guess", "random", "fixed_attribute", "fixed_order", "greedy", "optimal"} <= set(summary["baselines"])
     assert summary["finished"] and summary["seconds"]["total"] > 0
     metrics = rows(folder)
@@ -400,6 +402,8 @@ def test_learning_rate_rises_stays_and_falls():
         (["experiments/embedded.yaml", "rollout.prompts=0"], "rollout.prompts=0"),
         (["experiments/embedded.yaml", "seed=-1"], "seed=-1"),
         (["experiments/embedded.yaml", "update.token_buckets=[]"], "at least one size"),
+        (["experiments/embedded.yaml", "update.row_buckets=[0]"], "use 1 or more"),
+        (["experiments/embedded.yaml", "update.row_buckets=[4]", "policy.attention=splash"], "policy.attention=xla"),
         (["experiments/embedded.yaml", "update.clip_high=-1"], "update.clip_high=-1"),
         (["experiments/embedded.yaml", "reward.weights.box=.nan"], "reward.weights.box"),
         (["experiments/embedded.yaml", "reward.success=5"], "share of the maximum"),
