@@ -1590,7 +1590,7 @@ def check_mesh(c: Config, mesh: Mesh) -> None:
             need(c.update.micro_prompts, c.rollout.rollouts, "update.micro_prompts", "the prompts of a micro-batch")
         for rows in c.update.row_buckets:
             if not fills(mesh, c.update.micro_prompts or size, rows):
-                works = ", ".join(str(k) for k in range(fsdp, c.rollout.rollouts, fsdp)) or "none below rollout.rollouts"
+                works = ", ".join(str(k) for k in range(fsdp, c.rollout.rollouts, fsdp)) or "none of this size"
                 raise ConfigError(
                     f"update.row_buckets={c.update.row_buckets}: rows are spread over mesh.fsdp={fsdp}, which does not "
                     f"divide {rows}; what works: {works}"
