@@ -30,7 +30,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import functools
 import io
@@ -598,7 +597,7 @@ class Player:
                 if self.baselines and not hidden(sample):
                     columns |= self.others(number, prompt)
             except (ValueError, OSError) as error:
-                if getattr(error, "errno", None) in MACHINE:
+                if getattr(error, "errno", None) in train.MACHINE:
                     raise
                 yield refusal(number, sample.id, error)
                 continue
@@ -651,10 +650,6 @@ class Player:
                 tracked[taken] = self.answered(prompt, *object_answer(prompt, taken), None)
             columns[asker] = tracked[taken] | {"words": words}
         return columns
-
-
-# What goes wrong with this machine, not with a record: the run stops and goes on from there when it is mended.
-MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EROFS}
 
 
 def refusal(number: int, id: str, error: Exception) -> Row:
@@ -826,7 +821,7 @@ def play_pending(player: Player, source: Source, pending: Sequence[int], log: Lo
             except train.ConfigError:
                 raise
             except (ValueError, OSError) as error:
-                if getattr(error, "errno", None) in MACHINE:
+                if getattr(error, "errno", None) in train.MACHINE:
                     raise
                 keep(refusal(number, source.id_of(number), error))
         return numbers, prompts

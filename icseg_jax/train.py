@@ -47,6 +47,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -2093,9 +2094,9 @@ class Prompt:
         # A conversation that came before is held again: what its user said, turn by turn (DATA.md 1.4).
         talk = data.conversation(sample, []).rounds if sample.dialogue else []
         first, *self.later = [*(human for human, _ in talk), sample.query]
-        system = speaker.system(
-            sample.ability, mask_type=sample.mask_type is not None, conversation=sample.dialogue is not None
-        )
+        conversation = sample.dialogue is not None
+        system = speaker.system(sample.ability, mask_type=sample.mask_type is not None, conversation=conversation)
+        self.offered = sample.ability in speaker.config.clarify and not conversation  # the tool that asks the user
         self.row = speaker.opening(self.fids, system)
         self.row.add(speaker.tokenizer.encode(first))
         self.query_end = len(self.row)  # a teacher's guidance goes here
@@ -2162,6 +2163,8 @@ class Dialogue:
         closed = text.endswith("<|im_end|>")
         text = text.removesuffix("<|im_end|>")
         action = Action("talk") if self.later else parse_action(text)
+        if action.kind == "call" and not self.prompt.offered:  # as any other word that means nothing
+            action = Action("invalid", error=TOOL_ERRORS["nothing"])
         self.texts.append(text)
         self.actions.append(action)
         self.replies.append("")
@@ -2175,7 +2178,7 @@ class Dialogue:
             self.end = "stopped"  # it closed its turn with nothing left to react to
         elif last:
             self.end = "turns"
-        if self.end is None and action.kind == "invalid" and "</call>" in text:
+        if self.end is None and action.kind == "invalid" and "</call>" in text and self.prompt.offered:
             self._ask("", action.error or "")
 
     def _ask(self, question: str, answer: str) -> None:
@@ -2837,10 +2840,11 @@ def process_reward(
     """The turn level's term R_proc in [0,1] (METHOD.md 3.3).
 
     counts [...,Q+1], asked [...,Q], well_formed [...] (the format term), ambiguous [...]: the sample needs a question;
-    leading axes broadcast. Without a question: 0 when ambiguous (guessing), else the format term. `linear` takes
-    `redundant_cost` off for each question that shrinks nothing; `format` ignores the turns; `parent_tpr` is the parent
-    project's term, which rewards calls: on ambiguous samples 1-0.3^k with k the calls (at most 10; malformed ones too,
-    which the parent leaves out) and the format term, on others the format term. Raises ValueError for an unknown kind.
+    leading axes broadcast. Without a question: 0 when ambiguous with counts[0] > 1 (guessing), else the format term.
+    `linear` takes `redundant_cost` off for each question that shrinks nothing; `format` ignores the turns;
+    `parent_tpr` is the parent project's term, which rewards calls: on ambiguous samples 1-0.3^k with k the calls (at
+    most 10; malformed ones too, which the parent leaves out) and the format term, on others the format term. Raises
+    ValueError for an unknown kind.
     """
     if kind not in TURN_KINDS:
         raise ValueError(f"process reward {kind!r} is unknown; use one of {', '.join(TURN_KINDS)}")
@@ -2867,7 +2871,7 @@ def process_reward(
         earned = jnp.maximum(resolution - redundant_cost * (asked & (gains <= 0)).sum(-1), 0.0)
     else:
         earned = gains.sum(-1) / each
-    return jnp.where(questions > 0, fmt * earned, jnp.where(ambiguous, 0.0, fmt))
+    return jnp.where(questions > 0, fmt * earned, jnp.where(ambiguous & (counts[..., 0] > 1), 0.0, fmt))
 
 
 MOST = 10**6  # more candidates than any scene holds: an expert's count is cut there
@@ -3180,13 +3184,15 @@ def hierarchical_advantages(
         turns = turn_advantages(gains, (asked_in >= 0) & valid[..., None])
         tokens = tokens + c.turn_weight * on_question_turns(turns, asked_in, turn) * mask
     weight = step_weights(tokens, logp_teacher, logp_student, has_context, clip=c.weight_clip)
+    weighed = jnp.asarray(mask) & jnp.asarray(has_context)[..., None]
     if c.weigh == "questions":
-        weight = jnp.where(on_question_turns(asked_in >= 0, asked_in, turn) > 0, weight, 1.0)
+        weighed = weighed & (on_question_turns(asked_in >= 0, asked_in, turn) > 0)
     if c.vanilla_on_nonnegative_adv:
-        weight = jnp.where(tokens >= 0, 1.0, weight)
-    if c.normalize_weight_by_seq_mean:
-        mean = (weight * mask).sum(-1, keepdims=True) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
-        weight = jnp.where(has_context[..., None], weight / jnp.maximum(mean, 1e-6), 1.0)
+        weighed = weighed & (tokens < 0)
+    weight = jnp.where(weighed, weight, 1.0)
+    if c.normalize_weight_by_seq_mean:  # over the tokens that are weighed; the others keep 1
+        mean = jnp.where(weighed, weight, 0.0).sum(-1, keepdims=True) / jnp.maximum(weighed.sum(-1, keepdims=True), 1)
+        weight = jnp.where(weighed, weight / jnp.maximum(mean, 1e-6), 1.0)
     return modulate(tokens, weight, lam), weight
 
 
@@ -3802,6 +3808,7 @@ def token_credit(
     # What the guidance changed: Delta over the weighed tokens by the sign of their advantage and by what was said.
     delta = np.asarray(told, np.float32) - np.asarray(plain, np.float32)
     weighed = mask & has_context[..., None] if weighs else np.zeros_like(mask)
+    raw = np.exp(np.clip(np.sign(tokens) * delta, -20, 20))[weighed]  # weights before they are clipped
     asking = np.asarray(on_question_turns(scores.asked_in >= 0, scores.asked_in, batch.rows.turn)) > 0
     over = lambda where: float(delta[weighed & where].mean()) if (weighed & where).any() else 0.0  # noqa: E731
     stats = {
@@ -3809,9 +3816,7 @@ def token_credit(
         "advantage/turn_spread": spread(c.reward.weights.get("process", 0.0) * scores.terms["process"]),
         "advantage/step_spread": float(counted.std()) if counted.size else 0.0,
         "advantage/weight_mean": float(counted.mean()) if counted.size else 1.0,
-        "advantage/weight_clipped": float((np.abs(counted - 1) >= c.credit.weight_clip - 1e-6).mean())
-        if counted.size
-        else 0.0,
+        "advantage/weight_clipped": float((np.abs(raw - 1) >= c.credit.weight_clip - 1e-6).mean()) if raw.size else 0.0,
         "advantage/context_share": float(has_context.mean()),
         "advantage/delta_positive": over(tokens > 0),
         "advantage/delta_negative": over(tokens < 0),
@@ -4413,6 +4418,13 @@ class Run:
         """The latest checkpoint with the shapes and shardings of `state`, or None. Raises ConfigError."""
         keeper = self.checkpointer()
         if keeper.latest is None:
+            done = max((row["step"] for row in self._rows()), default=0)
+            every = self.config.checkpoint.every
+            if every and done >= 2 * every:  # the first may have been under way when the run was killed, not the second
+                raise ConfigError(
+                    f"{self.path}/checkpoints: missing, though metrics.jsonl tells of {done} steps; put it back, or "
+                    "give another run_dir="
+                )
             self.write("metrics.jsonl", "")
             return None
         step = keeper.latest.step
@@ -4732,7 +4744,7 @@ def new_policy(config: Config, run: Run) -> tuple[PolicyConfig, weights.Tokenize
     """A policy of random weights; its config.json and tokenizer are written into the run, whose folder comes last."""
     source = run.path / "policy"
     source.mkdir(exist_ok=True)
-    build_warmstart_tokenizer().save(str(source / "tokenizer.json"))
+    weights.save_word_tokenizer(build_warmstart_tokenizer(), source)
     tokenizer = weights.Tokenizer(source)
     shape = resolve_path(config.policy.shape)
     raw = read_json(shape)
@@ -5180,8 +5192,8 @@ class Trainer:
                     drawn = self.segmenter.segment([ask])[0]
                     mask = keep(f"{d.frame}_{tag}", np.asarray(drawn).astype(np.uint8) * 255)
         turns, asked = [], 0
-        for text, action, reply in zip(d.texts, d.actions, d.replies, strict=True):
-            is_question = action.kind == "call" or (action.kind == "invalid" and "</call>" in text)
+        for number, (text, action, reply) in enumerate(zip(d.texts, d.actions, d.replies, strict=True)):
+            is_question = action.kind == "call" or number in d.asked_in
             asked += is_question and bool(reply)
             after = row["counts"][min(asked, len(row["counts"]) - 1)] if is_question else None
             turns.append(
@@ -5342,7 +5354,12 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
             options.python_tracer_level = 0  # every Python call, otherwise
             jax.profiler.start_trace(run.path / "profile", profiler_options=options)
             tracing = True
-        row = trainer.step()
+        try:
+            row = trainer.step()
+        except (data.DataError, SidecarError):
+            if step > begun and jax.process_count() == 1:  # what was learned so far is kept
+                run.save(trainer.state, step)
+            raise
         step, stop = row["step"], agreed(run.stop)
         if tracing and (step + 1 not in traced or stop):
             jax.profiler.stop_trace()
@@ -5420,6 +5437,10 @@ def clocked(items: Iterable[Any], clock: Clock, phase: str) -> Iterable[Any]:
         yield item
 
 
+# What goes wrong with this machine and not with a record: it is mended, and the same command goes on.
+MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EROFS}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m icseg_jax.train CONFIG [key=value ...]`. Returns 0 when done or saved, 2 on bad input."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -5434,7 +5455,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = Run(config)
         if run.finished:
             page = run.path / ("report.html" if config.stage == "rl" else "trained")
-            print(f"{run.path}: this run is finished; see {page}")
+            print(f"{run.path}: this run is finished; see {page if page.exists() else run.path}")
             return 0
         run.catch_signals()
         cache_programs()
@@ -5442,6 +5463,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except (ConfigError, data.DataError, SidecarError) as error:
         print(f"error: {_first_line(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in MACHINE | {errno.EACCES, errno.EPERM}:
+            raise
+        works = "give it room and the right to write, or another run_dir= or data.path="
+        print(f"error: {error.filename or 'a write'}: {error.strerror}; {works}; the same command then goes on from "
+              "the last checkpoint", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)

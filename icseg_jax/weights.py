@@ -134,6 +134,29 @@ def build_word_tokenizer(
     return tokenizer
 
 
+# The layout of Qwen's dialogues: each turn between its marks, a newline after it; content is a text or parts.
+CHAT_TEMPLATE = """{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string -%}{{ message.content }}{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == "image" -%}<|vision_start|><|image_pad|><|vision_end|>{%- else -%}{{ part.text }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+{% endif -%}
+"""
+
+
+def save_word_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
+    """Writes what `transformers` needs to load it: tokenizer.json, tokenizer_config.json, chat_template.jinja."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "<|im_end|>",
+             "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=1) + "\n")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
 # ------------------------------------------------------------------------------------------------------
 # Weights. Our tree has JAX's habits (kernels [in..., out...], layers stacked on a leading axis), Hugging
 # Face's has torch's (kernels [out, in], one tensor per layer, heads fused). The tables below are the whole

@@ -219,7 +219,7 @@ def reference_process(counts, asked, formed, ambiguous, kind):
     if kind == "parent_tpr":
         return 1 - 0.3 ** (min(k, 10) + formed) if ambiguous else float(formed)
     if not k:
-        return 0.0 if ambiguous else float(formed)
+        return 0.0 if ambiguous and counts[0] > 1 else float(formed)
     gains = []
     for q in np.flatnonzero(asked):
         a, b = counts[q], counts[q + 1]
@@ -244,7 +244,9 @@ def test_group_advantages_equal_the_reference(shape, divide):
     valid = rng.random(shape) < 0.8
     got = train.group_advantages(returns.astype(np.float32), valid=valid, normalise_std=divide)
     want = reference_advantages(returns.astype(np.float32).astype(np.float64), valid, divide)
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * max(1, np.abs(want).max()))
+    scale = np.abs(returns).max(-1, keepdims=True)  # of what is subtracted: float32 keeps so much of it
+    near = np.abs(np.asarray(got) - want) <= 1e-5 * np.maximum(np.abs(want), 1 if divide else scale)
+    assert near.all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (4, 7, 2), (3, 16, 6)])
@@ -271,7 +273,7 @@ def test_process_reward_equals_the_reference(kind):
         counts = np.minimum.accumulate(np.r_[first, rng.integers(1, 9, slots)])
         counts[questions + 1 :] = rng.integers(0, 9)  # never read
         asked = np.arange(slots) < questions
-        formed, ambiguous = np.array(rng.integers(2) == 1), np.array(first > 1)
+        formed, ambiguous = np.array(rng.integers(2) == 1), np.array(rng.integers(2) == 1)
         got = float(train.process_reward(counts, asked, formed, ambiguous, kind=kind))
         assert got == pytest.approx(reference_process(counts, asked, formed, ambiguous, kind), rel=1e-5, abs=1e-6)
 
@@ -450,6 +452,20 @@ def test_all_levels_together(seed, turn_credit, failures, mean_one, weigh):
     ]  # fmt: skip
     tokens, weight = map(np.asarray, train.hierarchical_advantages(c, *args, 0.7))
     plain, _ = map(np.asarray, train.hierarchical_advantages(c, *args, 0.0))
+    mask, context = args[5], args[8]
+    poison = [np.where(mask, x, np.nan) for x in args[6:8]]  # what masked tokens are worth reaches nothing
+    poisoned = train.hierarchical_advantages(c, *args[:6], *poison, context, 0.7)
+    np.testing.assert_array_equal(tokens, poisoned[0])
+    np.testing.assert_array_equal(weight, poisoned[1])
+    weighed = mask & context[..., None]
+    if weigh == "questions":
+        weighed &= (turn[..., None] == args[3][:, :, None]).any(-1)
+    if failures:
+        weighed &= plain < 0
+    assert (weight[~weighed] == 1).all()
+    if mean_one:
+        for i, j in np.ndindex(p, n):
+            assert not weighed[i, j].any() or weight[i, j][weighed[i, j]].mean() == pytest.approx(1, rel=1e-4)
     assert (np.sign(tokens) == np.sign(plain)).all() and (tokens[~args[5]] == 0).all()
     assert (weight[~args[8]] == 1).all() and np.array_equal(tokens[~args[8]], plain[~args[8]])
     order = rng.permutation(n)
@@ -459,7 +475,8 @@ def test_all_levels_together(seed, turn_credit, failures, mean_one, weigh):
 
 # Properties
 
-finite = st.floats(-50, 50, width=32, allow_subnormal=False)
+# Below 1e-30 a product may leave float32's normal numbers, which XLA takes for 0.
+finite = st.floats(-50, 50, width=32, allow_subnormal=False).map(lambda x: x if abs(x) > 1e-30 else 0.0)
 rows = st.integers(1, 5)
 kinds = st.sampled_from(train.TURN_KINDS)
 
