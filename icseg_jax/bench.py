@@ -6,6 +6,8 @@
 `python -m icseg_jax.bench metrics`
     J and F of frames of 480x854 pixels against the formula of davis2017-evaluation on OpenCV and scikit-image (`pip
     install 'icseg-jax[bench]'`): CPU seconds of either on one thread, the least of interleaved calls, and their ratio.
+`python -m icseg_jax.bench world`
+    Synthetic videos a minute of one core: written to disk in Ambi-RVOS's layout, and drawn in memory.
 `python -m icseg_jax.bench perception [CONFIG] policy.path=DIR [key=value ...]`
     What a warm-started policy sees in 60 scenes that it was not trained on: words and boxes of demonstrations, each
     token predicted after the true ones. CONFIG defaults to experiments/embedded_warmstart_12.yaml.
@@ -30,7 +32,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -38,6 +42,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen
@@ -61,6 +66,29 @@ def seconds(call: Callable[[], Any], repeats: int = 5) -> float:
         jax.block_until_ready(call())
         spent.append(time.perf_counter() - start)
     return statistics.median(spent)
+
+
+def world_speed(written: int = 60, drawn: int = 300) -> dict[str, float]:
+    """CPU time, so that what else runs on the machine does not count; children's is in it."""
+
+    def per_minute(count: int, work: Callable[[], None]) -> float:
+        begun = os.times()
+        work()
+        spent = sum(os.times()[:4]) - sum(begun[:4])
+        return round(count / spent * 60, 1)
+
+    def draw() -> None:
+        for index in range(drawn):
+            scene = synthetic.make_scene(index, seed=1)
+            synthetic.render(scene, range(scene.n_frames))
+            for frame in range(scene.n_frames):
+                synthetic.visible_masks(scene, frame)
+
+    with tempfile.TemporaryDirectory() as folder:
+        write = functools.partial(
+            synthetic.write_dataset, Path(folder) / "world", train=written, test=0, seed=1, progress=False
+        )
+        return {"written": per_minute(written, write), "in_memory": per_minute(drawn, draw)}
 
 
 def metrics_speed(repeats: int = 25) -> dict[str, Any]:
@@ -673,6 +701,7 @@ MEASUREMENTS = {
     "metrics": (metrics_speed, None),  # of no config
     "perception": (perception, "experiments/embedded_warmstart_12.yaml"),
     "reading": (reading, "experiments/embedded_warmstart_12.yaml"),
+    "world": (world_speed, None),
 }
 
 

@@ -1830,6 +1830,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser("train", help="make the small segmenter of the embedded world")
     command.add_argument("config", help="a YAML file, such as experiments/embedded_sam2.yaml")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="fields of TrainConfig")
+    command = commands.add_parser("measure", help="score the small segmenter on test scenes of the synthetic world")
+    command.add_argument("segmenter", nargs="?", default=str(ASSET), help="directory of config and weights")
+    command.add_argument("--scenes", type=int, default=60, help="for masks of single frames")
+    command.add_argument("--clips", type=int, default=16, help="for tracks")
     command = commands.add_parser("import", help="write a released SAM 2.1 checkpoint as a segmenter's directory")
     command.add_argument("checkpoint", help="such as sam2.1_hiera_large.pt")
     command.add_argument("out", help="a directory that does not exist yet")
@@ -1838,6 +1842,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "serve":
             serve(given.socket, given.segmenter, threads=given.threads, parent=given.parent,
                   max_frames=given.frames, cache_gb=given.cache_gb)
+        elif given.command == "measure":
+            print(json.dumps(measure(load_segmenter(given.segmenter), given.scenes, given.clips), indent=1))
         elif given.command == "import":
             import_checkpoint(given.checkpoint, given.out)
             print(f"wrote {given.out}; use it as sidecar.segmenter={given.out}")

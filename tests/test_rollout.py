@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import re
 import types
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_hi_grpo import HOSTILE
 
 from icseg_jax import data, simulator, synthetic, train, weights
 
@@ -83,6 +85,77 @@ def test_transcripts_read_as_the_chat_template(world, played):
             assert said in text
             # Words that the small tokenizer lacks stand as <unk>.
             assert world.tokenizer.decode(world.tokenizer.encode(reply)) in text
+
+
+def test_transcripts_are_what_the_shipped_chat_template_renders(world, played):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(train.resolve_path(world.config.policy.path))
+    known = lambda text: world.tokenizer.decode(world.tokenizer.encode(text))  # noqa: E731 - others are <unk>
+    part = lambda text: {"type": "text", "text": text}  # noqa: E731
+    for d in itertools.chain(*played):
+        text = world.tokenizer.decode(d.prompt.row.tokens + d.row.tokens)
+        text = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", text)  # the template has one for each image
+        shown = [p for fid in d.prompt.fids for p in (part(f"frame {fid} "), {"type": "image"}, part("\n"))]
+        messages = [{"role": "system", "content": train.PROMPTS["brief"]["clarify"]},
+                    {"role": "user", "content": [*shown, part("\n" + known(d.prompt.sample.query))]}]  # fmt: skip
+        for said, reply in zip(d.texts, d.replies, strict=True):
+            messages.append({"role": "assistant", "content": said})
+            if reply:
+                image = [{"type": "image"}] if f"{known(reply)}<|vision_start|>" in text else []
+                messages.append({"role": "user", "content": [part(known(reply)), *image]})
+        rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=bool(d.replies[-1]))
+        assert rendered.startswith(text) and rendered.removeprefix(text) in ("", "\n", "<|im_end|>\n")
+        assert theirs(rendered)["input_ids"] == world.tokenizer.encode(rendered)
+
+
+def test_a_prompt_shows_nothing_of_the_labels(world):
+    """DATA.md 6.7: without masks, scene graph and descriptions the policy reads and sees the same."""
+    shown = data.sample_frames(12, world.config.protocol.frames)
+    for sample in world.samples[:3]:
+        blind = dataclasses.replace(sample, masks=None, privileged=None)
+        one, two = (train.Prompt(s, shown, world.speaker) for s in (sample, blind))
+        assert one.truth and not two.truth
+        for name in ("tokens", "positions", "slots"):
+            assert getattr(one.row, name) == getattr(two.row, name)
+        np.testing.assert_array_equal(one.patches(world.speaker), two.patches(world.speaker))
+        for fid in one.fids:
+            pictures = [world.speaker.keyframe_patches(p.image_of(fid)) for p in (one, two)]
+            np.testing.assert_array_equal(*pictures)
+
+
+def speaking(speaker, text):
+    """The speaker, whose tokens spell `text`, whatever they are."""
+    speaker = copy.copy(speaker)
+    speaker.tokenizer = types.SimpleNamespace(decode=lambda ids: text, encode=speaker.tokenizer.encode)
+    return speaker
+
+
+def test_any_text_of_the_policy_earns_a_reward_in_range(world):
+    most = sum(world.config.reward.weights.values())
+    for text in HOSTILE:
+        d, speaker = train.Dialogue(world.prompts([0])[0]), speaking(world.speaker, text)
+        for last in (False, True):
+            if d.end is None:
+                d.say([5, 6], [-1.0, -1.0], speaker, finished=True, last=last)
+            if d.end is None:
+                d.observe(speaker, "blue" if d.wants_user() else None)
+        scores, _, _ = train.score([[d]], world.config, world.expert, None)
+        assert d.end is not None and 0 <= float(train.total_return(scores, world.config)[0, 0]) <= most
+
+
+def test_a_tool_that_is_not_offered_is_no_tool(world):
+    call = '<thinking> two fit </thinking><call> {"name": "vlm_tool", "query": "What color is the target?"} </call>'
+    direct = copy.copy(world.speaker)
+    direct.config = dataclasses.replace(world.config.protocol, clarify=[])
+    shown = data.sample_frames(12, world.config.protocol.frames)
+    for speaker, asks in ((world.speaker, True), (direct, False)):
+        d = train.Dialogue(train.Prompt(world.samples[0], shown, speaker))
+        d.say([5, 6], [-1.0, -1.0], speaking(speaker, call), finished=True, last=False)
+        assert d.wants_user() == asks and d.end is None
+        d.observe(speaker, "red" if asks else None)
+        assert [q for q, _ in d.questions] == (["What color is the target?"] if asks else [])
+        assert d.replies == [train.information("red") if asks else train.TOOL_ERRORS["nothing"]]
 
 
 def test_only_sampled_tokens_are_trained(world, played):
@@ -534,6 +607,18 @@ def test_what_a_step_hands_to_the_update(world, played, scored):
         moved = (told - plain)[want.mask & (want.advantages > 0)].mean()
         assert stats["advantage/delta_positive"] == pytest.approx(float(moved), rel=1e-4)
     assert not np.array_equal(made["student"].advantages, made["teacher_plain"].advantages)
+
+
+def test_without_the_step_level_the_update_is_the_plain_one(world, scored):
+    """rlsd at lam 0 and vanilla at the same clip range are one program: equal to the last bit."""
+    _, _, batch, credit = scored
+    programs = []
+    for changes in (["update.loss=rlsd", "credit.lam=0"], ["update.loss=vanilla"]):
+        config = train.load_config(CONFIG, [*SMALL, *changes, "update.clip_low=0.2", "update.clip_high=0.2"])
+        _, update = train.make_programs(world.policy, config)
+        state = train.fresh_state(world.params, config, teacher=train.needs_teacher(config))
+        programs.append(re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(update.jitted)(state, batch, credit, None, 0.0))))
+    assert programs[0] == programs[1]
 
 
 def test_switches_of_the_update_reach_the_loss(world, played, scored, monkeypatch):

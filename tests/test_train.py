@@ -1,6 +1,7 @@
 """The real command at a tiny size: runs, kills, resumes, and what it says to bad input (train.py sections 1, 9, 10)."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -191,6 +192,34 @@ def test_another_dataset_is_read_by_its_own_splits(tmp_path):
     assert (taught.split, tested.split) == ("train", "valid_u") and tested[0].target_ids
     with pytest.raises(data.DataError, match="has no split 'test'; it has .*valid_u"):
         read()
+
+
+def test_a_disk_that_fails_is_one_line(tmp_path, capfd, monkeypatch):
+    def fail(config, run):
+        raise OSError(number, os.strerror(number), str(tmp_path / "file"))
+
+    monkeypatch.setattr(train, "train_policy", fail)
+    monkeypatch.setattr(train, "cache_programs", lambda: None)
+    monkeypatch.setattr(train.Run, "catch_signals", lambda run: None)  # those of pytest stay
+    for number in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+        assert train.main([str(ROOT / "experiments/embedded.yaml"), f"run_dir={tmp_path}/run"]) == 2
+        out, err = capfd.readouterr()
+        assert len(err.splitlines()) == 1 and os.strerror(number) in err and "goes on from the last checkpoint" in err
+    number = errno.ENOENT  # no fault of the machine: what is missing must be seen
+    with pytest.raises(FileNotFoundError):
+        train.main([str(ROOT / "experiments/embedded.yaml"), f"run_dir={tmp_path}/run"])
+
+
+def test_steps_without_their_checkpoints_are_not_thrown_away(tmp_path):
+    run = train.Run(train.load_config("experiments/embedded.yaml", [f"run_dir={tmp_path}/run", "checkpoint.every=2"]))
+    logged = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 5))
+    run.write("metrics.jsonl", logged)
+    with pytest.raises(train.ConfigError, match="checkpoints: missing, though metrics.jsonl tells of 4 steps"):
+        run.restore(None)
+    assert run.metrics_file.read_text() == logged
+    run.write("metrics.jsonl", logged.splitlines()[0] + "\n")  # killed before the first was there
+    assert run.restore(None) is None and run.metrics_file.read_text() == ""
+    run.close()
 
 
 def test_a_failed_start_binds_nobody(tmp_path):
