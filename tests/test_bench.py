@@ -15,6 +15,12 @@ def test_credit_is_a_small_part_of_an_update(capsys, monkeypatch):
         assert 0 < told[kind]["share_of_update"] < 0.01
 
 
+def test_scenes_are_made_fast():
+    """Asked for are 500 and 3,000 a minute of a core; CPU time, and room for a slow machine."""
+    told = bench.world_speed(written=12, drawn=60)
+    assert told["written"] > 250 and told["in_memory"] > 1000
+
+
 def test_the_shipped_base_sees(capsys):
     """Held-out scenes; the floors are well below what the base does (experiments/README.md)."""
     assert bench.main(["perception", "policy.path=asset:embedded_base"]) == 0

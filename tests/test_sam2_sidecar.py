@@ -121,6 +121,12 @@ def test_scores_are_those_of_the_masks(client, objects):
     np.testing.assert_allclose(client.mask_iou(rows)[0], expected, rtol=1e-6)
 
 
+def test_a_segmenter_is_measured(capsys):
+    assert sam2_sidecar.main(["measure", "--scenes", "3", "--clips", "1"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["iou"] > 0.85 and 0.5 < told["track"] <= 1
+
+
 def test_tracks_a_clip_both_ways(client):
     """J over all 12 frames of 8 clips, prompted at the shown frame that shows most of the object.
 
