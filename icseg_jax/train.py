@@ -4420,7 +4420,7 @@ class Run:
         if keeper.latest is None:
             done = max((row["step"] for row in self._rows()), default=0)
             every = self.config.checkpoint.every
-            if every and done >= 2 * every:  # the first may have been under way when the run was killed, not the second
+            if every and done > 2 * every:  # when the second is begun the first is there, whenever a run is killed
                 raise ConfigError(
                     f"{self.path}/checkpoints: missing, though metrics.jsonl tells of {done} steps; put it back, or "
                     "give another run_dir="

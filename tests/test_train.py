@@ -110,7 +110,7 @@ def test_a_run_leaves_all_it_promises(straight):
     # Nothing is compiled twice for the same shapes, and nothing that an earlier step had.
     programs = [json.loads(line) for line in (folder / "programs.jsonl").read_text().splitlines()]
     assert {"encode", "prefill", "decode", "extend", "logprob", "update"} <= {p["program"] for p in programs}
-    kinds = [(p["program"], p["shapes"], p.get("length")) for p in programs]
+    kinds = [(p["program"], p["shapes"], p.get("length"), p.get("rollouts")) for p in programs]
     assert len(kinds) == len(set(kinds)) <= 20 and all(p["step"] <= 2 for p in programs)
     assert "before" in done.stdout and "after" in done.stdout
 
@@ -212,13 +212,14 @@ def test_a_disk_that_fails_is_one_line(tmp_path, capfd, monkeypatch):
 
 def test_steps_without_their_checkpoints_are_not_thrown_away(tmp_path):
     run = train.Run(train.load_config("experiments/embedded.yaml", [f"run_dir={tmp_path}/run", "checkpoint.every=2"]))
-    logged = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 5))
+    logged = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 6))
     run.write("metrics.jsonl", logged)
-    with pytest.raises(train.ConfigError, match="checkpoints: missing, though metrics.jsonl tells of 4 steps"):
-        run.restore(None)
+    state = train.TrainState(None, None, None, None, None)
+    with pytest.raises(train.ConfigError, match="checkpoints: missing, though metrics.jsonl tells of 5 steps"):
+        run.restore(state)
     assert run.metrics_file.read_text() == logged
     run.write("metrics.jsonl", logged.splitlines()[0] + "\n")  # killed before the first was there
-    assert run.restore(None) is None and run.metrics_file.read_text() == ""
+    assert run.restore(state) is None and run.metrics_file.read_text() == ""
     run.close()
 
 
