@@ -434,7 +434,7 @@ def _occlusion_bin(rate: float) -> str:
 def dialogue_summary(rows: Sequence[dict]) -> dict:
     """One evaluation as plain numbers, in the words of METHOD.md 11.7.
 
-    `rows`: one dict per dialogue with `id` (of the sample; without one, each row is its own), `level` (simple,
+    `rows`: one dict per dialogue with `id` (of the sample; all rows have one, or each is its own), `level` (simple,
     medium, difficult, clear, none), `success`, `frame_ok` (METHOD.md 3.1), `counts` [Q + 1] (candidates left,
     METHOD.md 2.2), `asked` [Q] (attribute of each call, None where it was not understood), `gains` [Q] (METHOD.md
     3.3), `questions` = Q, `optimal` (E*, DATA.md 6.4; None where nobody knows), `budget` (most questions allowed),
@@ -519,12 +519,14 @@ def _ratio(hits: list[float], sizes: list[int], rows: list[dict]) -> tuple[float
     if not total:
         return None, None, 0
     ratio = sum(hits) / total
-    residuals: dict[Any, float] = {}  # dialogues over one sample are no independent ones
-    for i, (hit, size, row) in enumerate(zip(hits, sizes, rows, strict=True)):
-        sample = row.get("id", i)
-        residuals[sample] = residuals.get(sample, 0.0) + hit - ratio * size
+    residuals = [hit - ratio * size for hit, size in zip(hits, sizes, strict=True)]
+    if "id" in rows[0]:  # dialogues over one sample are no independent ones
+        of_sample: dict[Any, float] = {}
+        for residual, row in zip(residuals, rows, strict=True):
+            of_sample[row["id"]] = of_sample.get(row["id"], 0.0) + residual
+        residuals = list(of_sample.values())
     n = len(residuals)
-    error = sqrt(sum(r * r for r in residuals.values()) * n / (n - 1)) / total if n > 1 else None
+    error = sqrt(sum(r * r for r in residuals) * n / (n - 1)) / total if n > 1 else None
     return float(ratio), error, total
 
 
