@@ -544,7 +544,7 @@ class Player:
         """Raises DataError when the sample's frames or masks cannot be read, ConfigError where nobody could answer."""
         prompt = train.Prompt(sample, data.sample_frames(len(sample), self.config.protocol.frames), self.speaker)
         told = prompt.graph or isinstance(self.user, train.MODELS)
-        if not told and sample.ability in self.speaker.config.clarify:
+        if not told and prompt.offered:
             raise train.ConfigError(
                 f"simulator.kind={self.config.simulator.kind}: {sample.id} is a query to ask about, and no scene graph "
                 "tells the exact user what is true; use simulator.kind=endpoint or local"

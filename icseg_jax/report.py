@@ -877,7 +877,7 @@ def _table(summary: dict) -> str:
     kinds |= {"jf": "clips for J&amp;F"}
     sizes = [f"{n:.0f} {kind}" for name, kind in kinds.items() if (n := _look_up(one, f"count/{name}"))]
     size = f"Held-out queries: {', '.join(sizes)}." if sizes else ""
-    asked = [_look_up(_evaluation(summary, "after", d) or {}, "count/success") for d in ("greedy", "sampled")]
+    asked = [_look_up(_evaluation(summary, "after", d), "count/success") for d in ("greedy", "sampled")]
     draws = f", {asked[1] / asked[0]:.0f} dialogues per query" if all(asked) and asked[1] > asked[0] else ""
     seeing = "The askers at the right see perfectly and differ only in what they ask." if baselines else ""
     return f"""<section>

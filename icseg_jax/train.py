@@ -1988,8 +1988,12 @@ class Speaker:
         prompts = PROMPTS[self.config.prompts]
         if conversation:
             return prompts["conversation"]
-        kind = "clarify" if ability in self.config.clarify else "direct"
+        kind = "clarify" if self.offers_tool(ability) else "direct"
         return prompts[kind] + (prompts["mask_type"] if mask_type else "")
+
+    def offers_tool(self, ability: str | None, *, conversation: bool = False) -> bool:
+        """Whether the policy may ask the user about such a sample."""
+        return ability in self.config.clarify and not conversation
 
     def opening(self, fids: Sequence[int], system: str) -> Transcript:
         """Everything before the query: system message and shown frames."""
@@ -2096,7 +2100,7 @@ class Prompt:
         first, *self.later = [*(human for human, _ in talk), sample.query]
         conversation = sample.dialogue is not None
         system = speaker.system(sample.ability, mask_type=sample.mask_type is not None, conversation=conversation)
-        self.offered = sample.ability in speaker.config.clarify and not conversation  # the tool that asks the user
+        self.offered = speaker.offers_tool(sample.ability, conversation=conversation)
         self.row = speaker.opening(self.fids, system)
         self.row.add(speaker.tokenizer.encode(first))
         self.query_end = len(self.row)  # a teacher's guidance goes here
@@ -3578,8 +3582,9 @@ def share_rows(batch: Batch, buckets: Sequence[int]) -> tuple[Batch, np.ndarray]
     plans = [fit_into_rows(group, length) for group in sizes.tolist()]
     most = max(map(len, plans))
     count = min(rows for rows in (*buckets, n) if rows >= most)
-    if count == n:  # as they were: fused kernels know no segments
-        plans = [[[j] for j in range(n)]] * p
+    if count == n:  # as they are: fused kernels know no segments
+        alone = np.arange(n * length, dtype=np.int32).reshape(n, length)
+        return batch, np.where(np.asarray(batch.rows.segment) > 0, alone, -1)
     source = np.full((p, count, length), -1, np.int32)
     segment = np.zeros((p, count, length), np.int32)
     for i, plan in enumerate(plans):
@@ -5018,11 +5023,11 @@ class Trainer:
         rate = learning_rate(c.update, number, c.steps)
         with clock("update"):
             parts = []
-            for mini, earned, told in self.minibatches((batch, credit, guided)):
+            for mini, earned, seen in self.minibatches((batch, credit, guided)):
                 if guided is None:  # sdpo compares two views token by token: their rows stay side by side
                     mini, source = share_rows(mini, c.update.row_buckets)
                     earned = jax.tree.map(lambda x, at=source: take_tokens(x, at, 0), earned)
-                part = shard_batch(self.mesh, (mini, earned, told))
+                part = shard_batch(self.mesh, (mini, earned, seen))
                 self.state, stats = self.update(self.state, *part, rate)
                 parts.append(stats)
             stats = {k: float(np.mean([p[k] for p in parts])) for k in parts[0]}

@@ -150,6 +150,7 @@ def test_a_tool_that_is_not_offered_is_no_tool(world):
     call = '<thinking> two fit </thinking><call> {"name": "vlm_tool", "query": "What color is the target?"} </call>'
     direct = copy.copy(world.speaker)
     direct.config = dataclasses.replace(world.config.protocol, clarify=[])
+    assert not direct.offers_tool("simple") and not world.speaker.offers_tool("simple", conversation=True)
     shown = data.sample_frames(12, world.config.protocol.frames)
     for speaker, asks in ((world.speaker, True), (direct, False)):
         d = train.Dialogue(train.Prompt(world.samples[0], shown, speaker))
