@@ -17,6 +17,9 @@
 `python -m icseg_jax.bench lists [CONFIG] policy.path=DIR [key=value ...]`
     What becomes of dialogues about test queries, greedy, by what their first list of candidates looks like, and how
     crowding spoils such lists. CONFIG defaults to experiments/embedded.yaml.
+`python -m icseg_jax.bench rows [CONFIG] [key=value ...]`
+    A step's real rollouts, sharing rows as `update.row_buckets` allows, against a row for each: seconds of their
+    log-probabilities and of their updates. CONFIG defaults to experiments/embedded_long.yaml.
 `python -m icseg_jax.bench rollout [model=DIR] [prompts=4 rollouts=8 images=6 ...] [against=huggingface]`
     A fixed dialogue of several turns, every one of them as long as it may be: sampled tokens over the wall time of a
     second, warm dialogue. `against=huggingface` plays the same on the same rows with `generate` of transformers.
@@ -318,6 +321,79 @@ def reading(config: train.Config, batches: int = 3) -> dict[str, Any]:
     return out
 
 
+class Stage:
+    """A config's policy, the user who answers it and the expert, and the samples that they talk about.
+
+    Raises ConfigError when the data hold no scene graphs.
+    """
+
+    def __init__(self, config: train.Config):
+        self.config, self.mesh = config, train.make_mesh(config.mesh)
+        source = train.resolve_path(config.policy.path)
+        policy_config, self.params = train.load_policy(source, self.mesh, dtype="float32")
+        self.policy = train.Policy(policy_config, config.policy.remat, self.mesh, config.policy.attention)
+        self.speaker = train.Speaker(config.protocol, policy_config, weights.Tokenizer(source))
+        self.sampler = train.Sampler(config, self.policy, self.speaker, self.mesh)
+        _, self.user, self.expert = train.meet(config, self.mesh)
+        self.train, self.test = train.open_data(config)
+        if not (self.test[0].privileged or {}).get("scene_graph"):
+            raise train.ConfigError(f"data.path={config.data.path}: holds no scene graphs; use the synthetic world")
+
+    def play(self, samples: Sequence[data.Sample], temperatures: Sequence[float]) -> list[list[train.Dialogue]]:
+        """A dialogue of each sample at each temperature."""
+        shown = [data.sample_frames(len(sample.frames), self.config.protocol.frames) for sample in samples]
+        prompts = [train.Prompt(*each, self.speaker) for each in zip(samples, shown, strict=True)]
+        where = dict(seed=self.config.seed, step=train.EVALUATION, clock=train.Clock())
+        return self.sampler.play(self.params, prompts, temperatures, self.user, **where)
+
+
+def rows(config: train.Config, repeats: int = 7) -> dict[str, Any]:
+    """Least seconds of a step's log-probabilities and updates, in shared rows and in a row each, measured in turn."""
+    c = config
+    if not c.update.row_buckets or c.update.loss == "sdpo":
+        raise train.ConfigError("update.row_buckets=[] or update.loss=sdpo: no rows are shared; give e.g. [4, 6], rlsd")
+    stage = Stage(c)
+    samples = [stage.train[int(i)] for i in data.order(c.seed, 0, 0, len(stage.train), c.rollout.prompts)]
+    batch, _ = train.pack(stage.play(samples, [c.rollout.temperature] * c.rollout.rollouts), c, stage.speaker)
+    state = train.fresh_state(stage.params, c, teacher=False)
+    logprob, update = train.make_programs(stage.policy, c, state)
+    parts = c.update.minibatches
+    rng, size = np.random.default_rng(0), c.rollout.prompts // parts
+
+    def calls(buckets: Sequence[int]) -> tuple[list[int], dict[str, Callable[[], Any]]]:
+        """Rows of each part, and what is timed: everything that a step does with them, the laying out too."""
+
+        def shared() -> list[tuple[train.Batch, np.ndarray]]:
+            each = [train.take_prompts(batch, c.rollout.prompts, k * size, (k + 1) * size) for k in range(parts)]
+            return [train.share_rows(part, buckets) for part in each]
+
+        def read() -> Any:
+            return [jax.device_get(logprob(stage.params, train.shard_batch(stage.mesh, part))) for part, _ in shared()]
+
+        def learn() -> Any:
+            nonlocal state
+            for part, source in shared():
+                credit = train.Credit(rng.standard_normal(source.shape, np.float32), part.rows.logp, part.rows.trained)
+                state, stats = update(state, *train.shard_batch(stage.mesh, (part, credit, None)), np.float32(0.0))
+            return stats
+
+        return [part.rows.tokens.shape[1] for part, _ in shared()], {"logprob": read, "update": learn}
+
+    kinds = {"shared": calls(c.update.row_buckets), "alone": calls([])}
+    out: dict[str, Any] = {"device": jax.devices()[0].device_kind, "rows": {kind: n for kind, (n, _) in kinds.items()}}
+    for name in ("logprob", "update"):
+        spent: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for turn in range(repeats + 1):  # the first compiles
+            for kind, (_, call) in kinds.items():
+                start = time.perf_counter()
+                jax.block_until_ready(call[name]())
+                if turn:
+                    spent[kind].append(time.perf_counter() - start)
+        least = {kind: min(each) for kind, each in spent.items()}
+        out[name] = least | {"ratio": least["shared"] / least["alone"]}
+    return out
+
+
 def lists(config: train.Config) -> dict[str, Any]:
     """First lists of greedy dialogues about test queries, by what is wrong with them.
 
@@ -326,16 +402,8 @@ def lists(config: train.Config) -> dict[str, Any]:
     resolved, a clear one asks nothing. Then the share of exact lists by how near the nearest two objects' left edges
     are, in thousandths of the frame.
     """
-    source = train.resolve_path(config.policy.path)
-    mesh = train.make_mesh(config.mesh)
-    policy_config, params = train.load_policy(source, mesh, dtype="float32")
-    policy, tokenizer = train.Policy(policy_config), weights.Tokenizer(source)
-    speaker = train.Speaker(config.protocol, policy_config, tokenizer)
-    sampler, (_, user, expert) = train.Sampler(config, policy, speaker, mesh), train.meet(config, mesh)
-    _, test = train.open_data(config)
-    samples = [s for s in test if s.initial_count > 0 and (s.privileged or {}).get("scene_graph")]
-    if not samples:
-        raise train.ConfigError(f"data.path={config.data.path}: holds no scene graphs; use the synthetic world")
+    stage = Stage(config)
+    samples = [s for s in stage.test if s.initial_count > 0]
     found: dict[str, dict[str, list[bool]]] = {
         level: {kind: [] for kind in ("exact", "missing", "extra", "wrong")} for level in ("ambiguous", "clear")
     }
@@ -343,11 +411,8 @@ def lists(config: train.Config) -> dict[str, Any]:
     size = config.evaluate.prompts
     for start in range(0, len(samples), size):
         part = [samples[(start + k) % len(samples)] for k in range(size)]  # one set of programs serves all
-        prompts = [train.Prompt(s, data.sample_frames(len(s.frames), config.protocol.frames), speaker) for s in part]
-        played = sampler.play(
-            params, prompts, [0.0], user, seed=config.seed, step=train.EVALUATION, clock=train.Clock()
-        )
-        counts = train.score(played, config, expert, None)[0].counts
+        played = stage.play(part, [0.0])
+        counts = train.score(played, config, stage.expert, None)[0].counts
         for i, (d,) in enumerate(played[: len(samples) - start]):
             if d.lost:
                 continue
@@ -701,6 +766,7 @@ MEASUREMENTS = {
     "metrics": (metrics_speed, None),  # of no config
     "perception": (perception, "experiments/embedded_warmstart_12.yaml"),
     "reading": (reading, "experiments/embedded_warmstart_12.yaml"),
+    "rows": (rows, "experiments/embedded_long.yaml"),
     "world": (world_speed, None),
 }
 

@@ -1398,36 +1398,33 @@ def policy_logits(policy_config, params, input_ids, *, pixel_values=None, image_
     ids = np.asarray(input_ids, np.int32)
     positions = mrope_positions(policy_config, ids, image_grid_thw, attention_mask)
     valid = np.ones_like(ids, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
-    policy = Policy(policy_config)
     mask = np.tril(np.ones((ids.shape[1],) * 2, bool)) & valid[:, None, None, :]
-    visual, slots = None, None
+    images, own, slots = None, None, None
+    if pixel_values is not None:
+        grids, merge = np.asarray(image_grid_thw), policy_config.vision.spatial_merge_size**2
+        images = pack_images(policy_config.vision, split_patches(np.asarray(pixel_values), grids), grids[:, 1:])
+        images = images.replace(patches=images.patches.astype(params["norm"].dtype))
+        width = images.patches.shape[1] // merge
+        own = np.concatenate([i * width + np.arange(n) for i, n in enumerate(np.prod(grids, -1) // merge)])
+        is_image = (ids == policy_config.image_token_id) & valid
+        slots = np.where(is_image, np.cumsum(is_image.reshape(-1)).reshape(ids.shape) - 1, -1)[:, None].astype(np.int32)
     with jax.default_matmul_precision("highest"):
-        if pixel_values is not None:
-            grids = np.asarray(image_grid_thw)
-            images = pack_images(policy_config.vision, split_patches(np.asarray(pixel_values), grids), grids[:, 1:])
-            images = images.replace(patches=images.patches.astype(params["norm"].dtype))
-            tokens, deepstack = policy.apply({"params": params}, images, method=Policy.encode)
-            # One bank for the whole batch, seen by every row.
-            per_image = grids[:, 0] * grids[:, 1] * grids[:, 2] // policy_config.vision.spatial_merge_size**2
-            flat = np.concatenate([i * tokens.shape[1] + np.arange(n) for i, n in enumerate(per_image)])
-            bank = tokens.reshape(-1, tokens.shape[-1])[flat]
-            deep = deepstack.reshape(deepstack.shape[0], -1, tokens.shape[-1])[:, flat]
-            rows = ids.shape[0]
-            visual = Visual(jnp.broadcast_to(bank, (rows, *bank.shape)), jnp.repeat(deep[:, None], rows, 1))
-            is_image = (ids == policy_config.image_token_id) & valid
-            slots = np.where(is_image, np.cumsum(is_image.reshape(-1)).reshape(ids.shape) - 1, -1)[:, None].astype(
-                np.int32
-            )
-        hidden, _ = policy.apply(
-            {"params": params},
-            ids[:, None],
-            np.moveaxis(positions, 0, -1)[:, None],
-            mask,
-            visual=visual,
-            slots=slots,
-            method=Policy.run,
+        return _whole_forward(
+            Policy(policy_config), params, ids, np.moveaxis(positions, 0, -1)[:, None], mask, images, own, slots
         )
-        return policy.apply({"params": params}, hidden[:, 0], method=Policy.head)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _whole_forward(policy: Policy, params, ids, positions, mask, images: Images | None, own, slots) -> jax.Array:
+    """Logits [B,T,V]. The images make one bank that every row sees; `own` is where their tokens lie among padding."""
+    variables, visual = {"params": params}, None
+    if images is not None:
+        tokens, deepstack = policy.apply(variables, images, method=Policy.encode)
+        bank = tokens.reshape(-1, tokens.shape[-1])[own]
+        deep = deepstack.reshape(deepstack.shape[0], -1, tokens.shape[-1])[:, own]
+        visual = Visual(jnp.broadcast_to(bank, (len(ids), *bank.shape)), jnp.repeat(deep[:, None], len(ids), 1))
+    hidden, _ = policy.apply(variables, ids[:, None], positions, mask, visual=visual, slots=slots, method=Policy.run)
+    return policy.apply(variables, hidden[:, 0], method=Policy.head)
 
 
 def split_patches(pixel_values: np.ndarray, grids: np.ndarray) -> list[np.ndarray]:

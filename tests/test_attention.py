@@ -31,7 +31,7 @@ def value_and_slopes(attend, q, parts, valid):
         out = jnp.where(valid[..., None, None], out, 0)
         return (jnp.sin(out) * jnp.arange(out.shape[-1])).sum(), out
 
-    return jax.value_and_grad(loss, (0, 1), has_aux=True)(q, [(k, v) for k, v, _ in parts])
+    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(q, [(k, v) for k, v, _ in parts])
 
 
 def same(one, other, *, rtol=1e-4, atol=1e-4):

@@ -53,6 +53,17 @@ def test_the_shipped_base_lists_what_fits(capsys, tmp_path):
     assert counted == told["ambiguous"]["dialogues"] + told["clear"]["dialogues"]
 
 
+def test_shared_rows_cost_less(capsys, tmp_path):
+    small = [f"data.path={tmp_path}/world", "data.generate_train=8", "data.generate_test=8", "rollout.prompts=2"]
+    assert bench.main(["rows", "experiments/embedded_long.yaml", *small, "update.minibatches=1"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["rows"]["alone"] == [8] and told["rows"]["shared"][0] < 8
+    for name in ("logprob", "update"):
+        assert 0 < told[name]["ratio"] < 1
+    assert bench.main(["rows", "experiments/embedded.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("error: update.row_buckets=[]")
+
+
 def test_jf_are_faster_than_the_reference(capsys):
     """Of the same scores. 4.3 to 6.1 times on a machine that does nothing else; here others share its caches."""
     assert bench.main(["metrics"]) == 0
@@ -67,5 +78,5 @@ def test_bad_input_is_one_line(capsys):
     assert bench.main(["advantages", "update.loss=sdpo"]) == 2
     assert capsys.readouterr().err.startswith("error: update.loss=sdpo: ")
     assert bench.main(["speed"]) == 2
-    known = "advantages, lists, metrics, perception, reading, world, rollout, growth, update"
+    known = "advantages, lists, metrics, perception, reading, rows, world, rollout, growth, update"
     assert capsys.readouterr().err == f"error: unknown measurement 'speed'; known: {known}\n"

@@ -1,5 +1,6 @@
 """The policy against frozen numbers of Hugging Face's PyTorch model (tests/golden): no torch needed here."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -15,6 +16,11 @@ CASES = sorted((Path(__file__).parent / "golden" / "qwen3vl").iterdir())
 def case(request):
     config, params = train.load_policy(request.param)
     return config, params, dict(np.load(request.param / "expected.npz"))
+
+
+def program(policy, method):
+    """A method of the policy as one program: op by op, hundreds of them would be compiled."""
+    return jax.jit(functools.partial(policy.apply, method=method))
 
 
 def test_there_are_cases():
@@ -36,7 +42,7 @@ def test_features_of_the_vision_tower(case):
     grids = saved["grids"]
     images = train.pack_images(config.vision, train.split_patches(saved["patches"], grids), grids[:, 1:])
     with jax.default_matmul_precision("highest"):
-        tokens, deepstack = train.Policy(config).apply({"params": params}, images, method=train.Policy.encode)
+        tokens, deepstack = program(train.Policy(config), train.Policy.encode)({"params": params}, images)
     own = np.arange(tokens.shape[1]) < np.prod(grids, -1)[:, None] // config.vision.spatial_merge_size**2
     np.testing.assert_allclose(np.asarray(tokens)[own], saved["vision"], rtol=0, atol=1e-4)
     for mine, theirs in zip(deepstack, saved["deepstack"], strict=True):
@@ -52,13 +58,14 @@ def test_prefill_decode_and_extend_are_the_whole_forward(case):
     patches = saved["patches"][:count]
     policy = train.Policy(config)
     positions = np.moveaxis(train.mrope_positions(config, ids, grids), 0, -1)[:, None]
-    run = lambda part, **more: policy.apply(  # noqa: E731
+    forward = program(policy, train.Policy.run)
+    run = lambda part, **more: forward(  # noqa: E731
         {"params": params}, ids[:, None, part], positions[:, :, part],
-        np.tril(np.ones((1, 1, len(ids[0, part]), len(ids[0, part])), bool)), method=train.Policy.run, **more,
+        np.tril(np.ones((1, 1, len(ids[0, part]), len(ids[0, part])), bool)), **more,
     )  # fmt: skip
     with jax.default_matmul_precision("highest"):
         images = train.pack_images(config.vision, train.split_patches(patches, grids), grids[:, 1:])
-        tokens, deepstack = policy.apply({"params": params}, images, method=train.Policy.encode)
+        tokens, deepstack = program(policy, train.Policy.encode)({"params": params}, images)
         sizes = np.prod(grids, -1) // config.vision.spatial_merge_size**2
         flat = np.concatenate([i * tokens.shape[1] + np.arange(n) for i, n in enumerate(sizes)])
         width = tokens.shape[-1]
@@ -75,5 +82,5 @@ def test_prefill_decode_and_extend_are_the_whole_forward(case):
             found, fresh = run(part, context=tuple(keys), context_masks=masks, **seen)
             hidden.append(np.asarray(found))
             keys.append(fresh)
-        logits = policy.apply({"params": params}, np.concatenate(hidden, 2), method=train.Policy.head)
+        logits = program(policy, train.Policy.head)({"params": params}, np.concatenate(hidden, 2))
     np.testing.assert_allclose(np.asarray(logits)[0, 0], saved["logits"][0, :length], rtol=0, atol=1e-4)

@@ -164,7 +164,8 @@ def test_logits_positions_and_features_are_hugging_faces(case, tmp_path):
     sides = [(h, w) for _, h, w in grids.tolist()]
     images = train.pack_images(config.vision, train.split_patches(patches, grids), sides)
     with jax.default_matmul_precision("highest"):
-        tokens, deepstack = train.Policy(config).apply({"params": params}, images, method=train.Policy.encode)
+        encode = functools.partial(train.Policy(config).apply, method=train.Policy.encode)
+        tokens, deepstack = jax.jit(encode)({"params": params}, images)
     own = np.arange(tokens.shape[1]) < np.prod(grids, -1)[:, None] // 4
     np.testing.assert_allclose(np.asarray(tokens)[own], features.pooler_output.numpy(), rtol=0, atol=1e-4)
     assert len(deepstack) == len(features.deepstack_features) == len(CASES[case]["taps"])
