@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from icseg_jax import bench
 
 
+@pytest.mark.slow
 def test_credit_is_a_small_part_of_an_update(capsys, monkeypatch):
     monkeypatch.setattr(bench, "LARGE", (4, 4, 64))
     small = ["rollout.prompts=4"]
@@ -29,6 +32,7 @@ def test_the_shipped_base_sees(capsys):
     assert told["counted"]["boxes"] > 100 and max(told["corner_errors"].values()) < 30
 
 
+@pytest.mark.slow
 def test_the_shipped_base_reads_its_lists(capsys):
     """As above."""
     assert bench.main(["reading", "policy.path=asset:embedded_base", "warmstart.scenes=4"]) == 0
@@ -41,6 +45,7 @@ def test_the_shipped_base_reads_its_lists(capsys):
     assert told["later"]["place"]["right"] > 0.95
 
 
+@pytest.mark.slow
 def test_the_shipped_base_lists_what_fits(capsys, tmp_path):
     small = [f"data.path={tmp_path}/world", "data.generate_train=8", "data.generate_test=24", "evaluate.prompts=4"]
     assert bench.main(["lists", *small]) == 0
@@ -53,6 +58,7 @@ def test_the_shipped_base_lists_what_fits(capsys, tmp_path):
     assert counted == told["ambiguous"]["dialogues"] + told["clear"]["dialogues"]
 
 
+@pytest.mark.slow
 def test_shared_rows_cost_less(capsys, tmp_path):
     small = [f"data.path={tmp_path}/world", "data.generate_train=8", "data.generate_test=8", "rollout.prompts=2"]
     assert bench.main(["rows", "experiments/embedded_long.yaml", *small, "update.minibatches=1"]) == 0

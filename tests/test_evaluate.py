@@ -123,7 +123,6 @@ def scored(world, tmp_path_factory):
     """Four samples with all baselines, by the shipped base and its real segmenter."""
     out = tmp_path_factory.mktemp("scored") / "out"
     patch = pytest.MonkeyPatch()
-    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(out.parent / "programs"))
     patch.setattr(evaluate, "RESAMPLES", {"scores": 40, "dialogues": 40})
     assert play(world, out) == 0
     yield out

@@ -310,9 +310,15 @@ def whole_update(world, scored):
 
 @pytest.mark.parametrize(
     "change",
-    ["update.share_prefix=false", "update.micro_prompts=1", "update.token_buckets=[512]", "order", "shared rows",
-     "shared rows, update.share_prefix=false"],
-)  # fmt: skip
+    [
+        pytest.param("update.share_prefix=false", marks=pytest.mark.slow),
+        "update.micro_prompts=1",
+        "update.token_buckets=[512]",
+        "order",
+        "shared rows",
+        pytest.param("shared rows, update.share_prefix=false", marks=pytest.mark.slow),
+    ],
+)
 def test_layout_leaves_loss_and_gradient_unchanged(world, scored, whole_update, change, played):
     config = train.load_config(CONFIG, [*SMALL, *[c for c in change.split(", ") if "=" in c]])
     batch, credit = scored[2:]
