@@ -549,7 +549,8 @@ class Player:
                 f"simulator.kind={self.config.simulator.kind}: {sample.id} is a query to ask about, and no scene graph "
                 "tells the exact user what is true; use simulator.kind=endpoint or local"
             )
-        train.check_sight(self.expert, sample)
+        for who in (self.user, self.expert):
+            train.check_sight(who, self.config, sample)
         return prompt
 
     def play(self, prompts: Sequence[train.Prompt]) -> list[train.Dialogue]:
@@ -633,7 +634,10 @@ class Player:
     def answered(self, prompt: train.Prompt, position: int | None, answer: train.Action | None, words: Row | None
                  ) -> Row:
         masks = train.video_masks(self.segmenter, prompt.sample, position, answer)
-        return self.column(prompt.sample, masks, answer and answer.mask_type, words)
+        row = self.column(prompt.sample, masks, answer and answer.mask_type, words)
+        if answer is None and "right_type" in row["scores"]:
+            row["scores"]["right_type"] = False  # no answer is not the right one
+        return row
 
     def others(self, number: int, prompt: train.Prompt) -> dict[str, Row]:
         """The columns of the true box and point and, with a scene graph, of the askers."""
@@ -673,7 +677,11 @@ class Log:
 
     def all(self) -> dict[int, Row]:
         """The rows of all processes by number, in their order."""
-        rows = {row["index"]: row for file in sorted(self.out.glob("rows.*.jsonl")) for row in read_rows(file)}
+        rows: dict[int, Row] = {}
+        for file in sorted(self.out.glob("rows.*.jsonl")):
+            for row in read_rows(file):  # one that another process refused before may be played by now
+                if "refused" not in row or row["index"] not in rows:
+                    rows[row["index"]] = row
         return dict(sorted(rows.items()))
 
     def add(self, row: Row) -> None:
@@ -714,10 +722,10 @@ def same_evaluation(out: Path, told: Mapping[str, Any]) -> None:
         raise train.ConfigError(f"out={out} belongs to another evaluation: {shown}; give another out=")
 
 
-# What a row does not depend on: batches, deadlines, where the segmenter runs.
-FREE = {"evaluate": {"prompts", "draws", "split", "samples", "every", "clips", "gallery", "before", "describe"},
-        "sidecar": {"address", "timeout", "threads"}, "simulator": {"timeout", "max_in_flight", "url"},
-        "expert": {"timeout", "max_in_flight", "url"}}  # fmt: skip
+# What a row does not depend on: batches, deadlines, where servers run.
+FREE = train.SERVERS | {
+    "evaluate": {"prompts", "draws", "split", "samples", "every", "clips", "gallery", "before", "describe"}
+}
 
 
 def play_benchmark(config: train.Config, given: Mapping[str, str]) -> int:
@@ -964,7 +972,8 @@ def submit(file: str, source: Source, folder: Path) -> None:
 
 
 def score_predictions(given: Mapping[str, str]) -> None:
-    """`predictions=` of any method: rows and table of masks on disk; a sample without any has empty ones."""
+    """`predictions=` of any method: rows and table of masks on disk; a video without any scores 0, an image has an
+    empty mask."""
     for key in ("benchmark", "source"):
         if key not in given:
             raise train.ConfigError(f"predictions={given['predictions']}: needs {key}= too; see --help")
@@ -979,7 +988,10 @@ def score_predictions(given: Mapping[str, str]) -> None:
         try:
             sample = source.open(number)
             masks, there = read_masks(folder, sample)
-            scores = {} if hidden(sample) else how.row(sample, masks, None) | ({} if there else {"missing": True})
+            scores = {} if hidden(sample) else how.row(sample, masks, None)
+            if scores and not there:
+                # A video's scorers give 0 then, also where the target is out of sight; an image's see an empty mask.
+                scores = (dict.fromkeys(scores, 0.0) if how.row is video_row else scores) | {"missing": True}
         except (ValueError, OSError) as error:
             if strict:
                 raise data.DataError(f"record {source.id_of(number)} of {source.split}: {error}") from None
@@ -1036,7 +1048,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif kind == "benchmark":
             return int(play_benchmark(train.load_config(config, changes), given) > 0)
         else:
-            print(json.dumps(against_oracle(train.load_config(config, changes)), indent=1))
+            told = against_oracle(train.load_config(config, changes))
+            print(json.dumps(told, indent=1))
+            return int(any(told.get(name, {}).get("without_answer") for name in ("simulator", "expert")))
     except (train.ConfigError, data.DataError, SidecarError, OSError) as error:
         print(f"error: {data._first_line(error)}", file=sys.stderr)
         return 2

@@ -356,11 +356,14 @@ def _object(folder: Path, about: _Expression) -> dict:
     return {"target_ids": [id], "masks": lambda p: values(p) == index, "ignore": lambda p: values(p) == VOID}
 
 
+HIDDEN = ("valid", "test")  # splits whose labels a server may keep
+
+
 def _mevis(root: Path, split: str, decode: bool) -> list[Record]:
     """{split}/{JPEGImages/, meta_expressions.json, mask_dict.json}. The target is the union of anno_id, one or
-    several objects; without mask_dict (valid, test) the labels are hidden."""
+    several objects; valid and test have no mask_dict: their labels are hidden."""
     folder = _folder(root, split)
-    hidden = not (folder / "mask_dict.json").is_file()
+    hidden = split in HIDDEN and not (folder / "mask_dict.json").is_file()
     mask_dict = {} if hidden else _table(folder, "mask_dict.json")
 
     def truth(about: _Expression) -> dict:
@@ -476,14 +479,17 @@ def _davis_mask_dict(folder: Path) -> dict:
 
 def _long_rvos(root: Path, split: str, decode: bool) -> list[Record]:
     """{split}/{JPEGImages/, Annotations/{video}/{obj_id}/{frame}.png of 255, meta_expressions.json}, masks as in
-    Ambi-RVOS; the expression's type is static, dynamic or hybrid. No Annotations folder: labels are hidden."""
+    Ambi-RVOS; the expression's type is static, dynamic or hybrid. Valid or test without an Annotations folder: labels
+    are hidden."""
     folder = _folder(root, split)
-    hidden = not (folder / "Annotations").is_dir()
+    labelled = (folder / "Annotations").is_dir()
+    if not labelled and split not in HIDDEN:
+        raise DataError(f"{folder} has no Annotations folder")
 
     def truth(about: _Expression) -> dict:
         id, kind = _name(about.said, "obj_id"), _get(about.said, "type", str, "static, dynamic or hybrid")
         parts = ("Annotations", about.video, id)
-        if hidden:
+        if not labelled:
             return {"ability": kind}
         if not data._inside(folder, *parts).is_dir():
             raise DataError(f"{'/'.join(parts)} is missing")

@@ -24,7 +24,7 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -523,9 +523,9 @@ class Endpoint:
     every PAUSE seconds, in one try, whether it is back. Texts are kept on disk, so what was asked before costs nothing
     and is answered alike.
 
-    section: the config's, for messages. Of the environment: OPENAI_API_KEY is the key, ICSEG_ANSWERS the folder that
-    keeps the texts (empty: none are kept; by default ~/.cache/icseg_jax/answers). Raises EndpointError for a key that
-    no header can hold.
+    section: the config's, for messages. Of the environment: ICSEG_<SECTION>_KEY, or else OPENAI_API_KEY, is the key,
+    ICSEG_ANSWERS the folder that keeps the texts (empty: none are kept; by default ~/.cache/icseg_jax/answers). Raises
+    EndpointError for a key that no header can hold.
     """
 
     def __init__(self, section: str, url: str, model: str, *, timeout: float = 60.0, max_in_flight: int = 8):
@@ -533,9 +533,11 @@ class Endpoint:
         self.timeout, self.max_in_flight = timeout, max_in_flight
         folder = os.environ.get("ICSEG_ANSWERS", str(Path.home() / ".cache" / "icseg_jax" / "answers"))
         self.cache = Path(folder) if folder else None
-        self._key = os.environ.get("OPENAI_API_KEY", "").strip()
+        own = f"ICSEG_{section.upper()}_KEY"  # user and expert may be on two hosts that must not see each other's
+        self._key_name = own if own in os.environ else "OPENAI_API_KEY"
+        self._key = os.environ.get(self._key_name, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
-            raise EndpointError("OPENAI_API_KEY: has characters that no HTTP header may have; set it to plain ASCII")
+            raise EndpointError(f"{self._key_name}: has characters that no HTTP header may have; set it to plain ASCII")
         self.counts = dict.fromkeys(COUNTED, 0)
         self._failures, self._gone_until, self._warned = 0, 0.0, set()
 
@@ -602,6 +604,24 @@ class Endpoint:
             _run(look())
         except (_Failed, _Refused) as error:
             raise EndpointError(f"{where}: {error} where {expected}; {hint}") from None
+
+    def check_question(self, request: _Request, system: str, max_tokens: int) -> None:
+        """Raises EndpointError unless a question as a step asks it, with all its pictures, gets a text in time."""
+        pictures = sum(part["type"] == "image_url" for part in request.content)
+
+        async def look() -> None:
+            async with self._client() as client:
+                messages = [{"role": "system", "content": system}, {"role": "user", "content": request.content}]
+                _text(await self._try(self._completion(client, messages, max_tokens), self.timeout))
+
+        try:
+            _run(look())
+        except (_Failed, _Refused) as error:
+            raise EndpointError(
+                f"{self.section}.url={self.url}: {self.model!r} does not answer a question with {pictures} pictures "
+                f"({error}); let the server take as many and a prompt as long (vllm: --limit-mm-per-prompt, "
+                f"--max-model-len), or set protocol.frames lower or {self.section}.timeout higher"
+            ) from None
 
     # In a step
 
@@ -674,6 +694,7 @@ class Endpoint:
             async with asyncio.timeout(self.timeout):
                 text = await persist()
         except _Refused as error:  # of this question: the server is well
+            self._failures = 0
             self._warn(f"refuses a question ({error}); its row is left out")
             return None
         except TimeoutError:
@@ -683,6 +704,9 @@ class Endpoint:
                 self._warn(f"no answer in {self.timeout:g} s, {TRIPS} times in a row ({last}); rows are left out until "
                            "it is back")
             return None
+        if self._failures >= TRIPS:  # the next outage is told of again
+            self._warned.clear()
+            self._warn("it is back")
         self._failures = 0
         return text
 
@@ -697,19 +721,16 @@ class Endpoint:
         body = bytearray()
         try:
             async with asyncio.timeout(seconds), call() as response:
-                try:
-                    async for chunk in response.iter_bytes():
-                        body.extend(chunk)
-                        if len(body) > MOST_BYTES:
-                            break
-                except Exception as error:  # of the HTTP library below; which one that is changes with openai
-                    raise _Failed(f"it broke off ({type(error).__name__})") from None
+                async for chunk in response.iter_bytes():
+                    body.extend(chunk)
+                    if len(body) > MOST_BYTES:
+                        break
         except (TimeoutError, openai.APITimeoutError):
             raise _Failed(f"no response within {seconds:g} s") from None
         except openai.APIStatusError as error:
             code = error.status_code
             if code in (401, 403):  # a server may repeat the key in its own words
-                raise _Refused(f"HTTP {code}: it wants another OPENAI_API_KEY in the environment") from None
+                raise _Refused(f"HTTP {code}: it wants another {self._key_name} in the environment") from None
             reason = f"HTTP {code}: {self._plain(error.message)}"
             if code in (408, 429) or code >= 500:
                 after = error.response.headers.get("retry-after", "")
@@ -718,6 +739,8 @@ class Endpoint:
         except openai.APIError as error:
             cause = error.__cause__ or error
             raise _Failed(f"no HTTP connection ({self._plain(str(cause)) or type(cause).__name__})") from None
+        except Exception as error:  # of the HTTP library below, whichever openai uses today: a body that is cut short
+            raise _Failed(f"it broke off ({type(error).__name__})") from None
         if len(body) > MOST_BYTES:
             raise _Failed(f"a response of more than {MOST_BYTES} bytes")
         return bytes(body)
@@ -805,9 +828,25 @@ def _values(requests: Sequence[_Request], texts: dict[str, list[str] | None], re
 
 
 def _run(work: Any) -> Any:
-    """Runs a coroutine to its end in a thread of its own, so that a notebook's event loop does not mind."""
+    """Runs a coroutine to its end in a thread of its own, so that a notebook's event loop does not mind.
+
+    Ctrl-C gives up what is under way: nobody waits for a deadline.
+    """
+    begun: Future = Future()
+
+    async def go() -> Any:
+        begun.set_result((asyncio.get_running_loop(), asyncio.current_task()))
+        return await work
+
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
+        end = pool.submit(asyncio.run, go())
+        try:
+            return end.result()
+        except KeyboardInterrupt:
+            loop, task = begun.result()
+            with contextlib.suppress(RuntimeError):  # it ended in this moment
+                loop.call_soon_threadsafe(task.cancel)
+            raise
 
 
 def _json(body: bytes) -> Any:
@@ -947,6 +986,7 @@ class ModelUser:
     def __init__(self, host: Endpoint | Local, *, description: bool = False):
         self.host, self.description, self._watch = host, description, _Watcher(host.picture)
         self.prompt = self.prompt_hash(description)
+        self._sighted = isinstance(host, Local)  # known to answer about pictures
 
     @classmethod
     def prompt_hash(cls, description: bool) -> str:
@@ -956,11 +996,21 @@ class ModelUser:
     def answer_all(self, requests: Sequence[tuple[Sample, Sequence[int], str]]) -> list[str | None]:
         """Answers to (sample, shown frames, question); UNABLE where the model's texts can not be read, CLARIFY about a
         sample without a target or whose masks are hidden, None where no answer came in time."""
-        seen = lambda sample: bool(sample.target_ids) and sample.masks is not None  # noqa: E731
-        asked = {i: self._request(*request) for i, request in enumerate(requests) if seen(request[0])}
+        asked = {i: self._request(*request) for i, request in enumerate(requests) if self._sees(request[0])}
         told = self.host.complete(list(asked.values()), USER_PROMPT, "answer", read_answer, self.MAX_TOKENS)
         answers = dict(zip(asked, (UNABLE if text == "" else text for text in told), strict=True))
         return [answers[i] if i in asked else CLARIFY for i in range(len(requests))]
+
+    def check_sight(self, sample: Sample, shown: Sequence[int]) -> None:
+        """Raises EndpointError when the server does not answer about a sample that it has to see; asks it once."""
+        if not self._sighted and self._sees(sample):
+            request = self._request(sample, shown, "What color is the target?")
+            self.host.check_question(request, USER_PROMPT, self.MAX_TOKENS)
+            self._sighted = True
+
+    @staticmethod
+    def _sees(sample: Sample) -> bool:
+        return bool(sample.target_ids) and sample.masks is not None
 
     def _request(self, sample: Sample, shown: Sequence[int], question: str) -> _Request:
         pictures, digest = self._watch(sample, shown)
@@ -1018,9 +1068,9 @@ class ModelExpert:
                 out.append(Diagnosis(counts, guidance, attributes, []))
         return out
 
-    def check_sight(self, sample: Sample) -> None:
+    def check_sight(self, sample: Sample, shown: Sequence[int]) -> None:
         """Raises EndpointError when the sample must be shown and the model takes no pictures; asks it once at most."""
-        if not self._sighted and isinstance(self.host, Endpoint) and self._looks(sample, _described(sample, [])[1]):
+        if not self._sighted and isinstance(self.host, Endpoint) and self._looks(sample, _described(sample, shown)[1]):
             self.host.check(pictures=True)
             self._sighted = True
 

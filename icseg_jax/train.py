@@ -238,7 +238,7 @@ class SidecarSection:
 class EndpointSection:
     """Of kind=endpoint: a multimodal model on a server that speaks OpenAI's chat completions."""
 
-    url: str | None = None  # such as http://127.0.0.1:8000/v1; the key is OPENAI_API_KEY of the environment
+    url: str | None = None  # such as http://127.0.0.1:8000/v1; keys come from the environment (BUILD.md)
     model: str | None = None  # by the name under which the server lists it
     timeout: float = 60.0  # seconds for a question, retries included; then its row is left out of the step
     max_in_flight: int = 8  # questions at a time
@@ -733,7 +733,19 @@ class PolicyConfig:
             )
         try:
             text, vision = raw["text_config"], raw["vision_config"]
+            if not (isinstance(text, Mapping) and isinstance(vision, Mapping)):
+                raise ConfigError(f"{where}: text_config and vision_config must be objects; a Qwen3-VL config.json has "
+                                  "both")
             rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+            # Qwen3-VL as released; other values would be computed as if they were these.
+            for key, value, known in (
+                ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
+                ("text_config.hidden_act", text.get("hidden_act", "silu"), "silu"),
+                ("text_config.attention_bias", text.get("attention_bias", False), False),
+                ("vision_config.hidden_act", vision.get("hidden_act", "gelu_pytorch_tanh"), "gelu_pytorch_tanh"),
+            ):
+                if value != known:
+                    raise ConfigError(f"{where}: {key} is {value!r}; this policy computes {known!r} only")
             theta = rope.get("rope_theta", text.get("rope_theta"))
             config = cls(
                 vocab_size=text["vocab_size"],
@@ -1385,6 +1397,8 @@ def mrope_positions(policy_config: PolicyConfig, input_ids, image_grid_thw=None,
                 out[:, row, where[at]] = position
                 position += 1
             at += span
+    if next(grids, None) is not None:
+        raise ConfigError("image_grid_thw: describes more images than there are image tokens for")
     return out
 
 
@@ -1580,6 +1594,10 @@ def check_mesh(c: Config, mesh: Mesh) -> None:
                 f"mesh.fsdp={fsdp}; use a multiple of {data * fsdp}, or a mesh.fsdp that divides {rollouts}"
             )
 
+    needed, there = {"splash": "tpu", "cudnn": "gpu"}.get(c.policy.attention), mesh.devices.flat[0].platform
+    if needed not in (None, there):
+        raise ConfigError(f"policy.attention={c.policy.attention}: is for a {needed}, and the devices are {there}; "
+                          "use policy.attention=xla")
     if c.stage == "rl":
         size = c.rollout.prompts // c.update.minibatches
         need(c.rollout.prompts, c.rollout.rollouts, "rollout.prompts", "prompts")
@@ -1642,12 +1660,11 @@ def laid(x: Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> Ar
     return x if mesh is None or mesh.size == 1 else jax.lax.with_sharding_constraint(x, placement(mesh, axes))
 
 
-def parameter_specs(
-    policy: Policy, mesh: Mesh, *kinds: str, log: Callable[[str], None] = lambda line: None
-) -> Any:
+def parameter_specs(policy: Policy, mesh: Mesh, *kinds: str) -> Any:
     """NamedSharding of every parameter by the rules table, cut over the mesh axes `kinds`: fsdp and tensor by default.
 
-    An axis that does not divide is replicated and said so. Raises ConfigError for a parameter that no rule knows.
+    An axis that does not divide is replicated: key-value heads, the vocabulary, what is small. Raises ConfigError for
+    heads or an MLP width that mesh.tensor does not divide, and for a parameter that no rule knows.
     """
     kinds = kinds or ("fsdp", "tensor")
     plain = Policy(policy.config)
@@ -1658,9 +1675,11 @@ def parameter_specs(
         for axis, size in zip(box.names, box.value.shape, strict=True):
             if axis not in RULES:
                 raise ConfigError(f"parameter {name}: logical axis {axis!r} is in no sharding rule")
-            target = RULES[axis]
-            if target in kinds and not divides(mesh, target, size):
-                log(f"{name}: {axis}={size} does not divide by {target}={mesh.shape[target]}, replicated")
+            if axis in ("heads", "mlp") and not divides(mesh, "tensor", size):
+                works = ", ".join(str(k) for k in range(1, min(size, 64) + 1) if size % k == 0)
+                raise ConfigError(
+                    f"mesh.tensor={mesh.shape['tensor']}: does not divide {name}'s {axis}={size}; use one of {works}"
+                )
         return placement(mesh, mesh_axes(mesh, box.names, box.value.shape, *kinds))
 
     return jax.tree_util.tree_map_with_path(spec, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
@@ -2996,8 +3015,11 @@ def score(
     guidance = [["" for _ in row] for row in dialogues]
     faults = dict.fromkeys(
         ("diagnosed", "counts_repaired", "counts_unreadable", "guidance_refused", "segmenter_failed")
-        + ("user_failed", "expert_failed"),
+        + ("user_failed", "user_unable", "expert_failed"),
         0,
+    )
+    faults["user_unable"] = sum(
+        answer == simulator.UNABLE for row in dialogues for d in row for question, answer in d.questions if question
     )
     asking = {
         i * n + j: d for i, row in enumerate(dialogues) for j, d in enumerate(row)
@@ -3035,6 +3057,9 @@ def score(
             k = min(len(d.questions), slots)
             used, as_came = check_counts(raw, 0 if prompt.no_target else prompt.initial_count, k)
             faults["counts_repaired"] += diagnosis is not None and not unread[i, j] and not as_came
+            for turn, (question, _) in enumerate(d.questions[:k]):
+                if not question:  # an invalid call repeats its count, whatever a model says (METHOD.md 3.3)
+                    used[turn + 1] = used[turn]
             counts[i, j] = used + [used[-1]] * (slots - k)
             asked[i, j, :k] = True
             if not unread[i, j]:
@@ -3237,8 +3262,8 @@ def policy_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Clipped surrogate with dual clip, mean over the tokens of `mask` (METHOD.md 4.6). All [...,T], broadcast, fp32.
 
-    Returns the scalar and stats: ratio, clip_fraction, kl (to the old policy, k3 estimator). Masked tokens touch
-    neither value nor gradient, whatever they hold; an empty mask gives 0.
+    Returns the scalar and stats: ratio, clip_fraction, kl (KL(old|new), k3 estimator). Masked tokens touch neither
+    value nor gradient, whatever they hold; an empty mask gives 0.
     """
     logp, old_logp, advantages = (jnp.asarray(x, jnp.float32) for x in (logp, old_logp, advantages))
     shape = jnp.broadcast_shapes(logp.shape, old_logp.shape, advantages.shape, jnp.shape(mask))
@@ -3255,7 +3280,7 @@ def policy_loss(
     return mean(loss), {
         "ratio": mean(ratio),
         "clip_fraction": mean((clipped > plain).astype(jnp.float32)),
-        "kl": mean(jnp.exp(-change) - 1 + change),
+        "kl": mean(jnp.exp(change) - 1 - change),
     }
 
 
@@ -3725,7 +3750,7 @@ def make_programs(policy: Policy, config: Config, state: TrainState | None = Non
         )
         change = jnp.where(credit.mask, logp - credit.old_logp, 0.0)
         total = jnp.maximum(credit.mask.sum(), 1)
-        stats["kl"] = jnp.where(credit.mask, jnp.exp(-change) - 1 + change, 0).sum() / total
+        stats["kl"] = jnp.where(credit.mask, jnp.exp(change) - 1 - change, 0).sum() / total
         stats["clip_fraction"] = (credit.mask & (change > math.log(c.update.sdpo_is_clip))).sum() / total
         stats["entropy"] = jnp.where(credit.mask, entropy, 0).sum() / total
         return loss, stats
@@ -3844,7 +3869,7 @@ def dialogue_row(d: Dialogue, scores: Scores, i: int, j: int, config: Config) ->
         "gains": np.asarray(turn_gains(scores.counts[i, j], scores.asked[i, j]))[:k].tolist(),
         "questions": k,
         "optimal": d.prompt.graph.get("optimal_expected"),
-        "budget": config.protocol.max_turns - 1,
+        "budget": max(synthetic.BUDGET, config.protocol.max_turns - 1),  # one for every `turns` row to compare
         "format": bool(scores.well_formed[i, j]),
         "reward": float(sum(config.reward.weights.get(t, 0.0) * scores.terms[t][i, j] for t in TERMS)),
         "terms": {t: float(scores.terms[t][i, j]) for t in TERMS} | ({} if scores.valid[i, j] else {"mask": None}),
@@ -4308,6 +4333,15 @@ def make_warmstart_step(policy: Policy, config: Config, teacher: SceneTeacher | 
 # ======================================================================================================
 
 
+# Where servers are and how long they are waited for. A result does not depend on it, and they move.
+SERVERS = {"simulator": {"url", "timeout", "max_in_flight"}, "expert": {"url", "timeout", "max_in_flight"},
+           "sidecar": {"address", "timeout", "threads"}}  # fmt: skip
+# What else may change between the starts of a run: the machine it is on and what it keeps there.
+MACHINE_KEYS = {"topology", "policy.attention", "policy.remat", "update.micro_prompts", "sidecar.cache_gb"}
+MACHINE_KEYS |= {f"{section}.{key}" for section, keys in SERVERS.items() for key in keys}
+MACHINE_SECTIONS = ("mesh.", "checkpoint.", "profile.")
+
+
 class Run:
     """A run directory: one process at a time, one config for its whole life, complete after a kill at any moment.
 
@@ -4374,11 +4408,14 @@ class Run:
                 ) from None
             # A key that is younger than the run had its default then.
             was = _flat(OmegaConf.to_container(OmegaConf.structured(settled(Config())))) | _flat(old)
-            differing = sorted(k for k, value in _flat(new).items() if was.get(k) != value)
+            differing = sorted(
+                k for k, value in _flat(new).items()
+                if was.get(k) != value and k not in MACHINE_KEYS and not k.startswith(MACHINE_SECTIONS)
+            )  # fmt: skip
             if differing:
                 shown = ", ".join(f"{k} ({was.get(k)} -> {_flat(new)[k]})" for k in differing[:5])
                 raise ConfigError(f"run_dir={self.path} belongs to another config: {shown}; give another run_dir=")
-        else:
+        if not self.finished:
             write_atomically(file, OmegaConf.to_yaml(OmegaConf.create(new)))
 
     @property
@@ -4670,10 +4707,14 @@ def save_policy(
 ) -> None:
     """A Hugging Face directory that transformers loads, in the parameters' dtype; appears whole or not at all.
 
-    `source`: a directory whose tokenizer, template and processor files are copied along.
+    `source`: a directory whose tokenizer, template and processor files are copied along. Raises ConfigError for what
+    can not be written.
     """
     config = read_json(Path(source) / "config.json") if source is not None else None
-    weights.write_params(Path(path), params, config or config_json(policy_config), source=source)
+    try:
+        weights.write_params(Path(path), params, config or config_json(policy_config), source=source)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def config_json(c: PolicyConfig) -> dict:
@@ -4869,12 +4910,12 @@ def meet(c: Config, mesh: Mesh) -> tuple[Any, Any, Any]:
     return user, simulator.load_user(u.kind, flip=flip, refuse=refuse, seed=c.seed), expert
 
 
-def check_sight(expert: Any, *samples: data.Sample) -> None:
-    """Raises ConfigError when the expert would have to see one of them and is a model that reads text alone."""
+def check_sight(who: Any, config: Config, *samples: data.Sample) -> None:
+    """Raises ConfigError when the user or expert would have to see one of them and its server does not take that."""
     try:
-        for sample in samples:
-            if isinstance(expert, simulator.ModelExpert):
-                expert.check_sight(sample)
+        for sample in samples if isinstance(who, MODELS) else ():
+            shown = data.sample_frames(len(sample.frames), config.protocol.frames)
+            who.check_sight(sample, [sample.frame_ids[i] for i in shown])
     except simulator.EndpointError as error:
         raise ConfigError(str(error)) from None
 
@@ -4900,7 +4941,8 @@ class Trainer:
         self.clock = Clock()
         self.train, self.test = open_data(c)
         self.pool = training_pool(self.train, c)
-        check_sight(self.expert, self.train[0], self.test[0])
+        for who in (self.user, self.expert):
+            check_sight(who, c, self.train[0], self.test[0])
         knowing = not (isinstance(self.user, MODELS) and isinstance(self.expert, MODELS))
         if knowing and not (self.train[0].privileged or {}).get("scene_graph"):
             raise ConfigError(
@@ -5332,6 +5374,12 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
         for key, value in spent.items():
             seconds[prefix + key] = round(seconds.get(prefix + key, 0.0) + value, 3)
 
+    for name, who in trainer.models().items():
+        was = ((summary.get("models") or {}).get(name) or who)["prompt_hash"]
+        if was != who["prompt_hash"]:
+            raise ConfigError(f"{run.path}: its {name} was asked with prompts {was}, today's are {who['prompt_hash']}; "
+                              "give another run_dir=")
+    run.summarise(models=trainer.models())
     trainer.segmenter.start()  # waits until it answers: a wrong one is known before the first step
     book({"setup": time.perf_counter() - begun_at})
     if config.evaluate.every and config.evaluate.before and "before" not in summary and begun == 0:
@@ -5406,7 +5454,7 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
             print(f"{report.write_report(run.path)}: open it in a browser")
     else:
         book({"total": time.perf_counter() - begun_at})
-        run.summarise(seconds=seconds)
+        run.summarise(seconds=seconds, models=trainer.models())
         print(f"stopped after step {step} of {config.steps}; the same command goes on from there")
 
 

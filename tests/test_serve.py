@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from serve_small import MODEL
 from test_simulator import EMBEDDED, QUESTION, SECRET, SHOWN, Spoken, meet, samples  # noqa: F401 - a fixture
-from test_train import ROOT, command, env, place, run  # noqa: F401 - fixtures
+from test_train import ROOT, command, place, run  # noqa: F401 - a fixture
 
 from icseg_jax import simulator, train
 
@@ -142,14 +142,14 @@ def test_a_step_goes_on_when_the_server_is_killed_in_its_middle(served, samples,
     assert batch.rows.trained.any()
 
 
-def test_a_run_finishes_when_the_server_is_killed_and_comes_back(served, place, env):  # noqa: F811
+def test_a_run_finishes_when_the_server_is_killed_and_comes_back(served, place):  # noqa: F811
     """The trainer itself, which stands still while the server starts again, so that steps are left for it."""
     there = ("kind=endpoint", f"url={served.url}", f"model={MODEL}", "timeout=20", "max_in_flight=4")
     more = ("steps=10", "evaluate.every=0", "checkpoint.every=0", *(f"simulator.{item}" for item in there))
     folder = place / "served"
     trainer = subprocess.Popen(
-        command(*run(place, "served", *more)), cwd=ROOT, env=env | {"OPENAI_API_KEY": SECRET, "ICSEG_ANSWERS": ""},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+        command(*run(place, "served", *more)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OPENAI_API_KEY": SECRET, "ICSEG_ANSWERS": ""})  # fmt: skip
 
     def wait_for(what):
         end = time.monotonic() + PATIENCE

@@ -6,6 +6,8 @@ import http.server
 import io
 import itertools
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -587,6 +589,8 @@ FAULTS = {
     "other json": (200, "application/json", '{"error": "no"}'),
     "a list": (200, "application/json", "[]"),
     "half a response": (200, "application/json", "{}", ("Content-Length", 100)),
+    "half an error": (500, "text/plain", "oh no", ("Content-Length", 100)),
+    "an error of noise": (503, "text/plain", "oh no", ("Content-Encoding", "gzip")),
     "hangs up": "drop",
 }
 
@@ -709,14 +713,65 @@ def test_an_expert_who_reads_text_alone_is_found_out_before_it_must_look(server,
     refused = (400, "application/json", '{"error": {"message": "images are not supported"}}')
     server.lists, server.says = models("m"), lambda body: refused if parts(body, "image_url") else completion("yes")
     expert = expert_of(server)
-    train.check_sight(expert, *samples)  # described: nobody has to look
+    config = endpoint_config(server)
+    train.check_sight(expert, config, *samples)  # described: nobody has to look
     assert not server.bodies
     blind = dataclasses.replace(samples[0], privileged=None)
     with pytest.raises(train.ConfigError, match="images are not supported.*use a model that reads images"):
-        train.check_sight(expert, blind)
+        train.check_sight(expert, config, blind)
     server.says = lambda body: completion("yes")
-    train.check_sight(expert, blind, blind)
+    train.check_sight(expert, config, blind, blind)
     assert len(server.bodies) == 2  # asked once
+
+
+def test_a_user_who_can_not_see_all_frames_is_found_out_before_the_first_step(server, samples):
+    """A server may take one picture, and no question of a step."""
+    few = (400, "application/json", '{"error": {"message": "At most 1 image(s) may be provided"}}')
+    server.lists = models("m")
+    server.says = lambda body: few if len(parts(body, "image_url")) > 1 else completion("yes")
+    config = endpoint_config(server)
+    user, _, _ = meet(config)
+    with pytest.raises(train.ConfigError, match="a question with 4 pictures .*At most 1 image.*protocol.frames lower"):
+        train.check_sight(user, config, samples[0])
+    server.says = lambda body: completion("<answer> blue </answer>")
+    before = len(server.bodies)
+    train.check_sight(user, config, *samples)
+    assert len(server.bodies) == before + 1  # asked once
+
+
+def test_user_and_expert_have_keys_of_their_own(server, monkeypatch):
+    monkeypatch.setenv("ICSEG_EXPERT_KEY", "hers")
+    server.lists = models("m")
+    for section in ("simulator", "expert"):
+        simulator.Endpoint(section, server.url, "m").check(pictures=False)
+    assert [key for key in dict.fromkeys(server.keys)] == [f"Bearer {SECRET}", "Bearer hers"]
+
+
+def test_a_refused_question_shows_that_the_server_is_back(server, samples, monkeypatch):
+    monkeypatch.setattr(simulator, "PAUSE", 0.0)
+    user = user_of(server)
+    user.host._failures = simulator.TRIPS
+    server.says = lambda body: (400, "text/plain", "no")
+    assert simulator.answer_all(user, [(samples[0], SHOWN, QUESTION)]) == [None]
+    assert user.host._failures == 0
+
+
+def test_ctrl_c_waits_for_no_answer(server, samples):
+    """The signal stands for the second Ctrl-C: SIGINT itself is pytest's."""
+    server.delay = 8.0
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    was = signal.signal(signal.SIGUSR1, stop)
+    begun = time.monotonic()
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            simulator.answer_all(user_of(server, timeout=30.0), [(samples[0], SHOWN, QUESTION)])
+    finally:
+        signal.signal(signal.SIGUSR1, was)
+    assert time.monotonic() - begun < 5
 
 
 def test_an_expert_who_can_not_be_read_says_nothing(server, samples):
