@@ -309,7 +309,12 @@ def test_policy_loss_equals_the_reference(shape):
         draw = lambda by, rng=rng: (rng.normal(size=shape) * by).astype(np.float32)  # noqa: E731
         logp, old, advantages = draw(spread), draw(1), draw(3)
         mask = rng.random(shape) < keep
-        got, _ = train.policy_loss(logp, old, advantages, mask, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+        got, stats = train.policy_loss(logp, old, advantages, mask, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+        change = (logp.astype(float) - old)[mask].clip(-20, 20)
+        cut = np.where(advantages[mask] > 0, change > np.log(1.28), change < np.log(0.8)) & (advantages[mask] != 0)
+        for name, each in (("ratio", np.exp(change)), ("kl", np.exp(change) - 1 - change), ("clip_fraction", cut)):
+            told = each.mean() if mask.any() else 0.0
+            assert float(stats[name]) == pytest.approx(told, rel=1e-4, abs=1e-6), name
         want = reference_loss(*(x.astype(float) for x in (logp, old, advantages)), mask, 0.2, 0.28, 3)
         assert float(got) == pytest.approx(want, rel=1e-5, abs=1e-6)
         # Leading axes broadcast: one mask for all is the same mask many times.

@@ -209,6 +209,8 @@ def test_text_alone_and_images_that_do_not_fit():
         train.mrope_positions(config, [[1, IMAGE]], None, None)
     with pytest.raises(ValueError, match="needs 6 image tokens"):
         train.mrope_positions(config, [[1, IMAGE, IMAGE]], [[1, 4, 6]], None)
+    with pytest.raises(ValueError, match="more images than there are image tokens"):
+        train.mrope_positions(config, [[1, IMAGE, 1]], [[1, 2, 2], [1, 2, 2]], None)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -585,6 +585,15 @@ def test_hidden_labels(copied: Callable[[str], Path]) -> None:
     assert samples and refused == [] and all(s.masks is None for s in samples)
 
 
+@pytest.mark.parametrize("name, label", [("mevis", "mask_dict.json"), ("long_rvos", "Annotations")])
+def test_labels_that_nobody_hides_are_missing(copied: Callable[[str], Path], name: str, label: str) -> None:
+    """Of a training split: it would teach nothing, in silence."""
+    root = copied(name)
+    shutil.move(root / "train" / label, root / "elsewhere")
+    with pytest.raises(data.DataError, match=label):
+        read(name, root, "train")
+
+
 def changed(path: Path, change: Callable[[dict], None]) -> None:
     content = json.loads(path.read_text())
     change(content)

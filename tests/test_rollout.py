@@ -462,6 +462,26 @@ def test_unreadable_counts_leave_the_format_term(world, played):
         assert (scores.asked_in[asked] == -2).all() and scores.asked[asked].any(-1).all()
 
 
+def test_an_invalid_call_repeats_its_count(world, played):
+    """METHOD.md 3.3: whatever the expert makes of a question that nobody could read, it earned nothing."""
+    d = next(d for d in itertools.chain(*played) if d.questions)
+    d = copy.copy(d)
+    d.questions = [("", train.TOOL_ERRORS["nothing"]), ("What color is the target?", "red")]
+    d.asked_in = [0, 1]
+    first = max(d.prompt.initial_count, 3)
+    d.prompt = copy.copy(d.prompt)
+    d.prompt.initial_count = first
+    scores, _, _ = train.score([[d]], world.config, Hindsight([first, 2, 1]), None)
+    assert scores.counts[0, 0, :3].tolist() == [first, first, 1]
+
+
+@pytest.mark.parametrize("turns", [1, 3, 6])
+def test_regret_has_one_budget_whatever_the_turns(world, played, scored, turns):
+    """METHOD.md 11.7: a policy that may not ask is not better than one that does."""
+    c = train.load_config(CONFIG, [*SMALL, f"protocol.max_turns={turns}"])
+    assert train.dialogue_row(played[0][0], scored[0], 0, 0, c)["budget"] == synthetic.BUDGET == 5
+
+
 def test_guidance_that_leaks_is_refused_and_weighs_nothing(world, played, scored):
     asked = sum(bool(d.questions) for d in itertools.chain(*played))
     old, overlong = np.asarray(scored[2].rows.logp), np.zeros((PROMPTS, ROLLOUTS), bool)

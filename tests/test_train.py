@@ -226,7 +226,7 @@ def test_a_record_that_fails_later_loses_no_step(tmp_path):
     class Fails(train.Trainer):
         def __init__(self, config):
             self.config, self.run, self.clock, self.test = config, train.Run(config), train.Clock(), ()
-            self.segmenter = types.SimpleNamespace(start=lambda: None)
+            self.segmenter, self.user, self.expert = types.SimpleNamespace(start=lambda: None), None, None
             self.state = train.fresh_state({"weight": jnp.ones((2, 3))}, config, teacher=False)
 
         def step(self):
@@ -265,6 +265,52 @@ def test_a_failed_start_binds_nobody(tmp_path):
     file.write_text(yaml.safe_dump(old))
     with pytest.raises(train.ConfigError, match=r"belongs to another config: update.weight_decay \(0.01 -> 0.0\);"):
         train.Run(again)
+
+
+def test_a_run_goes_on_where_its_machine_and_servers_are_now(tmp_path):
+    """Not what it computes: where."""
+    there = ["simulator.kind=endpoint", "simulator.model=m", "simulator.url=http://one/v1"]
+    given = [*there, f"run_dir={tmp_path}/run"]
+    kept = train.Run(train.load_config("experiments/embedded.yaml", given))
+    kept.log({"step": 1})
+    kept.close()
+    moved = ["simulator.url=http://two/v1", "simulator.timeout=99", "mesh.fsdp=2", "checkpoint.every=7",
+             "profile.steps=3..4", "sidecar.address=tcp://127.0.0.1:5555", "update.micro_prompts=2"]  # fmt: skip
+    train.Run(train.load_config("experiments/embedded.yaml", [*given, *moved])).close()
+    now = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert now["simulator"]["url"] == "http://two/v1" and now["mesh"]["fsdp"] == 2
+    for change in ("simulator.model=n", "simulator.description=true", "credit.lam=0.1", "policy.dtype=bfloat16"):
+        with pytest.raises(train.ConfigError, match=change.split("=")[0]):
+            train.Run(train.load_config("experiments/embedded.yaml", [*given, *moved, change]))
+
+
+def test_a_run_does_not_go_on_with_other_prompts(tmp_path):
+    """The summary of an unfinished run says how its models were asked."""
+    config = train.load_config("experiments/embedded.yaml", [f"run_dir={tmp_path}/run", "evaluate.every=0"])
+    run = train.Run(config)
+    run.summarise(models={"expert": {"prompt_hash": "other"}})
+    again = object.__new__(train.Trainer)
+    again.config, again.run, again.state = config, run, train.fresh_state({"w": jnp.ones(2)}, config, teacher=False)
+    again.models = lambda: {"expert": {"prompt_hash": "today's"}}
+    with pytest.raises(train.ConfigError, match="expert was asked with prompts other, today's are today's"):
+        train.train_on(again, time.perf_counter(), {})
+    run.close()
+
+
+def test_ctrl_c_asks_and_a_second_one_insists(tmp_path):
+    run = train.Run(train.load_config("experiments/embedded.yaml", [f"run_dir={tmp_path}/run"]))
+    was = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        run.catch_signals()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert run.stop
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        for number, handler in was.items():
+            signal.signal(number, handler)
+        run.close()
 
 
 def wait_for_rows(folder, count, process, limit=400):

@@ -194,6 +194,25 @@ def test_a_tied_head_that_is_stored_and_old_names(tmp_path):
     assert_same(read(tmp_path, config), params)
 
 
+@pytest.mark.parametrize("section, key, value", [
+    ("", "model_type", "qwen2_vl"), ("", "model_type", "qwen3_vl_moe"), ("", "text_config", None),
+    ("text_config", "hidden_act", "gelu"), ("text_config", "attention_bias", True),
+    ("text_config", "rope_scaling", {"rope_type": "yarn", "mrope_section": [2, 1, 1]}),
+    ("vision_config", "hidden_act", "relu"), ("text_config", "hidden_size", "missing"),
+])  # fmt: skip
+def test_what_this_policy_does_not_compute_is_refused(section, key, value):
+    raw = train.config_json(make_config())
+    part = raw[section] if section else raw
+    if value == "missing":
+        del part[key]
+    else:
+        part[key] = value
+    with pytest.raises(train.ConfigError) as failed:
+        train.PolicyConfig.from_json(raw, "there/config.json")
+    named = "rope_type" if key == "rope_scaling" else key
+    assert str(failed.value).startswith("there/config.json: ") and named in str(failed.value)
+
+
 # Shards of a mesh, and memory
 
 
@@ -222,6 +241,12 @@ def test_every_device_gets_its_own_shard(policy):
             jax.tree.map(np.testing.assert_array_equal, params, make_params(config))
             assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, params, specs)))
         weights.write_params(path + "-again", params, train.config_json(config))
+        try:  # four heads
+            train.load_policy(path, train.make_mesh(train.MeshSection(1, 1, 8)))
+        except train.ConfigError as error:
+            assert "mesh.tensor=8: does not divide " in str(error) and "use one of 1, 2" in str(error), error
+        else:
+            raise AssertionError
     """
     run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=8")
     again = path.with_name("policy-again")
