@@ -1001,8 +1001,9 @@ def score_predictions(given: Mapping[str, str]) -> None:
         rows.append(about(number, sample) | {"columns": {"policy": {"scores": scores, "words": None}}})
     played = [row for row in rows if "columns" in row]
     if played and not any(data._inside(folder.resolve(), row["id"]).is_dir() for row in played):
-        raise train.ConfigError(f"predictions={folder}: no masks of {source.name} {source.split}; {played[0]['id']} "
-                                f"would be {folder}/{played[0]['id']}/FRAME.png")
+        first = source.open(played[0]["index"])
+        raise train.ConfigError(f"predictions={folder}: no masks of {source.name} {source.split}; the first would be "
+                                f"{folder}/{first.id}/{first.frame_names[0]}.png")
     out = Path(given["out"]) if "out" in given else None
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -4362,7 +4362,23 @@ class Run:
         if self.writes:
             self._open()
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("run directory")
+            self._seen_by_all()
+
+    def _seen_by_all(self) -> None:
+        """All processes write checkpoints. Raises ConfigError, in every one, where their disk is not the same."""
+        file = self.path / ".together"
+        mark = exchange({0: str(time.time_ns())} if self.writes else {})[0]
+        self.write(file.name, mark)
+        multihost_utils.sync_global_devices("run directory")
+        end, seen = time.monotonic() + 10, False
+        while not seen and time.monotonic() < end:  # a network file system may take a moment
+            with contextlib.suppress(OSError):
+                seen = file.read_text() == mark
+            time.sleep(0 if seen else 0.2)
+        if agreed(not seen):
+            raise ConfigError(f"run_dir={self.path}: not all processes see it; give one on a disk that they share")
+        if self.writes:
+            file.unlink()
 
     def own_file(self, name: str) -> Path:
         """A file of this process alone."""
