@@ -124,8 +124,8 @@ def markdown(table: dict, planned: int) -> str:
             speed = entry["seconds_per_step"]
             lines.append("| " + " | ".join([*cells, "" if speed is None else f"{speed:.1f}"]) + " |")
         lines.append("")
-    lines += ["`R process` and `reward` are in the terms that a row was trained with: rows that differ in them are not to be "
-              "compared there. `s/step` holds for the machine as it was then.", ""]
+    lines += ["`R process` and `reward` are in the terms that a row was trained with: rows that differ in them are not "
+              "comparable there. `s/step` holds for the machine as it was then.", ""]
     return "\n".join(lines)
 
 

@@ -30,7 +30,8 @@ def test_every_row_of_the_paper_ships():
         "teacher": {"sync_1", "sync_10", "sync_20", "ema", "plain_baseline", "failures_only", "mean_one"},
         "strength": {"default", "lam_0", "lam_025", "lam_1", "clip_01", "clip_04"}
         | {"decay_50", "decay_100", "decay_never"},
-        "process": {*train.TURN_KINDS, "weight_0", "weight_05", "weight_1"},
+        "process": {*train.TURN_KINDS, "weight_0", "weight_05", "weight_1"}
+        | {f"turn_weight_{weight}" for weight in ("0", "05", "1", "2")},
         "groups": {"rollouts_4", "rollouts_8", "rollouts_16"},
         "turns": {*(f"turns_{k}" for k in range(1, 7)), *at_test},
         "asking": {"always", "ambiguous_only", "never", "no_tool_at_test", "described_at_test"},

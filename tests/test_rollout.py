@@ -387,6 +387,24 @@ def test_masked_tokens_do_not_reach_the_update(world, scored, whole_update):
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(whole_update[1]), strict=True))
 
 
+def test_what_is_not_trained_may_say_anything(world, scored):
+    """Other words in the padding, and in a rollout that is masked as a whole, as overlong ones are."""
+    batch, credit = scored[2:]
+    mask = credit.mask.copy()
+    mask[0, 0] = False
+    credit = credit.replace(mask=mask)
+    loss, slope, _ = slope_of(world, world.config, batch, credit)
+    free = (batch.rows.segment == 0) | (np.arange(PROMPTS)[:, None, None] + np.arange(ROLLOUTS)[:, None] == 0)
+    other = np.random.default_rng(1).integers(20, 700, free.shape)
+    words = np.where(free & (batch.rows.tokens != world.speaker.image_token), other, batch.rows.tokens)
+    assert (words != batch.rows.tokens).sum() > 100
+    changed = batch.replace(rows=batch.rows.replace(tokens=words))
+    again, slope_again, _ = slope_of(world, world.config, changed, credit)
+    assert again == pytest.approx(loss, abs=1e-7)
+    for a, b in zip(jax.tree.leaves(slope_again), jax.tree.leaves(slope), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
+
+
 def test_the_teacher_sees_guidance_and_the_same_tokens(world, played):
     told_to = train.GUIDANCE.format(guidance="ask motion first")
     contexts = [[told_to if j else "" for j in range(ROLLOUTS)] for _ in range(PROMPTS)]

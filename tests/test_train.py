@@ -103,6 +103,7 @@ def test_a_run_leaves_all_it_promises(straight):
         assert needed | {f"reward/{t}" for t in train.TERMS} <= set(row)
         assert row["sampler_difference/max"] < 1e-3
         assert row["segmenter_failed"] == 0
+        assert row["lam"] == float(train.step_strength(train.load_config(folder / "config.yaml").credit, row["step"]))
     assert "evaluate" in metrics[1]
     # Nothing is compiled twice for the same shapes, and nothing that an earlier step had.
     programs = [json.loads(line) for line in (folder / "programs.jsonl").read_text().splitlines()]
