@@ -1,7 +1,9 @@
 """The policy is Qwen3-VL: the numbers of Hugging Face's PyTorch model, through the files that both read."""
 
+import dataclasses
 import functools
 import inspect
+import io
 import json
 import logging
 import sys
@@ -16,8 +18,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import jax  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
 
-from icseg_jax import train  # noqa: E402
+from icseg_jax import data, train  # noqa: E402
 
 IMAGE, VIDEO, START, END, VOCABULARY = 90, 91, 92, 93, 97
 
@@ -211,6 +214,43 @@ def test_text_alone_and_images_that_do_not_fit():
         train.mrope_positions(config, [[1, IMAGE, IMAGE]], [[1, 4, 6]], None)
     with pytest.raises(ValueError, match="more images than there are image tokens"):
         train.mrope_positions(config, [[1, IMAGE, 1]], [[1, 2, 2], [1, 2, 2]], None)
+
+
+KINDS = {
+    "odd": {}, "grey": {"mode": "L"}, "palette": {"mode": "P"}, "transparent": {"mode": "RGBA"}, "turned": {"turn": 6},
+    "wide": {"size": (411, 37)}, "small": {"size": (33, 32)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_images_are_what_the_pil_processor_makes_of_them(kind):
+    """Files of every mode, decoded and resized without keeping the aspect, as released, then as patches."""
+    import_transformers()
+    from transformers.image_transforms import convert_to_rgb
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    mode, turn, size = kind.get("mode", "RGB"), kind.get("turn"), kind.get("size", (133, 75))
+    exif = Image.Exif()
+    if turn:
+        exif[data.EXIF_ORIENTATION] = turn
+    noise = np.random.default_rng(3).integers(0, 255, (size[1], size[0], 4), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).convert("RGB" if mode == "P" else mode).convert(mode).save(file, "PNG", exif=exif)
+    frame = 64
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=16, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        size={"shortest_edge": frame**2, "longest_edge": frame**2},
+    )  # fmt: skip
+    theirs = Image.fromarray(convert_to_rgb(ImageOps.exif_transpose(Image.open(file)), return_numpy=True))
+    told = processor(images=[theirs.resize((frame, frame), Image.Resampling.BICUBIC)], return_tensors="np")
+    assert told["image_grid_thw"].tolist() == [[1, 4, 4]]
+    vision = tiny_vision(patch_size=16)
+    ours = train.patchify(vision, data.resize(data.decode_image(file.getvalue()), frame, frame))
+    np.testing.assert_allclose(ours, told["pixel_values"], atol=1e-6)
+
+
+def tiny_vision(**changes):
+    return dataclasses.replace(train.PolicyConfig.from_json(tiny_model().config.to_dict()).vision, **changes)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
