@@ -132,19 +132,24 @@ def test_checkpoints_and_exports_are_policies(straight):
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_teacher_is_synced_at_its_interval(straight):
-    """credit.sync_interval=3: after step 3 it is the student, after step 4 it is the student of step 3."""
-    folder, _ = straight
+def states(folder, *steps):
+    """What checkpoints hold: parameters, and the rest of the state."""
     config = dataclasses.replace(train.load_config(folder / "config.yaml"), run_dir=str(folder))
     _, params = train.load_policy(train.resolve_path(config.policy.path), dtype="float32")
     like = train._parts(train.fresh_state(params, config, teacher=True))
     kept = train.Run(config)
-    third, fourth = (kept.checkpointer().load_checkpointables(step, like) for step in (3, 4))
+    found = [kept.checkpointer().load_checkpointables(step, like) for step in steps]
     kept.close()
+    return config, found
 
-    def equal(a, b):
-        return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
+def equal(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_the_teacher_is_synced_at_its_interval(straight):
+    """credit.sync_interval=3: after step 3 it is the student, after step 4 it is the student of step 3."""
+    config, (third, fourth) = states(straight[0], 3, 4)
     assert fourth["rest"]["updates"] == 4 * config.update.minibatches == 8  # METHOD.md 4.6: two updates a step
     assert equal(third["params"], third["rest"]["teacher"]) and equal(third["params"], fourth["rest"]["teacher"])
     assert not equal(fourth["params"], third["params"])
@@ -343,6 +348,7 @@ def test_kill_and_resume_repeat_an_uninterrupted_run(place, straight):
     # Evaluations in between, which only the uninterrupted run had, leave no trace in the training either.
     whole = [{k: v for k, v in row.items() if k != "evaluate"} for row in rows(straight[0])]
     assert rows(place / "killed") == whole
+    assert equal(states(place / "killed", 4)[1], states(straight[0], 4)[1])  # teacher and optimiser too
 
 
 def children(pid):
