@@ -88,7 +88,7 @@ def abstract(tree: Any, shardings: Any) -> Any:
 
 
 def lower_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any], Any]]:
-    """name -> (lower, what stays in memory beside it): the programs of a training step at their largest shapes."""
+    """name -> (trace, what stays in memory beside it): the programs of a training step at their largest shapes."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -106,7 +106,7 @@ def lower_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any],
     policy_config = train.PolicyConfig.from_json(raw, str(shape))
     # The words of a tokenizer are data: any with the special tokens gives the same programs.
     real = (source / "tokenizer.json").is_file()
-    tokenizer = train.load_tokenizer(source if real else train.resolve_path("asset:embedded_base"))
+    tokenizer = train.load_tokenizer(source if real else train.resolve_path("asset:embedded_base"), policy_config)
     policy = train.Policy(policy_config, c.policy.remat, mesh, c.policy.attention)
     speaker = train.Speaker(c.protocol, policy_config, tokenizer)
     sampler = train.Sampler(c, policy, speaker, mesh)
@@ -186,20 +186,20 @@ def lower_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any],
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     beside = (state,)  # while dialogues are played the whole training state waits
     return {
-        "encode": (lambda: sampler.encode.jitted.lower(reading, shown), beside),
-        "prefill": (lambda: sampler.prefill.jitted.lower(reading, prompts, encoded, rollouts=n), beside),
+        "encode": (lambda: sampler.encode.jitted.trace(reading, shown), beside),
+        "prefill": (lambda: sampler.prefill.jitted.trace(reading, prompts, encoded, rollouts=n), beside),
         "decode": (
-            lambda: sampler.decode.jitted.lower(reading, lanes, count, count, count, keys, heat, penalty), beside
+            lambda: sampler.decode.jitted.trace(reading, lanes, count, count, count, keys, heat, penalty), beside
         ),
         "extend": (
-            lambda: sampler.extend.jitted.lower(reading, lanes, rows(p, n, max(c.rollout.observation_buckets))), beside
+            lambda: sampler.extend.jitted.trace(reading, lanes, rows(p, n, max(c.rollout.observation_buckets))), beside
         ),
         "logprob": (
             # Rows that are shared are read a minibatch at a time.
-            lambda: logprob.jitted.lower(params, batch(mini if c.update.row_buckets else p, told)),
+            lambda: logprob.jitted.trace(params, batch(mini if c.update.row_buckets else p, told)),
             (state.optimiser, state.teacher),
         ),
-        "update": (lambda: update.jitted.lower(state, minibatch, credit, guided, rate), ()),
+        "update": (lambda: update.jitted.trace(state, minibatch, credit, guided, rate), ()),
     }  # fmt: skip
 
 
@@ -218,14 +218,16 @@ def collectives(text: str) -> dict[str, dict[str, Any]]:
     """Of a compiled program's text: for each kind how many there are (a loop's body counts once), the MiB of their
     results together and of the largest one."""
     found: dict[str, dict[str, Any]] = {}
-    pattern = re.compile(r"= (\([^=]*?\)|\S+) (" + "|".join(COLLECTIVES) + r")(?:-start)?\(")
-    for shape, kind in pattern.findall(text):
+    pattern = re.compile(r"= (\([^=]*?\)|\S+) (" + "|".join(COLLECTIVES) + r")(-start)?\(")
+    for shape, kind, start in pattern.findall(text):
         sizes = [
             WIDTHS.get(width, 4) * math.prod(int(d) for d in dims.split(",") if d)
             for width, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shape)
         ]
-        # The start of an asynchronous one names what it reads and what it makes: the larger is the result.
-        size = max(sizes, default=0) / 2**20
+        # The start of an asynchronous one names what it reads and what it makes: the larger is the result. Several
+        # joined into one (and any all-reduce) name results only.
+        reads = start and kind != "all-reduce"
+        size = (max(sizes, default=0) if reads else sum(sizes)) / 2**20
         entry = found.setdefault(kind, {"count": 0, "mib": 0.0, "largest_mib": 0.0, "largest": ""})
         entry["count"] += 1
         entry["mib"] += size
@@ -253,13 +255,14 @@ def dot_flops(jaxpr: Any) -> float:
     return total
 
 
-def compile_one(lower: Callable[[], Any], beside: Any, chips: int, hbm_gib: float) -> dict[str, Any]:
-    """One program's report; `fits` counts what waits in memory beside it."""
+def compile_one(trace: Callable[[], Any], beside: Any, chips: int, hbm_gib: float) -> dict[str, Any]:
+    """One program's report; `fits` counts what waits in memory beside it. tflops: of the matrix products, a chip's
+    share; bytes_gib: as XLA counts them, a loop's body once."""
     waiting = per_chip(beside) / GIB
     begun = time.perf_counter()
-    lowered = lower()
+    traced = trace()
     try:
-        compiled = lowered.compile()
+        compiled = traced.lower().compile()
     except Exception as error:  # XLA has no class of its own for it
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -279,7 +282,7 @@ def compile_one(lower: Callable[[], Any], beside: Any, chips: int, hbm_gib: floa
         "temp_gib": round(memory.temp_size_in_bytes / GIB, 3),
         "peak_gib": round(peak / GIB, 3),
         "beside_gib": round(waiting, 3),
-        "tflops": round(cost.get("flops", 0.0) / 1e12, 3),
+        "tflops": round(dot_flops(traced.jaxpr.jaxpr) / chips / 1e12, 3),
         "bytes_gib": round(cost.get("bytes accessed", 0.0) / GIB, 3),
         "collectives": collectives(compiled.as_text()),
         "compile_s": round(seconds, 1),

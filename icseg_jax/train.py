@@ -5462,6 +5462,7 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
             seed=config.seed,
             peak_memory_gb={"trainer": peak_memory("self"), "sidecar": peak_memory(trainer.segmenter.pid)},
             finished=True,
+            compilations=int(compiled["programs"]),
             sidecar_failures=trainer.segmenter.failures,
         )
         from icseg_jax import report

@@ -1,0 +1,70 @@
+"""Compiling for a machine that is not there (dryrun.py): eight forced CPU devices, every axis of the mesh in use."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SIZES = ["topology=cpu:8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "evaluate.every=0"]
+CODE = """
+import contextlib, io, json, sys
+from icseg_jax import dryrun
+calls, room = json.loads(sys.argv[1]), dryrun.GPU_GIB
+told = []
+for arguments, gib in calls:
+    dryrun.GPU_GIB = gib or room
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = dryrun.main(arguments)
+    told.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(told))
+"""
+
+
+def dry_run(*calls: tuple[list[str], float | None]) -> list[list]:
+    """[exit code, stdout, stderr] of each, in one process of its own; the second: GiB of a chip."""
+    command = [sys.executable, "-c", CODE, json.dumps(calls)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(program: dict) -> None:
+    assert {"argument_gib", "temp_gib", "peak_gib", "tflops", "bytes_gib", "collectives", "compile_s"} <= program.keys()
+    assert program["fits"] and 0 < program["argument_gib"] < program["peak_gib"]
+
+
+def test_a_dry_run_says_what_fits_and_what_does_not():
+    small = ["experiments/embedded.yaml", *SIZES]
+    fits, tight, moon, program, alone = dry_run(
+        ([*small, "programs=encode,decode"], None), ([*small, "programs=encode"], 1e-3),
+        (["experiments/embedded.yaml", "topology=moon:3"], None), ([*small, "programs=all"], None),
+        (["experiments/embedded.yaml"], None),
+    )  # fmt: skip
+    assert fits[0] == 0, fits
+    report = json.loads(fits[1])
+    assert report["topology"] == "cpu:8" and report["fits"] and report["hbm_gib"] > 50
+    assert report["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2} and list(report["programs"]) == ["encode", "decode"]
+    for told in report["programs"].values():
+        check(told)
+    # No weight is gathered while tokens are sampled: the smallest matrix of a layer takes 0.06 MiB in bfloat16.
+    assert report["programs"]["decode"]["collectives"]["all-gather"]["largest_mib"] < 0.06
+    assert tight[0] == 1 and "DOES NOT FIT" in tight[2] and json.loads(tight[1])["fits"] is False
+    for told, words in ((moon, "topology=moon:3"), (program, "programs=all"), (alone, "topology= is missing")):
+        assert told[0] == 2 and told[1] == "" and told[2].startswith("error: ") and words in told[2]
+        assert told[2].count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_update_gathers_no_activations():
+    """P x N x T x D of them: what a mesh that loses the rows' sharding would bring together."""
+    [told] = dry_run((["experiments/embedded.yaml", *SIZES, "programs=prefill,extend,logprob,update"], None))
+    programs = json.loads(told[1])["programs"]
+    for program in programs.values():
+        check(program)
+    activations = 4 * 8 * 416 * 128 * 4 / 2**20  # of a minibatch, in float32
+    assert programs["update"]["collectives"]["all-gather"]["largest_mib"] < activations
