@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PRESETS = {"dp": "mesh.preset=dp", "fsdp": "mesh.preset=fsdp", "fsdp_tp": "mesh.preset=fsdp_tp"}
-MIXED = "mesh.data=2 mesh.fsdp=2 mesh.tensor=2 update.row_buckets=[4,6]"  # one device has a row for each rollout
+MIXED = "mesh.data=2 mesh.fsdp=2 mesh.tensor=2 update.row_buckets=[2,3]"  # one device has a row for each rollout
 SMALL = ["rollout.prompts=8", "rollout.rollouts=8", "rollout.least_prompts=8", "update.minibatches=1"]
 SMALL += ["protocol.max_turns=3", "evaluate.every=0", "credit.lam=0"]
 
@@ -24,9 +24,10 @@ def environment(devices: int) -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
 
 
-def on_meshes(folder: Path, overrides: list[str]) -> dict[str, dict]:
-    """For each mesh: how far dialogues, log-probabilities, loss and gradients are from those of one device."""
-    command = [sys.executable, __file__, str(folder), *overrides]
+def on_meshes(folder: Path, size: int, overrides: list[str]) -> dict[str, dict]:
+    """For each mesh: how far dialogues, log-probabilities, loss and gradients are from those of one device; of `size`
+    prompts with as many rollouts."""
+    command = [sys.executable, __file__, str(folder), str(size), *overrides]
     done = subprocess.run(command, env=environment(8), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -40,12 +41,12 @@ def check(told: dict[str, dict]) -> None:
 
 
 def test_a_mesh_of_all_axes_computes_what_one_device_does(tmp_path):
-    check(on_meshes(tmp_path, [MIXED]))
+    check(on_meshes(tmp_path, 4, [MIXED]))
 
 
 @pytest.mark.slow
 def test_presets_compute_what_one_device_does(tmp_path):
-    check(on_meshes(tmp_path, list(PRESETS.values())))
+    check(on_meshes(tmp_path, 8, list(PRESETS.values())))
 
 
 def train_command(folder: Path, name: str, *more: str) -> list[str]:
@@ -89,18 +90,19 @@ def test_two_processes_are_one_of_eight_devices(tmp_path, sizes):
     assert rows[0][0]["reward/mask"] > 0 and (tmp_path / "two" / "1.sidecar.log").exists()
 
 
-def main(folder: str, *overrides: str) -> None:
+def main(folder: str, size: str, *overrides: str) -> None:
     import jax
 
     from icseg_jax import data, simulator, synthetic, train, weights
 
-    path = Path(folder)
+    path, n = Path(folder), int(size)
+    small = [*SMALL, *(f"rollout.{key}={n}" for key in ("prompts", "rollouts", "least_prompts"))]
     synthetic.write_dataset(path / "raw", train=2, test=24, seed=3, progress=False)
     data.prepare("ambi_rvos", path / "raw", path / "prepared", progress=False)
-    samples = sorted(data.load_prepared(path / "prepared", "test"), key=lambda sample: -sample.initial_count)[:8]
+    samples = sorted(data.load_prepared(path / "prepared", "test"), key=lambda sample: -sample.initial_count)[:n]
     found, expected = {}, None
     for override in ("one device", *overrides):
-        config = train.load_config("experiments/embedded.yaml", SMALL + override.split() * ("=" in override))
+        config = train.load_config("experiments/embedded.yaml", small + override.split() * ("=" in override))
         mesh = train.make_mesh(config.mesh, None if "=" in override else jax.devices()[:1])
         train.check_mesh(config, mesh)
         source = train.resolve_path(config.policy.path)
@@ -112,15 +114,16 @@ def main(folder: str, *overrides: str) -> None:
         prompts = [train.Prompt(sample, shown, speaker) for sample in samples]
         reading = train.reading_copy(policy, mesh, "float32")(params)
         dialogues = sampler.play(
-            reading, prompts, [1.0] * 8, simulator.OracleUser(), seed=7, step=0, clock=train.Clock()
+            reading, prompts, [1.0] * n, simulator.OracleUser(), seed=7, step=0, clock=train.Clock()
         )
+        assert len({len(d.texts) for row in dialogues for d in row}) > 1  # they end at different turns
         batch, _ = train.pack(dialogues, config, speaker)
         state = train.fresh_state(params, config, teacher=False)
         logprob, update = train.make_programs(policy, config, state)
         shared, source = train.share_rows(batch, config.update.row_buckets)
-        assert shared.rows.tokens.shape[1] < 8 or not config.update.row_buckets
-        logp = train.put_back(logprob(state.params, train.shard_batch(mesh, shared)), source, 8)
-        advantages = np.random.default_rng(0).standard_normal((8, 8, 1)).astype(np.float32)
+        assert shared.rows.tokens.shape[1] < n or not config.update.row_buckets
+        logp = train.put_back(logprob(state.params, train.shard_batch(mesh, shared)), source, n)
+        advantages = np.random.default_rng(0).standard_normal((n, n, 1)).astype(np.float32)
         credit = train.Credit(advantages * np.ones_like(logp), batch.rows.logp, batch.rows.trained)
         credit = jax.tree.map(lambda x, at=source: train.take_tokens(x, at, 0), credit)
         state, stats = update(state, *train.shard_batch(mesh, (shared, credit, None)), np.float32(0))
