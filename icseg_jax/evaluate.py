@@ -520,6 +520,7 @@ class Player:
         if c.evaluate.prompts % self.mesh.shape["data"]:
             raise train.ConfigError(f"evaluate.prompts={c.evaluate.prompts}: dialogues are spread over "
                                     f"{self.mesh.shape['data']} devices; use a multiple of it")
+        train.check_attention(c, self.mesh)
         _, user, expert = train.meet(c, self.mesh)
         self.user = user if isinstance(user, train.MODELS) else Exact(user)
         self.expert = expert if isinstance(expert, train.MODELS) else Exact(expert)
@@ -590,7 +591,7 @@ class Player:
             try:
                 masks = train.video_masks(self.segmenter, sample, *train.answered(d))
                 write_masks(self.masks, sample, masks)
-                columns = {"policy": self.column(sample, masks, answer and answer.mask_type, words[0][i])}
+                columns = {"policy": self.column(sample, masks, answer, words[0][i])}
                 if told[i] is d:
                     columns["described"] = columns["policy"]
                 elif told[i] is not None:
@@ -627,17 +628,16 @@ class Player:
             out[places[i]] = None if d.lost else {k: row[k] for k in kept}
         return out
 
-    def column(self, sample: data.Sample, masks: np.ndarray, chosen: str | None, words: Row | None) -> Row:
-        scores = {} if hidden(sample) else benchmark(sample.dataset).row(sample, masks, chosen)
+    def column(self, sample: data.Sample, masks: np.ndarray, answer: train.Action | None, words: Row | None) -> Row:
+        scores = {} if hidden(sample) else benchmark(sample.dataset).row(sample, masks, answer and answer.mask_type)
+        if answer is None and "right_type" in scores:
+            scores["right_type"] = False  # no answer is not the right one
         return {"scores": scores, "words": words}
 
     def answered(self, prompt: train.Prompt, position: int | None, answer: train.Action | None, words: Row | None
                  ) -> Row:
         masks = train.video_masks(self.segmenter, prompt.sample, position, answer)
-        row = self.column(prompt.sample, masks, answer and answer.mask_type, words)
-        if answer is None and "right_type" in row["scores"]:
-            row["scores"]["right_type"] = False  # no answer is not the right one
-        return row
+        return self.column(prompt.sample, masks, answer, words)
 
     def others(self, number: int, prompt: train.Prompt) -> dict[str, Row]:
         """The columns of the true box and point and, with a scene graph, of the askers."""
@@ -973,7 +973,7 @@ def submit(file: str, source: Source, folder: Path) -> None:
 
 def score_predictions(given: Mapping[str, str]) -> None:
     """`predictions=` of any method: rows and table of masks on disk; a video without any scores 0, an image has an
-    empty mask."""
+    empty mask (as in Ref-DAVIS17's protocol A, where objects are merged to videos)."""
     for key in ("benchmark", "source"):
         if key not in given:
             raise train.ConfigError(f"predictions={given['predictions']}: needs {key}= too; see --help")

@@ -437,7 +437,7 @@ def dialogue_summary(rows: Sequence[dict]) -> dict:
     `rows`: one dict per dialogue with `id` (of the sample; all rows have one, or each is its own), `level` (simple,
     medium, difficult, clear, none), `success`, `frame_ok` (METHOD.md 3.1), `counts` [Q + 1] (candidates left,
     METHOD.md 2.2), `asked` [Q] (attribute of each call, None where it was not understood), `gains` [Q] (METHOD.md
-    3.3), `questions` = Q, `optimal` (E*, DATA.md 6.4; None where nobody knows), `budget` (most questions allowed),
+    3.3), `questions` = Q, `optimal` (E*, DATA.md 6.4; None where nobody knows), `budget` (unresolved: the cost),
     `format`, where it was rewarded `reward` and `terms` {name: value or None}, and where a video was segmented `J`
     and `F`.
 

@@ -612,15 +612,15 @@ class Endpoint:
         async def look() -> None:
             async with self._client() as client:
                 messages = [{"role": "system", "content": system}, {"role": "user", "content": request.content}]
-                _text(await self._try(self._completion(client, messages, max_tokens), self.timeout))
+                _text(await self._try(self._completion(client, messages, max_tokens), self.timeout / 2))
 
         try:
             _run(look())
         except (_Failed, _Refused) as error:
             raise EndpointError(
                 f"{self.section}.url={self.url}: {self.model!r} does not answer a question with {pictures} pictures "
-                f"({error}); let the server take as many and a prompt as long (vllm: --limit-mm-per-prompt, "
-                f"--max-model-len), or set protocol.frames lower or {self.section}.timeout higher"
+                f"({error}); use a model that reads images, let its server take as many and a prompt as long (vllm: "
+                f"--limit-mm-per-prompt, --max-model-len), set protocol.frames lower or {self.section}.timeout higher"
             ) from None
 
     # In a step
@@ -694,7 +694,7 @@ class Endpoint:
             async with asyncio.timeout(self.timeout):
                 text = await persist()
         except _Refused as error:  # of this question: the server is well
-            self._failures = 0
+            self._is_back()
             self._warn(f"refuses a question ({error}); its row is left out")
             return None
         except TimeoutError:
@@ -704,11 +704,14 @@ class Endpoint:
                 self._warn(f"no answer in {self.timeout:g} s, {TRIPS} times in a row ({last}); rows are left out until "
                            "it is back")
             return None
+        self._is_back()
+        return text
+
+    def _is_back(self) -> None:
         if self._failures >= TRIPS:  # the next outage is told of again
             self._warned.clear()
             self._warn("it is back")
         self._failures = 0
-        return text
 
     def _completion(self, client: Any, messages: list[dict], max_tokens: int) -> Callable[[], Any]:
         return functools.partial(client.chat.completions.with_streaming_response.create, model=self.model,
@@ -830,7 +833,7 @@ def _values(requests: Sequence[_Request], texts: dict[str, list[str] | None], re
 def _run(work: Any) -> Any:
     """Runs a coroutine to its end in a thread of its own, so that a notebook's event loop does not mind.
 
-    Ctrl-C gives up what is under way: nobody waits for a deadline.
+    Ctrl-C, in the thread that waits here, gives up what is under way.
     """
     begun: Future = Future()
 
@@ -1038,7 +1041,7 @@ class ModelExpert:
     def __init__(self, host: Endpoint | Local):
         self.host, self._watch = host, _Watcher(host.picture)
         self.prompt = self.prompt_hash()
-        self._sighted = False  # known to take pictures
+        self._sighted = isinstance(host, Local)  # known to answer about pictures
 
     @classmethod
     def prompt_hash(cls) -> str:
@@ -1069,9 +1072,11 @@ class ModelExpert:
         return out
 
     def check_sight(self, sample: Sample, shown: Sequence[int]) -> None:
-        """Raises EndpointError when the sample must be shown and the model takes no pictures; asks it once at most."""
-        if not self._sighted and isinstance(self.host, Endpoint) and self._looks(sample, _described(sample, shown)[1]):
-            self.host.check(pictures=True)
+        """Raises EndpointError when the sample must be shown and the server does not answer about it; asks it once."""
+        seen = sample.target_ids and self._looks(sample, _described(sample, shown)[1])
+        if not self._sighted and seen:
+            request = self._request(sample, shown, [("What color is the target?", "red")])
+            self.host.check_question(request, EXPERT_PROMPT, self.MAX_TOKENS)
             self._sighted = True
 
     @staticmethod

@@ -1581,6 +1581,14 @@ def fills(mesh: Mesh, prompts: int, rollouts: int) -> bool:
     return prompts % data == 0 and (rollouts % fsdp == 0 or prompts % (data * fsdp) == 0)
 
 
+def check_attention(c: Config, mesh: Mesh) -> None:
+    """Raises ConfigError for a kernel that these devices do not have."""
+    needed, there = {"splash": "tpu", "cudnn": "gpu"}.get(c.policy.attention), mesh.devices.flat[0].platform
+    if needed not in (None, there):
+        raise ConfigError(f"policy.attention={c.policy.attention}: is for a {needed}, and the devices are {there}; "
+                          "use policy.attention=xla")
+
+
 def check_mesh(c: Config, mesh: Mesh) -> None:
     """No device shall do the work of another again. Raises ConfigError naming the key and a value that works."""
     data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
@@ -1594,10 +1602,7 @@ def check_mesh(c: Config, mesh: Mesh) -> None:
                 f"mesh.fsdp={fsdp}; use a multiple of {data * fsdp}, or a mesh.fsdp that divides {rollouts}"
             )
 
-    needed, there = {"splash": "tpu", "cudnn": "gpu"}.get(c.policy.attention), mesh.devices.flat[0].platform
-    if needed not in (None, there):
-        raise ConfigError(f"policy.attention={c.policy.attention}: is for a {needed}, and the devices are {there}; "
-                          "use policy.attention=xla")
+    check_attention(c, mesh)
     if c.stage == "rl":
         size = c.rollout.prompts // c.update.minibatches
         need(c.rollout.prompts, c.rollout.rollouts, "rollout.prompts", "prompts")
@@ -1663,23 +1668,24 @@ def laid(x: Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> Ar
 def parameter_specs(policy: Policy, mesh: Mesh, *kinds: str) -> Any:
     """NamedSharding of every parameter by the rules table, cut over the mesh axes `kinds`: fsdp and tensor by default.
 
-    An axis that does not divide is replicated: key-value heads, the vocabulary, what is small. Raises ConfigError for
-    heads or an MLP width that mesh.tensor does not divide, and for a parameter that no rule knows.
+    Another axis that does not divide is replicated. Raises ConfigError for heads or an MLP width that mesh.tensor does
+    not divide, and for a parameter that no rule knows.
     """
     kinds = kinds or ("fsdp", "tensor")
     plain = Policy(policy.config)
     boxed = jax.eval_shape(lambda: plain.init(jax.random.key(0), example_images(policy.config.vision)))["params"]
+    boxes = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    cut = [(a, s) for box in boxes for a, s in zip(box.names, box.value.shape, strict=True) if a in ("heads", "mlp")]
+    common = math.gcd(*(size for _, size in cut))
+    if common % mesh.shape["tensor"]:
+        sizes = ", ".join(f"{axis}={size}" for axis, size in sorted(set(cut)))
+        works = ", ".join(str(k) for k in range(1, common + 1) if common % k == 0)
+        raise ConfigError(f"mesh.tensor={mesh.shape['tensor']}: does not divide all of {sizes}; use one of {works}")
 
     def spec(path, box) -> NamedSharding:
         name = "/".join(str(k.key) for k in path)
-        for axis, size in zip(box.names, box.value.shape, strict=True):
-            if axis not in RULES:
-                raise ConfigError(f"parameter {name}: logical axis {axis!r} is in no sharding rule")
-            if axis in ("heads", "mlp") and not divides(mesh, "tensor", size):
-                works = ", ".join(str(k) for k in range(1, min(size, 64) + 1) if size % k == 0)
-                raise ConfigError(
-                    f"mesh.tensor={mesh.shape['tensor']}: does not divide {name}'s {axis}={size}; use one of {works}"
-                )
+        if unknown := [axis for axis in box.names if axis not in RULES]:
+            raise ConfigError(f"parameter {name}: logical axis {unknown[0]!r} is in no sharding rule")
         return placement(mesh, mesh_axes(mesh, box.names, box.value.shape, *kinds))
 
     return jax.tree_util.tree_map_with_path(spec, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
@@ -3869,7 +3875,7 @@ def dialogue_row(d: Dialogue, scores: Scores, i: int, j: int, config: Config) ->
         "gains": np.asarray(turn_gains(scores.counts[i, j], scores.asked[i, j]))[:k].tolist(),
         "questions": k,
         "optimal": d.prompt.graph.get("optimal_expected"),
-        "budget": max(synthetic.BUDGET, config.protocol.max_turns - 1),  # one for every `turns` row to compare
+        "budget": max(synthetic.BUDGET, config.protocol.max_turns - 1),  # one for all `turns` rows up to 6
         "format": bool(scores.well_formed[i, j]),
         "reward": float(sum(config.reward.weights.get(t, 0.0) * scores.terms[t][i, j] for t in TERMS)),
         "terms": {t: float(scores.terms[t][i, j]) for t in TERMS} | ({} if scores.valid[i, j] else {"mask": None}),
@@ -4335,9 +4341,10 @@ def make_warmstart_step(policy: Policy, config: Config, teacher: SceneTeacher | 
 
 # Where servers are and how long they are waited for. A result does not depend on it, and they move.
 SERVERS = {"simulator": {"url", "timeout", "max_in_flight"}, "expert": {"url", "timeout", "max_in_flight"},
-           "sidecar": {"address", "timeout", "threads"}}  # fmt: skip
-# What else may change between the starts of a run: the machine it is on and what it keeps there.
-MACHINE_KEYS = {"topology", "policy.attention", "policy.remat", "update.micro_prompts", "sidecar.cache_gb"}
+           "sidecar": {"address", "timeout", "threads", "cache_gb"}}  # fmt: skip
+# What else may change between the starts of a run: the machine it is on, how its work is laid out and kept there.
+MACHINE_KEYS = {"topology", "policy.attention", "policy.remat", "update.micro_prompts", "update.row_buckets"}
+MACHINE_KEYS |= {"evaluate.prompts"}
 MACHINE_KEYS |= {f"{section}.{key}" for section, keys in SERVERS.items() for key in keys}
 MACHINE_SECTIONS = ("mesh.", "checkpoint.", "profile.")
 
@@ -4375,10 +4382,11 @@ class Run:
             with contextlib.suppress(OSError):
                 seen = file.read_text() == mark
             time.sleep(0 if seen else 0.2)
-        if agreed(not seen):
-            raise ConfigError(f"run_dir={self.path}: not all processes see it; give one on a disk that they share")
+        together = not agreed(not seen)
         if self.writes:
             file.unlink()
+        if not together:
+            raise ConfigError(f"run_dir={self.path}: not all processes see it; give one on a disk that they share")
 
     def own_file(self, name: str) -> Path:
         """A file of this process alone."""
@@ -4412,8 +4420,7 @@ class Run:
 
         new = OmegaConf.to_container(OmegaConf.structured(dataclasses.replace(self.config, run_dir=None)))
         file = self.path / "config.yaml"
-        begun = any((self.path / name).exists() for name in ("checkpoints", "metrics.jsonl", "summary.json"))
-        if file.exists() and begun:  # a start that failed binds nobody
+        if file.exists() and self.begun:  # a start that failed binds nobody
             try:
                 old = OmegaConf.to_container(OmegaConf.load(file))
                 if not isinstance(old, Mapping):
@@ -4423,16 +4430,24 @@ class Run:
                     f"{file}: damaged ({_first_line(error)}); remove it or give another run_dir="
                 ) from None
             # A key that is younger than the run had its default then.
-            was = _flat(OmegaConf.to_container(OmegaConf.structured(settled(Config())))) | _flat(old)
+            was, now = _flat(OmegaConf.to_container(OmegaConf.structured(settled(Config())))) | _flat(old), _flat(new)
+            levels = {k for k in was if k.startswith("data.repeat.")}  # one that is gone differs too
             differing = sorted(
-                k for k, value in _flat(new).items()
-                if was.get(k) != value and k not in MACHINE_KEYS and not k.startswith(MACHINE_SECTIONS)
+                k for k in now.keys() | levels
+                if was.get(k) != now.get(k) and k not in MACHINE_KEYS and not k.startswith(MACHINE_SECTIONS)
             )  # fmt: skip
             if differing:
-                shown = ", ".join(f"{k} ({was.get(k)} -> {_flat(new)[k]})" for k in differing[:5])
+                shown = ", ".join(f"{k} ({was.get(k)} -> {now.get(k)})" for k in differing[:5])
                 raise ConfigError(f"run_dir={self.path} belongs to another config: {shown}; give another run_dir=")
         if not self.finished:
             write_atomically(file, OmegaConf.to_yaml(OmegaConf.create(new)))
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything to lose: a step, a checkpoint, the evaluation before the first."""
+        rows = self.metrics_file.exists() and self.metrics_file.stat().st_size > 0
+        before = "before" in (read_json(self.path / "summary.json") or {})
+        return rows or before or any((self.path / "checkpoints").glob("[0-9]*"))
 
     @property
     def finished(self) -> bool:
@@ -5379,24 +5394,26 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
     from tqdm import tqdm
 
     config, run = trainer.config, trainer.run
+    known = {"summary": read_json(run.path / "summary.json") or {}, "begun": run.begun}
+    known = exchange(known if run.writes else {})
+    summary = known["summary"]
+    for name, who in trainer.models().items() if known["begun"] else ():
+        was = ((summary.get("models") or {}).get(name) or who)["prompt_hash"]
+        if was != who["prompt_hash"]:
+            raise ConfigError(f"{run.path}: its {name} was asked with prompts {was}, today's are {who['prompt_hash']}; "
+                              "give another run_dir=")
     trainer.state = run.restore(trainer.state) or trainer.state
     begun = int(trainer.state.step)
     if run.writes:
         (run.path / "dialogues").mkdir(exist_ok=True)
-    summary = exchange({0: read_json(run.path / "summary.json") or {}} if run.writes else {})[0]
     seconds: dict[str, float] = dict(summary.get("seconds") or {})
 
     def book(spent: Mapping[str, float], prefix: str = "") -> None:
         for key, value in spent.items():
             seconds[prefix + key] = round(seconds.get(prefix + key, 0.0) + value, 3)
 
-    for name, who in trainer.models().items():
-        was = ((summary.get("models") or {}).get(name) or who)["prompt_hash"]
-        if was != who["prompt_hash"]:
-            raise ConfigError(f"{run.path}: its {name} was asked with prompts {was}, today's are {who['prompt_hash']}; "
-                              "give another run_dir=")
-    run.summarise(models=trainer.models())
     trainer.segmenter.start()  # waits until it answers: a wrong one is known before the first step
+    run.summarise(models=trainer.models())
     book({"setup": time.perf_counter() - begun_at})
     if config.evaluate.every and config.evaluate.before and "before" not in summary and begun == 0:
         graphs = [s.privileged["scene_graph"] for s in trainer.test if (s.privileged or {}).get("scene_graph")]
@@ -5555,7 +5572,8 @@ def peak_memory(process: int | str | None) -> float | None:
 
 
 def count_compilations() -> dict[str, float]:
-    """Seconds that XLA spends compiling and how many programs it made, from now on; part of the phases they fall in."""
+    """Seconds that XLA spends on programs and how many it made or read from the cache, from now on. They are part of
+    the phases they fall in."""
     out = {"seconds": 0.0, "programs": 0}
 
     def listen(event: str, seconds: float, **_: Any) -> None:

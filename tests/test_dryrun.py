@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from icseg_jax import dryrun
+
 ROOT = Path(__file__).parents[1]
 SIZES = ["topology=cpu:8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "evaluate.every=0"]
 CODE = """
@@ -52,11 +54,30 @@ def test_a_dry_run_says_what_fits_and_what_does_not():
     for told in report["programs"].values():
         check(told)
     # No weight is gathered while tokens are sampled: the smallest matrix of a layer takes 0.06 MiB in bfloat16.
-    assert report["programs"]["decode"]["collectives"]["all-gather"]["largest_mib"] < 0.06
+    assert report["programs"]["decode"]["collectives"].get("all-gather", {"largest_mib": 0})["largest_mib"] < 0.06
     assert tight[0] == 1 and "DOES NOT FIT" in tight[2] and json.loads(tight[1])["fits"] is False
     for told, words in ((moon, "topology=moon:3"), (program, "programs=all"), (alone, "topology= is missing")):
         assert told[0] == 2 and told[1] == "" and told[2].startswith("error: ") and words in told[2]
         assert told[2].count("\n") == 1
+
+
+def test_operations_of_loops_and_sizes_of_collectives():
+    import jax
+    import jax.numpy as jnp
+
+    def program(x, w):
+        return jax.lax.scan(lambda y, _: (jnp.tanh(y @ w), None), x, length=3)[0] @ w
+
+    traced = jax.jit(program).trace(jnp.ones((4, 8)), jnp.ones((8, 8)))
+    assert dryrun.dot_flops(traced.jaxpr.jaxpr) == 4 * 2 * 4 * 8 * 8
+    text = """
+      %a = f32[256,1024]{1,0} all-gather(f32[64,1024]{1,0} %p), dimensions={0}
+      %b = (bf16[64,8]{1,0}, bf16[512,1024]{1,0}) all-gather-start(bf16[64,8]{1,0} %q), dimensions={0}
+      %c = (f32[256,512]{1,0}, f32[256,512]{1,0}) all-reduce(%x, %y), to_apply=%add
+    """
+    found = dryrun.collectives(text)
+    assert found["all-gather"] == {"count": 2, "mib": 2.0, "largest_mib": 1.0, "largest": "f32[256,1024]"}
+    assert found["all-reduce"]["count"] == 1 and found["all-reduce"]["mib"] == 1.0
 
 
 @pytest.mark.slow

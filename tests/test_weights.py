@@ -244,7 +244,8 @@ def test_every_device_gets_its_own_shard(policy):
         try:  # four heads
             train.load_policy(path, train.make_mesh(train.MeshSection(1, 1, 8)))
         except train.ConfigError as error:
-            assert "mesh.tensor=8: does not divide " in str(error) and "use one of 1, 2" in str(error), error
+            assert str(error).startswith("mesh.tensor=8: does not divide all of heads="), error
+            assert str(error).endswith("; use one of 1, 2"), error
         else:
             raise AssertionError
     """
