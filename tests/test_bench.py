@@ -24,6 +24,7 @@ def test_scenes_are_made_fast():
     assert told["written"] > 250 and told["in_memory"] > 1000
 
 
+@pytest.mark.slow
 def test_the_shipped_base_sees(capsys):
     """Held-out scenes; the floors are well below what the base does (experiments/README.md)."""
     assert bench.main(["perception", "policy.path=asset:embedded_base"]) == 0

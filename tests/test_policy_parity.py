@@ -310,6 +310,7 @@ def test_both_spellings_of_config_json(tmp_path: Path):
     assert train.PolicyConfig.from_json(old) == new
 
 
+@pytest.mark.slow
 def test_packed_segments_on_a_shared_prompt_are_whole_sequences(tmp_path):
     """What the update computes (prompt once per group, segments packed in rows, images in a bank) against
     each dialogue run whole: DESIGN.md 6 promises the same numbers."""

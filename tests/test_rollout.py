@@ -313,7 +313,7 @@ def whole_update(world, scored):
     [
         pytest.param("update.share_prefix=false", marks=pytest.mark.slow),
         "update.micro_prompts=1",
-        "update.token_buckets=[512]",
+        pytest.param("update.token_buckets=[512]", marks=pytest.mark.slow),
         "order",
         "shared rows",
         pytest.param("shared rows, update.share_prefix=false", marks=pytest.mark.slow),

@@ -294,13 +294,16 @@ def test_a_run_does_not_go_on_with_other_prompts(tmp_path):
     """The summary of an unfinished run says how its models were asked."""
     config = train.load_config("experiments/embedded.yaml", [f"run_dir={tmp_path}/run", "evaluate.every=0"])
     run = train.Run(config)
+    run.log({"step": 1})
     run.summarise(models={"expert": {"prompt_hash": "other"}})
     again = object.__new__(train.Trainer)
     again.config, again.run, again.state = config, run, train.fresh_state({"w": jnp.ones(2)}, config, teacher=False)
     again.models = lambda: {"expert": {"prompt_hash": "today's"}}
-    with pytest.raises(train.ConfigError, match="expert was asked with prompts other, today's are today's"):
-        train.train_on(again, time.perf_counter(), {})
-    run.close()
+    try:
+        with pytest.raises(train.ConfigError, match="expert was asked with prompts other, today's are today's"):
+            train.train_on(again, time.perf_counter(), {})
+    finally:
+        run.close()
 
 
 def test_ctrl_c_asks_and_a_second_one_insists(tmp_path):
@@ -406,6 +409,7 @@ def talks(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_given_conversations_are_taught(place, talks):
     """The real command: MIRAS's mix, from the shipped base; killed runs resume as any other."""
     arguments = ["experiments/embedded_conversations.yaml", "steps=2", "warmstart.scenes=2", f"run_dir={place}/talk",
