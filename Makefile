@@ -50,7 +50,8 @@ demo: setup
 
 test: setup
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile # a file stays together: its tests share what they made
+	@# A file stays together, since its tests share what they made; the longest one comes first.
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/test_train.py tests
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow

@@ -893,6 +893,7 @@ def test_teacher_contexts(world, played, scored):
     assert batch.rows.tokens[0, 0, starts[0, 0] : starts[0, 0] + len(d.row)].tolist() == d.row.tokens
 
 
+@pytest.mark.slow
 def test_self_distillation_approaches_the_teacher(world, played, scored):
     """sdpo: repeated updates on one batch lower the divergence from the guided teacher, which itself follows by ema."""
     changes = ["update.loss=sdpo", "credit.teacher_update=ema", "credit.ema_rate=0.25", "update.micro_prompts=2"]

@@ -383,6 +383,7 @@ def test_terminate_saves_first_and_a_dead_segmenter_does_not_stop_training(place
     assert (place / "ended" / "checkpoints" / str(steps[-1])).is_dir()
 
 
+@pytest.mark.slow
 def test_the_warm_start_learns_from_random_weights(place):
     shape = json.loads((ROOT / "experiments/embedded_shape.json").read_text())
     shape["text_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
