@@ -1168,7 +1168,7 @@ def _ambiguate_and_report(name: str, source: str, out: str, test: str | None = N
         try:
             simulator.check_url(url)
         except ValueError as error:
-            raise DataError(f"url= {error}") from None  # which may hold a password: it is not repeated
+            raise DataError(f"url: {error}") from None  # which may hold a password: it is not repeated
         if timeout < 1 or max_in_flight < 1:
             raise DataError(f"timeout={timeout} max_in_flight={max_in_flight}: both must be at least 1")
         host = simulator.Endpoint("ambiguate", url, model, timeout=timeout, max_in_flight=max_in_flight)

@@ -87,7 +87,7 @@ def abstract(tree: Any, shardings: Any) -> Any:
     return jax.tree.unflatten(form, made)
 
 
-def lower_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any], Any]]:
+def trace_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any], Any]]:
     """name -> (trace, what stays in memory beside it): the programs of a training step at their largest shapes."""
     import jax
     import jax.numpy as jnp
@@ -310,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise train.ConfigError("topology= is missing, for example topology=v5p:4x4x4 or gpu:8")
         devices, hbm, target = open_topology(config.topology)
         mesh = train.make_mesh(config.mesh, devices)
-        programs = lower_programs(config, mesh)
+        programs = trace_programs(config, mesh)
     except (train.ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

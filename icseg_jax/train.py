@@ -3021,7 +3021,7 @@ def score(
     guidance = [["" for _ in row] for row in dialogues]
     faults = dict.fromkeys(
         ("diagnosed", "counts_repaired", "counts_unreadable", "guidance_refused", "segmenter_failed")
-        + ("user_failed", "user_unable", "expert_failed"),
+        + ("user_failed", "expert_failed"),
         0,
     )
     faults["user_unable"] = sum(

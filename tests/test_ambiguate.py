@@ -198,8 +198,8 @@ def test_names_do_not_lead_out(mevis: Path, tmp_path: Path) -> None:
     ("mevis source=. out=x", "with a record in ."), ("mevis source=.", "needs out="),
     ("mevis source=. out=x endpoint=http://x", "ambiguate has no 'endpoint'"),
     ("mevis source=. out=x url=http://x", "needs model= too"), ("mevis source=. out=x model=m", "needs url= too"),
-    ("mevis source=. out=x url=x model=m", "url= is no URL"),
-    ("mevis source=. out=x url=http://me:hush@x model=m", "url= a URL is written into logs"),
+    ("mevis source=. out=x url=x model=m", "url: is no URL"),
+    ("mevis source=. out=x url=http://me:hush@x model=m", "url: a URL is written into logs"),
     ("mevis source=. out=x url=http://x model=m timeout=0", "timeout=0 max_in_flight=8: both must be"),
 ])
 def test_bad_input_is_one_line(words: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
