@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from test_simulator import GOOD, server  # noqa: F401 - a fixture
+from test_simulator import models as listed
 
-from icseg_jax import ablate, train
+from icseg_jax import ablate, simulator, train
 
 ROWS = sorted(Path("experiments/ablations").glob("*/*.yaml"))
 TINY = ["rollout.prompts=2", "rollout.rollouts=2", "data.generate_train=6", "data.generate_test=6", "evaluate.clips=2",
@@ -153,16 +155,27 @@ def own_signals():
         signal.signal(number, handler)
 
 
+def served_model(body: dict) -> str:
+    """What the user or the expert behind the tests' server says: a color; one candidate less after each question."""
+    if body["messages"][0]["content"] == simulator.EXPERT_PROMPT:
+        asked = body["messages"][-1]["content"][-1]["text"].count('"question"')
+        return GOOD % (", ".join(str(max(1, asked + 1 - i)) for i in range(asked + 1)), "Ask for the motion first.")
+    return "<thinking> I look at it. </thinking><answer> blue </answer>"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "row", [r for r in ROWS if r.parent.name != "models"], ids=lambda p: f"{p.parent.name}/{p.stem}"
-)  # what an endpoint answers is tests/test_serve.py's
-def test_every_row_runs_two_steps(row, tmp_path, shared, own_signals):
+@pytest.mark.parametrize("row", ROWS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_row_runs_two_steps(row, tmp_path, shared, own_signals, server):  # noqa: F811
     """As `python -m icseg_jax.train ROW`, which `ablate` starts, but in this process."""
     small = [a for a in TINY if row.parent.name != "groups" or "rollouts" not in a]  # what the row says is what runs
+    if models := row.parent.name == "models":  # the one thing that a row can not bring is the server
+        small.append(f"{'expert' if row.stem == 'expert' else 'simulator'}.url={server.url}")
+        server.says, server.lists = served_model, listed("user", "expert")
     out = tmp_path / "run"
     assert train.main([str(row), "steps=2", f"run_dir={out}", *small, *shared]) == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["user_failed"] == line["expert_failed"] == 0 for line in lines)
+    assert models == bool(server.bodies) and all(body["model"] in ("user", "expert") for body in server.bodies)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["finished"] and summary["after"]["sampled"]["count"]["success"] == 6
