@@ -36,6 +36,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import threading
 import zipfile
@@ -77,32 +78,49 @@ def dialogues(config: train.Config) -> list[tuple[data.Sample, list[int], Dialog
         shown = [sample.frame_ids[i] for i in data.sample_frames(len(sample), config.protocol.frames)]
         rng = np.random.default_rng([config.seed, index])
         asked = rng.permutation(synthetic.ASKABLE)[: config.protocol.max_turns - 1]
-        questions = [synthetic.QUESTIONS[attribute].format(fid=rng.choice(shown)) for attribute in asked]
+        questions = [a_question(str(attribute), int(rng.choice(shown)), sample.query, rng) for attribute in asked]
         out.append((sample, shown, [(question, oracle.answer(graph, shown, question)) for question in questions]))
     return out
 
 
+def a_question(attribute: str, fid: int, query: str, rng: np.random.Generator) -> str:
+    """About an attribute: half of them open, a quarter each offer one value (yes or no) and two (a choice). What the
+    query has said already is asked openly."""
+    offered = rng.permutation(synthetic.VALUES[attribute])[: rng.choice([0, 0, 1, 2])]
+    verb, where = "moving " * (attribute == "motion"), f" in frame {fid}" * (attribute == "column")
+    question = f"Is the target {verb}{' or '.join(offered)}{where}?"
+    if len(offered) and simulator.parse_question(question, query):
+        return question
+    return synthetic.QUESTIONS[attribute].format(fid=fid)
+
+
 def says_the_same(attribute: str, said: str, exact: str) -> bool:
-    """Whether a free answer about an attribute names the exact value and no other, or is the exact phrase."""
-    if exact not in synthetic.VALUES[attribute]:  # such as "not visible"
+    """Whether a free answer about an attribute names the exact value and no other, opens with the exact yes or no, or
+    is the exact phrase."""
+    if exact in ("yes", "no"):
+        return re.match(r"\W*(yes|no)\b|", said.lower())[1] == exact
+    if exact not in synthetic.VALUES[attribute]:  # such as "not visible" or "neither"
         return said.lower().strip(" .") == exact
     read = simulator.parse_question(f"{attribute} {said}")
     return read is not None and read.attribute == attribute and read.options == (exact,)
 
 
 def check_answers(user: simulator.ModelUser, played: Sequence[tuple[data.Sample, list[int], Dialogue]]) -> dict:
-    """Shares of the model's answers that say what the exact ones say, in all and by attribute."""
+    """Shares of the model's answers that say what the exact ones say: in all, by attribute, by kind of question."""
     asked = [(sample, shown, question, exact) for sample, shown, d in played for question, exact in d]
     answers = simulator.answer_all(user, [request[:3] for request in asked])
     hits: dict[str, list[bool]] = collections.defaultdict(list)
+    kinds: dict[str, list[bool]] = collections.defaultdict(list)
     for (_, _, question, exact), said in zip(asked, answers, strict=True):
         if said is not None:
-            attribute = simulator.parse_question(question).attribute
-            hits[attribute].append(says_the_same(attribute, said, exact))
+            parsed = simulator.parse_question(question)
+            hits[parsed.attribute].append(says_the_same(parsed.attribute, said, exact))
+            kinds[parsed.kind].append(hits[parsed.attribute][-1])
     told = [answer for answer in answers if answer is not None]
     return {
         "agreement": share([hit for some in hits.values() for hit in some]),
         "by_attribute": {attribute: share(some) for attribute, some in sorted(hits.items())},
+        "by_kind": {kind: share(some) for kind, some in sorted(kinds.items())},
         "please_clarify": share([answer.lower().startswith(simulator.CLARIFY) for answer in told]),
         "unable": share([answer == simulator.UNABLE for answer in told]),
         "questions": len(asked), "without_answer": len(asked) - len(told), **user.about(),

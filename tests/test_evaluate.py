@@ -68,7 +68,8 @@ def test_a_frozen_policy_is_compared_as_a_served_one_is(world, monkeypatch, caps
     assert evaluate.main([CONFIG, "check=oracle", f"data.path={world}", "data.generate_train=0", "rollout.prompts=2",
                           "update.minibatches=1", "simulator.kind=local", "simulator.path=somewhere"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert "expert" not in told and told["simulator"]["agreement"] == 0.0
+    kinds = told["simulator"]["by_kind"]
+    assert "expert" not in told and kinds["what"] == kinds["choice"] == 0.0 and kinds["yesno"] > 0.3
     assert (told["simulator"]["kind"], told["simulator"]["path"]) == ("local", "somewhere")
 
 
@@ -78,7 +79,18 @@ def test_a_frozen_policy_is_compared_as_a_served_one_is(world, monkeypatch, caps
     ("color", "blue or green", "blue", False), ("motion", "It moves to the left", "leftward", True),
     ("motion", "stays still", "still", True), ("column", "on the left side", "left", True),
     ("column", "Not visible.", "not visible", True), ("size", "unable to answer", "small", False),
+    ("color", "No, it is green.", "no", True), ("color", "yes", "no", False), ("color", "nobody knows", "no", False),
+    ("shape", "Neither.", "neither", True), ("shape", "", "yes", False),
 ])
+def test_questions_of_every_kind_are_understood():
+    rng, kinds = np.random.default_rng(0), set()
+    for attribute in list(synthetic.ASKABLE) * 40:
+        parsed = simulator.parse_question(evaluate.a_question(attribute, 7, "the blue one", rng), "the blue one")
+        assert parsed.attribute == attribute and (attribute != "column" or parsed.frame == 7)
+        kinds.add((attribute, parsed.kind))
+    assert kinds == {(attribute, kind) for attribute in synthetic.ASKABLE for kind in ("what", "yesno", "choice")}
+
+
 def test_free_answers_are_compared_by_what_they_name(attribute, said, exact, same):
     assert evaluate.says_the_same(attribute, said, exact) == same
 
