@@ -522,7 +522,8 @@ class FixedDialogue:
             prompts=g["prompts"], rollouts=g["rollouts"], cache_buckets=[cache], decode_tokens=g["new_tokens"]
         )
         self.config = train.Config(protocol=protocol, rollout=rollout)
-        tokenizer = train.load_tokenizer(train.resolve_path("asset:embedded_base"))  # its words are never used
+        words = train.resolve_path("asset:embedded_base")  # they are never used
+        tokenizer = train.load_tokenizer(words, policy_config)
         self.speaker = train.Speaker(protocol, policy_config, tokenizer)
         self.mesh = train.make_mesh(train.MeshSection())
         self.sampler = train.Sampler(
@@ -654,6 +655,8 @@ def huggingface(job: dict[str, Any]) -> None:
     grids = torch.tensor([[1, *job["grid"]]] * (len(rows) * images))
     model.generation_config.eos_token_id = None
     length = job["new_tokens"]
+    pictures = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    pictures = torch.tensor([getattr(model.config, name) for name in pictures])
 
     def play() -> float:
         begun = time.perf_counter()
@@ -666,6 +669,8 @@ def huggingface(job: dict[str, Any]) -> None:
                     mm_token_type_ids=kinds, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                     max_new_tokens=length, min_new_tokens=length, use_cache=True, pad_token_id=0,
                 )  # fmt: skip
+                said = ids[:, -length:]
+                said[torch.isin(said, pictures)] = 0  # a random model says these too; no picture comes with them
                 if turn + 1 < job["turns"]:
                     told = torch.from_numpy(saved["told"][turn].reshape(len(rows), -1))
                     ids = torch.cat([ids, told], 1)

@@ -2329,6 +2329,36 @@ class Penalty(struct.PyTreeNode):
     since: Array  # [P,N] int32: where among them this generation begins
 
 
+def first_above(weights: Array, aim: Array) -> tuple[Array, Array]:
+    """weights [...,V] from 0 up, aim [...] below their sum: the first index whose running sum exceeds it, among those
+    of some weight, and the sum before it."""
+    running = jnp.cumsum(weights, -1)
+    hit = (running > aim[..., None]) & (weights > 0)  # rounding may leave none
+    index = jnp.where(hit.any(-1), jnp.argmax(hit, -1), jnp.argmax(weights, -1))
+    return index, jnp.take_along_axis(running - weights, index[..., None], -1)[..., 0]
+
+
+BLOCKS = 128  # of the vocabulary, in which a token is looked up; Qwen's is a multiple of it
+
+
+def draw(scores: Array, temperature: Array, chance: Array) -> Array:
+    """Tokens [P,N] int32 with probabilities softmax(scores [P,N,V] / temperature [P,N]); the likeliest where that is 0.
+
+    chance [P,N]: one uniform number from [0, 1) for each row. It is looked up in the sums of BLOCKS blocks and then in
+    one of them: noise for every word (Gumbel) cost more than the layers did.
+    """
+    p, n, words = scores.shape
+    best = jnp.argmax(scores, -1, keepdims=True)
+    top = jnp.take_along_axis(scores, best, -1)
+    weights = jnp.exp((scores - top) / jnp.maximum(temperature, 1e-6)[..., None])
+    weights = jnp.pad(weights, ((0, 0), (0, 0), (0, -words % BLOCKS))).reshape(p, n, BLOCKS, -1)
+    sums = weights.sum(-1)
+    aim = chance * sums.sum(-1)
+    block, before = first_above(sums, aim)
+    place, _ = first_above(jnp.take_along_axis(weights, block[..., None, None], 2)[:, :, 0], aim - before)
+    return jnp.where(temperature > 0, block * weights.shape[-1] + place, best[..., 0]).astype(jnp.int32)
+
+
 class Sampler:
     """Plays dialogues: encode and prefill once per prompt, then turns of decode, act, observe, extend.
 
@@ -2489,6 +2519,11 @@ class Sampler:
         heard = unheard.at[row, lane, penalty.heard].set(True, mode="drop")
         spoken = unheard.at[row, lane, jnp.where(ours, penalty.heard, unheard.shape[-1])].set(True, mode="drop")
         harder, off = penalty.repetition[..., None], penalty.presence[..., None]
+        penalised = (penalty.repetition != 1).any() | (penalty.presence != 0).any()
+
+        def less(logits, heard, spoken):
+            scores = jnp.where(heard, jnp.where(logits > 0, logits / harder, logits * harder), logits)
+            return scores - jnp.where(spoken, off, 0.0)
 
         def go_on(carry):
             at, _, live, *_ = carry
@@ -2496,20 +2531,16 @@ class Sampler:
 
         def body(carry):
             at, logits, live, state, tokens, logp, length, finished, recent, heard, spoken = carry
-            scores = jnp.where(heard, jnp.where(logits > 0, logits / harder, logits * harder), logits)
-            scores = jnp.where(self.allowed, scores - jnp.where(spoken, off, 0.0), MASKED)
-            drawn = jax.vmap(jax.vmap(lambda k, i: jax.random.gumbel(jax.random.fold_in(k, i), logits.shape[-1:])))(
+            scores = jax.lax.cond(penalised, less, lambda logits, *_: logits, logits, heard, spoken)
+            chance = jax.vmap(jax.vmap(lambda k, i: jax.random.uniform(jax.random.fold_in(k, i))))(
                 keys, lanes.past_length + at
             )
-            heat = temperature[..., None]
-            token = jnp.argmax(jnp.where(heat > 0, scores / jnp.maximum(heat, 1e-6) + drawn, scores), -1).astype(
-                jnp.int32
-            )
-            chance = jnp.take_along_axis(logits, token[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
+            token = draw(jnp.where(self.allowed, scores, MASKED), temperature, chance)
+            likely = jnp.take_along_axis(logits, token[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
             token = jnp.where(live, token, self.speaker.tokenizer.end_of_text)
             heard, spoken = (x.at[row[..., 0], lane[:, 0], token].set(True) for x in (heard, spoken))
             tokens = tokens.at[:, :, at].set(token)
-            logp = logp.at[:, :, at].set(jnp.where(live, chance, 0.0))
+            logp = logp.at[:, :, at].set(jnp.where(live, likely, 0.0))
             length = length + live
             state = jnp.where(live, self.table[state, token], state)
             stopped = (state == self.stop_state) | (token[..., None] == self.ends).any(-1)

@@ -1,6 +1,8 @@
 """The measurements print what they promise, at a small size."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -77,6 +79,27 @@ def test_jf_are_faster_than_the_reference(capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["frame"] == [480, 854] and told["least_ratio"] >= 2
     assert told["object"]["area"] < 0.2 < 0.5 < told["large"]["area"]
+
+
+TINY = ["prompts=2", "rollouts=2"]
+
+
+def test_a_fixed_dialogue_is_played(capsys):
+    more = ["model=icseg_jax/assets/embedded_base", "images=2", "image_size=64", "text_tokens=8", "new_tokens=4"]
+    assert bench.main(["rollout", *TINY, *more, "turns=2", "observation_tokens=3", "against=huggingface"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["tokens_per_s"] > 0 and told["prompt_tokens"] == 2 * (16 + 2) + 8
+    assert told["times_huggingface"] == told["tokens_per_s"] / told["huggingface"]["tokens_per_s"]
+
+
+def test_sharing_a_prompt_changes_no_gradient():
+    """In a process of its own: what describes a program (its arguments' shapes) is no array, as types here demand."""
+    small = ["prompt_tokens=24", "response_tokens=8", "layers=3", "width=64", "vocabulary=64"]
+    done = subprocess.run(
+        [sys.executable, "-m", "icseg_jax.bench", "update", *TINY, *small], capture_output=True, text=True, check=True
+    )
+    told = json.loads(done.stdout)
+    assert told["max_grad_difference"] < 1e-5 and told["shared_s"] > 0 < told["unshared_s"]
 
 
 def test_bad_input_is_one_line(capsys):

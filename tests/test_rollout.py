@@ -944,3 +944,31 @@ def test_stop_automaton_equals_string_search(vocabulary, drawn):
     for i in ids:
         state, text = table[state, i], text + vocabulary[i]
         assert (state == done) == any(s in text for s in stops)
+
+
+@pytest.mark.parametrize("words", [5, 127, 128, 704, 1000])
+def test_tokens_are_drawn_as_likely_as_they_are(words):
+    """Over a fine grid of chances each token comes up as often as its probability says, forbidden ones never."""
+    rng = np.random.default_rng(words)
+    scores = rng.normal(0, 2, (1, 2, words)).astype(np.float32)
+    scores[..., rng.random(words) < 0.3] = train.MASKED
+    scores[..., 3] = 0.0
+    heat = np.array([[1.0, 0.5]], np.float32)
+    grid = (np.arange(20_000, dtype=np.float32) + 0.5) / 20_000
+    drawn = jax.vmap(lambda chance: train.draw(scores, heat, jnp.full((1, 2), chance)))(grid)
+    for row in (0, 1):
+        wanted = np.exp(scores[0, row].astype(np.float64) / heat[0, row])
+        found = np.bincount(np.asarray(drawn)[:, 0, row], minlength=words) / len(grid)
+        np.testing.assert_allclose(found, wanted / wanted.sum(), atol=2e-4)
+        assert not found[scores[0, row] == train.MASKED].any()
+
+
+@pytest.mark.parametrize("chance", [0.0, 1e-7, 0.5, 1 - 2**-23])
+def test_draws_at_the_ends_are_of_what_may_be_said(chance):
+    rng = np.random.default_rng(0)
+    scores = np.where(rng.random((64, 4, 300)) < 0.9, train.MASKED, rng.normal(0, 30, (64, 4, 300))).astype(np.float32)
+    scores[..., 17] = 0.0
+    heat = np.broadcast_to(np.array([0.0, 0.3, 1.0, 5.0], np.float32), (64, 4))
+    token = np.asarray(train.draw(scores, heat, np.full((64, 4), chance, np.float32)))
+    assert (np.take_along_axis(scores, token[..., None], -1) > train.MASKED).all()
+    np.testing.assert_array_equal(token[:, 0], scores[:, 0].argmax(-1))
