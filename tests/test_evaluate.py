@@ -73,15 +73,6 @@ def test_a_frozen_policy_is_compared_as_a_served_one_is(world, monkeypatch, caps
     assert (told["simulator"]["kind"], told["simulator"]["path"]) == ("local", "somewhere")
 
 
-@pytest.mark.parametrize("attribute, said, exact, same", [
-    ("color", "Blue.", "blue", True), ("color", "the blue one", "blue", True),
-    ("color", "a blue circle", "blue", False),
-    ("color", "blue or green", "blue", False), ("motion", "It moves to the left", "leftward", True),
-    ("motion", "stays still", "still", True), ("column", "on the left side", "left", True),
-    ("column", "Not visible.", "not visible", True), ("size", "unable to answer", "small", False),
-    ("color", "No, it is green.", "no", True), ("color", "yes", "no", False), ("color", "nobody knows", "no", False),
-    ("shape", "Neither.", "neither", True), ("shape", "", "yes", False),
-])
 def test_questions_of_every_kind_are_understood():
     rng, kinds = np.random.default_rng(0), set()
     for attribute in list(synthetic.ASKABLE) * 40:
@@ -91,6 +82,15 @@ def test_questions_of_every_kind_are_understood():
     assert kinds == {(attribute, kind) for attribute in synthetic.ASKABLE for kind in ("what", "yesno", "choice")}
 
 
+@pytest.mark.parametrize("attribute, said, exact, same", [
+    ("color", "Blue.", "blue", True), ("color", "the blue one", "blue", True),
+    ("color", "a blue circle", "blue", False),
+    ("color", "blue or green", "blue", False), ("motion", "It moves to the left", "leftward", True),
+    ("motion", "stays still", "still", True), ("column", "on the left side", "left", True),
+    ("column", "Not visible.", "not visible", True), ("size", "unable to answer", "small", False),
+    ("color", "No, it is green.", "no", True), ("color", "yes", "no", False), ("color", "nobody knows", "no", False),
+    ("shape", "Neither.", "neither", True), ("shape", "", "yes", False),
+])
 def test_free_answers_are_compared_by_what_they_name(attribute, said, exact, same):
     assert evaluate.says_the_same(attribute, said, exact) == same
 
