@@ -364,6 +364,7 @@ def test_released_sizes_find_their_configuration(letter, channels, blocks, tmp_p
         load_segmenter(tmp_path / "x.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:cannot import name '_C':UserWarning")  # its CUDA extension
 def test_a_released_checkpoint_tracks_like_the_package(released, monkeypatch):
     """The package builds and loads its predictor itself, with its defaults; ours gets the path alone."""
