@@ -897,8 +897,17 @@ def attend(q: Array, parts: Sequence[tuple[Array, Array, Array]]) -> Array:
 
 
 def _contract(spec: str, a: Array, b: Array, shared: bool) -> Array:
-    """einsum in which `*` stands for the axes of a part's keys or values: ps when shared, pns when a rollout's own."""
-    return jnp.einsum(spec.replace("*", "ps" if shared else "pns"), a, b, preferred_element_type=jnp.float32)
+    """einsum in which `*` stands for the axes of a part's keys or values: ps when shared, pns when a rollout's own.
+
+    The product has the axes of a, then those of b: left to einsum, the two may change places, and on CPU the larger one
+    (of size t * S) is then laid out anew for the product.
+    """
+    inputs, wanted = spec.replace("*", "ps" if shared else "pns").split("->")
+    first, second = inputs.split(",")
+    axes = [x for x in first if x in second] + [x for x in first + second if (x in first) != (x in second)]
+    made = "".join(x for x in axes if x in wanted)
+    product = jnp.einsum(f"{inputs}->{made}", a, b, preferred_element_type=jnp.float32)
+    return product.transpose([made.index(x) for x in wanted])
 
 
 def _scores(q: Array, k: Array, mask: Array) -> Array:
@@ -979,9 +988,9 @@ def _attend_backward(kept, slope):
             weight = jnp.exp(_scores(q, k, mask) - log_sum[..., None])
             change = (weight * (_contract("pnkgth,*kh->pnkgts", slope, v, shared) - inner)).astype(q.dtype)
             q_slope += _contract("pnkgts,*kh->pnkgth", change, k, shared)
-            to_key = "pnkgts,pnkgth->pskh" if shared else "pnkgts,pnkgth->pnskh"
+            to_key = "pnkgth,pnkgts->*kh"
             key_slopes.append((
-                _contract(to_key, change, q, shared), _contract(to_key, weight.astype(q.dtype), slope, shared)
+                _contract(to_key, q, change, shared), _contract(to_key, slope, weight.astype(q.dtype), shared)
             ))  # fmt: skip
         return jax.tree.map(jnp.add, sums, tuple(key_slopes)), q_slope.astype(q.dtype)
 
@@ -1071,6 +1080,21 @@ def attend_by(kind: str, mesh: Mesh | None, q: Array, parts: Sequence[tuple[Arra
     return local(q, list(parts))
 
 
+@jax.custom_vjp
+def widen(x: Array, kernel: Array) -> Array:
+    """x [..., D] @ kernel [D, I], with I above D. The kernel's slope is x times the result's slope, in this order: CPUs
+    lay the first factor out anew for it, and x is the narrow one."""
+    return x @ kernel
+
+
+def _widen_backward(kept, slope):
+    x, kernel = kept
+    return slope @ kernel.T, jnp.einsum("...d,...i->di", x, slope)
+
+
+widen.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _widen_backward)
+
+
 class Layer(nn.Module):
     """One decoder layer. The context's keys and values are arguments, the new ones are a result."""
 
@@ -1110,8 +1134,8 @@ class Layer(nn.Module):
         x = hold(x, p, n, t)
 
         y = rms_norm(x, _weight(self, "mlp_norm", [width], ["norm"], 1.0), c.rms_norm_eps)
-        gate = y @ _weight(self, "gate", [width, inner], ["embed", "mlp"]).astype(x.dtype)
-        up = y @ _weight(self, "up", [width, inner], ["embed", "mlp"]).astype(x.dtype)
+        gate = widen(y, _weight(self, "gate", [width, inner], ["embed", "mlp"]).astype(x.dtype))
+        up = widen(y, _weight(self, "up", [width, inner], ["embed", "mlp"]).astype(x.dtype))
         inside = hold(jax.nn.silu(gate) * up, p, n, t, "tensor")
         x = hold(x + inside @ _weight(self, "down", [inner, width], ["mlp", "embed"]).astype(x.dtype), p, n, t)
 
