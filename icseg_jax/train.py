@@ -911,7 +911,9 @@ def _contract(spec: str, a: Array, b: Array, shared: bool) -> Array:
 
 
 def _scores(q: Array, k: Array, mask: Array) -> Array:
-    scores = _contract("pnkgth,*kh->pnkgts", q, k, k.ndim == 4)
+    shared = k.ndim == 4
+    few = math.prod(q.shape[3:5]) * (q.shape[1] if shared else 1) < k.shape[-3]  # so keys stay as they are
+    scores = _contract("*kh,pnkgth->pnkgts", k, q, shared) if few else _contract("pnkgth,*kh->pnkgts", q, k, shared)
     return jnp.where(mask[:, :, None, None], scores, MASKED)
 
 
