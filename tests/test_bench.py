@@ -84,11 +84,20 @@ def test_jf_are_faster_than_the_reference(capsys):
 TINY = ["prompts=2", "rollouts=2"]
 
 
+DIALOGUE = ["model=icseg_jax/assets/embedded_base", "images=2", "image_size=64", "text_tokens=8", "new_tokens=4"]
+DIALOGUE += ["turns=2", "observation_tokens=3"]
+
+
 def test_a_fixed_dialogue_is_played(capsys):
-    more = ["model=icseg_jax/assets/embedded_base", "images=2", "image_size=64", "text_tokens=8", "new_tokens=4"]
-    assert bench.main(["rollout", *TINY, *more, "turns=2", "observation_tokens=3", "against=huggingface"]) == 0
+    assert bench.main(["rollout", *TINY, *DIALOGUE]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["tokens_per_s"] > 0 and told["prompt_tokens"] == 2 * (16 + 2) + 8
+
+
+@pytest.mark.slow
+def test_a_fixed_dialogue_is_played_by_transformers_too(capsys):
+    assert bench.main(["rollout", *TINY, *DIALOGUE, "against=huggingface"]) == 0
+    told = json.loads(capsys.readouterr().out)
     assert told["times_huggingface"] == told["tokens_per_s"] / told["huggingface"]["tokens_per_s"]
 
 
