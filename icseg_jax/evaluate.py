@@ -114,8 +114,9 @@ def check_answers(user: simulator.ModelUser, played: Sequence[tuple[data.Sample,
     for (_, _, question, exact), said in zip(asked, answers, strict=True):
         if said is not None:
             parsed = simulator.parse_question(question)
-            hits[parsed.attribute].append(says_the_same(parsed.attribute, said, exact))
-            kinds[parsed.kind].append(hits[parsed.attribute][-1])
+            same = says_the_same(parsed.attribute, said, exact)
+            hits[parsed.attribute].append(same)
+            kinds[parsed.kind].append(same)
     told = [answer for answer in answers if answer is not None]
     return {
         "agreement": share([hit for some in hits.values() for hit in some]),

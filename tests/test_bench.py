@@ -82,8 +82,6 @@ def test_jf_are_faster_than_the_reference(capsys):
 
 
 TINY = ["prompts=2", "rollouts=2"]
-
-
 DIALOGUE = ["model=icseg_jax/assets/embedded_base", "images=2", "image_size=64", "text_tokens=8", "new_tokens=4"]
 DIALOGUE += ["turns=2", "observation_tokens=3"]
 
