@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -271,34 +272,40 @@ def _decode_mask(path: Path) -> Bool[np.ndarray, "h w"]:
 Record = tuple[str, Callable[[], Sample]]  # its id, and what opens it or says in a DataError why it cannot
 
 
-def open_records(records: Iterable[Record], where: str, strict: bool, refused: list[tuple[str, str]] | None,
-                 skip: int = 0) -> Iterator[Sample]:
+def open_records(records: Iterable[Record], where: str, strict: bool,
+                 refused: list[tuple[str, str]] | None) -> Iterator[Sample]:
     """The samples of the records that are as they should be, opened one by one.
 
     The others are left out: (id, reason), a line each, is appended to `refused`, or a warning says so when no list
-    is given; `strict` raises DataError instead. `where` is the table they stand in; the first `skip` records were
-    opened before, and only their ids are looked at.
+    is given; `strict` raises DataError instead. `where` is the table they stand in.
+    """
+    for id, sample in _opened_records(records):
+        if isinstance(sample, Sample):
+            yield sample
+        elif strict:
+            raise DataError(f"record {id} of {where}: {sample}")
+        elif refused is None:
+            warnings.warn(f"record {id} of {where} is left out: {sample}", stacklevel=2)
+        else:
+            refused.append((id, sample))
+
+
+def _opened_records(records: Iterable[Record], first: int = 0, step: int = 1) -> Iterator[tuple[str, Sample | str]]:
+    """(id, sample, or why there is none) of the records first, first + step, ...; of the others only ids are looked at.
     """
     seen: set[str] = set()
     for number, (id, make) in enumerate(records):
-        try:
-            if number < skip:
-                seen.add(id)
-                continue
-            if id in seen:
-                raise DataError("its id belongs to an earlier record")
-            seen.add(id)
-            sample = make()
-        except (ValueError, OSError) as error:
-            id, reason = _one_line(id), _one_line(str(error))[:500]
-            if strict:
-                raise DataError(f"record {id} of {where}: {reason}") from None
-            if refused is None:
-                warnings.warn(f"record {id} of {where} is left out: {reason}", stacklevel=2)
-            else:
-                refused.append((id, reason))
+        known = id in seen
+        seen.add(id)
+        if number < first or (number - first) % step:
             continue
-        yield sample
+        try:
+            if known:
+                raise DataError("its id belongs to an earlier record")
+            sample: Sample | str = make()
+        except (ValueError, OSError) as error:
+            id, sample = _one_line(id), _one_line(str(error))[:500]
+        yield id, sample
 
 
 def _one_line(text: str) -> str:
@@ -774,35 +781,113 @@ def _write_split(name: str, source: Path, split: str, folder: Path, about: dict,
     records = readers.records(name, source, split, decode=True, **keys)
     total = (len(records) if isinstance(records, list)
              else sum(_parquet(path).metadata.num_rows for path in _ambi_tables(source, split)))
+    told = share_out("records", {"name": name, "source": str(source), "split": split, "keys": keys}, total,
+                     about["taken"])
     quiet = None if progress else True  # None: quiet where nobody watches
-    taken, refused, features = 0, [tuple(pair) for pair in about["refused"]], _features()
-
-    def counted() -> Iterator[Record]:
-        nonlocal taken
-        for record in tqdm(records, f"prepare {split}", total, unit=" records", disable=quiet):
-            taken += 1
-            yield record
-
-    samples = open_records(counted(), f"{split} of {source}", strict, refused, skip=about["taken"])
+    coming = iter(tqdm(told, f"prepare {split}", total, initial=about["taken"], unit=" records", disable=quiet))
     more = True
-    while more:
-        path, n, size = folder / f"{name}-{split}.array_record-{len(about['shards']):05d}", 0, 0
-        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-        while size < SHARD_BYTES and (sample := next(samples, None)) is not None:
-            example = features.serialize_example(_to_record(sample))
-            writer.write(example)
-            n, size = n + 1, size + len(example)
-        writer.close()
-        more = size >= SHARD_BYTES
-        if n:
-            about["shards"].append(n)
+    with contextlib.closing(told):
+        while more:
+            path, n, size = folder / f"{name}-{split}.array_record-{len(about['shards']):05d}", 0, 0
+            writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+            for record, example in coming:
+                about["taken"] += 1
+                if "reason" not in record:
+                    writer.write(example)
+                    n, size = n + 1, size + len(example)
+                elif strict:
+                    raise DataError(f"record {record['id']} of {split} of {source}: {record['reason']}")
+                else:
+                    about["refused"].append([record["id"], record["reason"]])
+                if size >= SHARD_BYTES:
+                    break
+            writer.close()
+            more = size >= SHARD_BYTES
+            if n:
+                about["shards"].append(n)
+            else:
+                path.unlink()
+            about.update(bytes=about["bytes"] + size, done=not more)
+            if about["done"] and not about["shards"]:
+                why = f"the first is refused because {about['refused'][0][1]}" if about["refused"] else "it is empty"
+                raise DataError(f"{split} of {source} has no usable record; {why}")
+            save()
+
+
+def _records_job(name: str, source: str, split: str, keys: dict[str, str], first: int, step: int) -> Iterator[Told]:
+    """A record: its id, and the example to write or why there is none."""
+    from icseg_jax import readers
+
+    features = _features()
+    for id, sample in _opened_records(readers.records(name, source, split, decode=True, **keys), first, step):
+        if isinstance(sample, Sample):
+            yield {"id": id}, features.serialize_example(_to_record(sample))
         else:
-            path.unlink()
-        about.update(taken=taken, bytes=about["bytes"] + size, refused=list(refused), done=not more)
-        if about["done"] and not about["shards"]:
-            why = f"the first is refused because {refused[0][1]}" if refused else "it is empty"
-            raise DataError(f"{split} of {source} has no usable record; {why}")
-        save()
+            yield {"id": id, "reason": sample}, b""
+
+
+def _videos_job(**about: Any) -> Iterator[Told]:
+    from icseg_jax import synthetic
+
+    return ((row, b"") for row in synthetic.write_videos(**about))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Work shared out to processes of our own
+# ---------------------------------------------------------------------------------------------------------
+
+Told = tuple[dict, bytes]  # what is told of a piece of work: some words, and bytes
+JOBS = {"records": _records_job, "videos": _videos_job}
+SHARE = 64  # pieces of work that are worth the start of a process
+
+
+def share_out(job: str, about: dict, total: int, first: int = 0) -> Iterator[Told]:
+    """What JOBS[job](**about, first=..., step=...) tells of its pieces from `first` on, in their order.
+
+    Each core has a process that does every so many-th piece, `python -m icseg_jax.data share ...`; where that does not
+    pay, this one does it all. Not multiprocessing: it runs the caller's main program again in each of them. Raises
+    ChildProcessError when one of them ends early.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, (total - first) // SHARE)
+    if workers < 2:
+        yield from JOBS[job](**about, first=first, step=1)
+        return
+    command = [sys.executable, "-m", "icseg_jax.data", "share", job]
+    places = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
+    processes = [
+        subprocess.Popen([*command, json.dumps(about | {"first": first + k, "step": workers})], env=environment,
+                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
+        for k in range(workers)
+    ]
+    try:
+        for process in itertools.cycle(processes):
+            words = process.stdout.readline()
+            told, size = json.loads(words) if words.endswith(b"\n") else (None, -1)
+            content = process.stdout.read(max(size, 0))
+            if len(content) != size:
+                raise ChildProcessError(f"a share of {job}: its process ended early ({process.wait()}); run it again")
+            if told is None:
+                return
+            yield told, content
+    finally:
+        for process in processes:
+            process.kill()
+            process.stdout.close()
+            process.wait()
+
+
+def _do_share(job: str, about: str) -> None:
+    """One process of `share_out`: for each piece a line of JSON, [words, size], and bytes; then a line that says null.
+    """
+    out, sys.stdout = sys.stdout.buffer, sys.stderr  # libraries may print
+    try:
+        for told, content in itertools.chain(JOBS[job](**json.loads(about)), [(None, b"")]):
+            out.write(json.dumps([told, len(content)]).encode() + b"\n" + content)
+            out.flush()
+    except BrokenPipeError:  # nobody listens any more
+        os._exit(1)
 
 
 def _fingerprint(name: str, keys: dict[str, str], source: Path, tables: Iterable[Path]) -> str:
@@ -1246,7 +1331,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE.format(names=textwrap.fill(", ".join(readers.DATASETS), 110, subsequent_indent="      ")), end="")
         return 0
     try:
-        _parse(argv)()
+        if argv[:1] == ["share"]:
+            _do_share(*argv[1:])
+        else:
+            _parse(argv)()
     except (ValueError, OSError) as error:
         print(f"error: {_first_line(error)}", file=sys.stderr)
         return 2

@@ -17,7 +17,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -1034,11 +1034,25 @@ def _write_split(root: Path, split: str, count: int, seed: int, progress: bool) 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rng = np.random.default_rng([seed, SPLITS.index(split)])
-    folder = root / f"RVOS_{split.capitalize()}"
-    rows = []
-    for aid, index in enumerate(_watched(rng.permutation(count), split, progress)):
-        scene = make_scene(int(index), seed=seed, split=split)
+    from icseg_jax import data
+
+    job = {"root": str(root), "split": split, "count": count, "seed": seed}
+    rows = [row for row, _ in _watched(data.share_out("videos", job, count), split, progress, count)]
+    schema = pa.schema([("id", pa.string()), ("question", pa.string()), ("images", pa.list_(pa.string())),
+                        ("ability", pa.string()), ("video", pa.string()), ("oid", pa.int64()),
+                        ("object", pa.string()), ("initial_count", pa.int64()), ("max_count", pa.int64()),
+                        *([("aid", pa.int64())] if split == "train" else [])])
+    pq.write_table(pa.Table.from_pylist(rows, schema), root / f"{split}.parquet")
+
+
+def write_videos(root: str, split: str, count: int, seed: int, first: int, step: int) -> Iterator[dict]:
+    """Writes the videos first, first + step, ... of a split in Ambi-RVOS's layout, and gives their rows of its table.
+
+    Videos lie in the table in a random order, so that its first rows are of all levels."""
+    folder = Path(root) / f"RVOS_{split.capitalize()}"
+    order = np.random.default_rng([seed, SPLITS.index(split)]).permutation(count)
+    for aid in range(first, count, step):
+        scene = make_scene(int(order[aid]), seed=seed, split=split)
         _write_video(folder, scene)
         row = {"id": scene.id, "question": scene.query, "images": [f"{t:05d}" for t in range(scene.n_frames)],
                "ability": scene.level, "video": scene.id, "oid": scene.target or NO_TARGET,
@@ -1049,18 +1063,14 @@ def _write_split(root: Path, split: str, count: int, seed: int, progress: bool) 
             found = [description(scene.object(oid), scene) for oid in scene.candidates]
             _write_json(folder / "description_id" / f"{aid}.json",
                         {"query": scene.query, "candidates": found, "target_oid": scene.target})
-        rows.append(row)
-    schema = pa.schema([("id", pa.string()), ("question", pa.string()), ("images", pa.list_(pa.string())),
-                        ("ability", pa.string()), ("video", pa.string()), ("oid", pa.int64()),
-                        ("object", pa.string()), ("initial_count", pa.int64()), ("max_count", pa.int64()),
-                        *([("aid", pa.int64())] if split == "train" else [])])
-    pq.write_table(pa.Table.from_pylist(rows, schema), root / f"{split}.parquet")
+        yield row
 
 
-def _watched(items: Iterable, split: str, progress: bool) -> Iterable:
+def _watched(items: Iterable, split: str, progress: bool, total: int | None = None) -> Iterable:
     from tqdm import tqdm
 
-    return tqdm(items, desc=f"{split} videos", disable=None if progress else True)  # None: quiet where nobody watches
+    quiet = None if progress else True  # None: quiet where nobody watches
+    return tqdm(items, desc=f"{split} videos", total=total, disable=quiet)
 
 
 def _write_video(folder: Path, scene: Scene) -> None:

@@ -648,7 +648,6 @@ def check_config(c: Config) -> Config:
         list(c.rollout.cache_buckets),
         f"the largest must hold protocol.response_tokens={c.protocol.response_tokens}",
     )
-    need(c.stage == "rl" or not c.mesh.distributed, "mesh.distributed", "true", "stage=sft runs in one process")
     # Each process asks about its own rows, and a policy on all their devices answers only when all of them ask.
     alone = c.simulator.kind != "local" or not c.mesh.distributed
     need(alone, "simulator.kind", "local", "with mesh.distributed=true use endpoint or oracle")
@@ -1624,11 +1623,14 @@ def check_mesh(c: Config, mesh: Mesh) -> None:
             raise ConfigError(f"{key}={prompts}: {of} are spread over mesh.data={data}; use a multiple of it")
         if not fills(mesh, prompts, rollouts):
             raise ConfigError(
-                f"{key}={prompts}: {of}, with {rollouts} rollouts each, are spread over mesh.data={data} times "
+                f"{key}={prompts}: {of}, with {rollouts} rows each, are spread over mesh.data={data} times "
                 f"mesh.fsdp={fsdp}; use a multiple of {data * fsdp}, or a mesh.fsdp that divides {rollouts}"
             )
 
     check_attention(c, mesh)
+    if c.stage == "sft":
+        rows = 1 if c.warmstart.mix else c.warmstart.rows + c.warmstart.practice
+        need(c.warmstart.scenes, rows, "warmstart.scenes", "scenes")
     if c.stage == "rl":
         size = c.rollout.prompts // c.update.minibatches
         need(c.rollout.prompts, c.rollout.rollouts, "rollout.prompts", "prompts")
@@ -4874,8 +4876,11 @@ def warmstart_sigma(config: Config, step: int) -> float:
 def new_policy(config: Config, run: Run) -> tuple[PolicyConfig, weights.Tokenizer, Path]:
     """A policy of random weights; its config.json and tokenizer are written into the run, whose folder comes last."""
     source = run.path / "policy"
-    source.mkdir(exist_ok=True)
-    weights.save_word_tokenizer(build_warmstart_tokenizer(), source)
+    if run.writes:
+        source.mkdir(exist_ok=True)
+        weights.save_word_tokenizer(build_warmstart_tokenizer(), source)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("tokenizer")
     tokenizer = weights.Tokenizer(source)
     shape = resolve_path(config.policy.shape)
     raw = read_json(shape)
@@ -4887,7 +4892,8 @@ def new_policy(config: Config, run: Run) -> tuple[PolicyConfig, weights.Tokenize
     for key in ("vision_start", "vision_end"):
         raw[f"{key}_token_id"] = tokenizer.ids[f"<|{key}|>"]
     policy_config = PolicyConfig.from_json(raw, str(shape))
-    write_atomically(source / "config.json", json.dumps(config_json(policy_config), indent=1))
+    if run.writes:
+        write_atomically(source / "config.json", json.dumps(config_json(policy_config), indent=1))
     return policy_config, tokenizer, source
 
 
@@ -4926,18 +4932,21 @@ def train_warmstart(config: Config, run: Run) -> None:
     policy as a Hugging Face directory."""
     from tqdm import tqdm
 
+    mesh = make_mesh(config.mesh)
+    check_mesh(config, mesh)
     if config.policy.shape:
         policy_config, tokenizer, source = new_policy(config, run)
         init = lambda key: nn.unbox(Policy(policy_config).init(key, example_images(policy_config.vision)))["params"]  # noqa: E731
-        params = jax.jit(init)(jax.random.key(config.seed))
+        specs = parameter_specs(Policy(policy_config), mesh)
+        params = jax.jit(init, out_shardings=specs)(jax.random.key(config.seed))
     else:
         source = resolve_path(config.policy.path)
-        policy_config, params = load_policy(source, dtype="float32")
+        policy_config, params = load_policy(source, mesh, dtype="float32")
         tokenizer = load_tokenizer(source, policy_config)
-    write_atomically(run.path / "policy.json", json.dumps(config_json(policy_config), indent=1))
+    run.write("policy.json", json.dumps(config_json(policy_config), indent=1))
     speaker = Speaker(config.protocol, policy_config, tokenizer)
     teacher = (ConversationTeacher if config.warmstart.mix else SceneTeacher)(config, speaker)
-    policy = Policy(policy_config, config.policy.remat)
+    policy = Policy(policy_config, config.policy.remat, mesh, config.policy.attention)
     state = fresh_state(params, config, teacher=False)
     state = (
         run.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)) or state
@@ -4951,19 +4960,22 @@ def train_warmstart(config: Config, run: Run) -> None:
                 patch_weight = config.warmstart.patch_words * max(0.0, 1 - 2 * (number - 1) / config.steps)
                 spread = coordinate_spread(tokenizer, policy_config.vocab_size, warmstart_sigma(config, number - 1))
                 rate = learning_rate(config.warmstart, number, config.steps)
-                state, stats = step(state, batch, words, jax.tree.map(jnp.asarray, spread), rate, patch_weight)
+                state, stats = step(state, *shard_batch(mesh, (batch, words)), spread, rate, patch_weight)
                 stats = {k: float(v) for k, v in stats.items()}
             run.log({"step": number, **stats, "learning_rate": rate, "seconds": clock.take()})
             bar.update()
             bar.set_postfix(loss=f"{stats['loss']:.3f}")
             due = config.checkpoint.every and number % config.checkpoint.every == 0
-            if due or run.stop or number == config.steps:
+            stop = agreed(run.stop)
+            if due or stop or number == config.steps:
                 run.save(state, number)
-            if run.stop:
+            if stop:
                 break
     bar.close()
     if int(state.step) == config.steps:
-        save_policy(run.path / "trained", policy_config, jax.device_get(state.params), source=source)
+        params = jax.tree.map(to_host, state.params)
+        if run.writes:
+            save_policy(run.path / "trained", policy_config, params, source=source)
         run.summarise(finished=True, steps=config.steps, policy=str(run.path / "trained"))
 
 

@@ -414,6 +414,39 @@ def prepared(world: Path) -> Path:
     return out
 
 
+def test_processes_with_a_share_of_the_work_make_what_one_makes(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "SHARE", 2)  # so that even this is worth it
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda pid: {0, 1})
+    shared = Path(synthetic.write_dataset(tmp_path / "w", train=6, test=4, seed=1, progress=False))
+    other = Path(synthetic.write_dataset(tmp_path / "o", train=6, test=0, seed=1, progress=False))
+    files = sorted(p.relative_to(other) for p in other.rglob("*") if p.is_file() and "Train" in str(p))
+    assert len(files) > 300
+    assert all((shared / f).read_bytes() == (other / f).read_bytes() == (world / f).read_bytes() for f in files)
+    assert (shared / "train.parquet").read_bytes() == (world / "train.parquet").read_bytes()
+
+    missing = shared / "RVOS_Train/JPEGImages" / sorted((shared / "RVOS_Train/JPEGImages").iterdir())[2].name
+    shutil.rmtree(missing)
+    told = data.prepare("ambi_rvos", shared, tmp_path / "two", progress=False)
+    monkeypatch.setattr(data, "SHARE", 100)
+    assert told["splits"] == data.prepare("ambi_rvos", shared, tmp_path / "one", progress=False)["splits"]
+    assert told["splits"]["train"]["examples"] == 5 and missing.name in str(told["splits"]["train"]["refused"])
+    for split in ("train", "test"):
+        one, two = (data.load_prepared(tmp_path / name, split) for name in ("one", "two"))
+        assert [s.id for s in one] == [s.id for s in two]
+        assert all(np.array_equal(a.frames[3], b.frames[3]) for a, b in zip(one, two, strict=True))
+
+
+def test_a_process_that_ends_early_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd) -> None:
+    monkeypatch.setattr(data, "SHARE", 2)
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda pid: {0, 1})
+    job = {"name": "ambi_rvos", "source": str(tmp_path / "nowhere"), "split": "train", "keys": {}}
+    with pytest.raises(ChildProcessError, match=r"a share of records: its process ended early \(2\); run it again"):
+        list(data.share_out("records", job, 8))
+    assert "no dataset folder" in capfd.readouterr().err
+
+
 @pytest.fixture
 def copied(prepared: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(prepared, tmp_path / "records"))
