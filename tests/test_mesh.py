@@ -55,26 +55,32 @@ def train_command(folder: Path, name: str, *more: str) -> list[str]:
     return [sys.executable, "-m", "icseg_jax.train", "experiments/embedded.yaml", *SMALL, *own, *more]
 
 
+def together(commands: list[list[str]], folder: Path) -> None:
+    """Processes that share eight devices, which find each other on this machine when there are several."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    all_of_them = []
+    for index, command in enumerate(commands):
+        own = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(len(commands))}
+        own["JAX_PROCESS_ID"] = str(index)
+        where = environment(8 // len(commands)) | own
+        with open(folder / f"log{index}", "w") as log:
+            all_of_them.append(subprocess.Popen(command, env=where, cwd=ROOT, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(timeout=1200) for process in all_of_them]
+    finally:
+        for process in all_of_them:
+            process.kill()
+    assert not any(codes), "\n".join((folder / f"log{i}").read_text()[-2000:] for i in range(len(commands)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [["mesh.data=2", "mesh.fsdp=4"], ["mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2"]])
 def test_two_processes_are_one_of_eight_devices(tmp_path, sizes):
     """SAM2's rewards included, each process with a sidecar of its own; the second layout splits each group."""
     subprocess.run(train_command(tmp_path, "one", *sizes), env=environment(8), cwd=ROOT, check=True, timeout=900)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    both = []
-    for index in range(2):
-        own = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
-        command = train_command(tmp_path, "two", *sizes, "mesh.distributed=true")
-        log = open(tmp_path / f"log{index}", "w")  # noqa: SIM115
-        both.append(subprocess.Popen(command, env=environment(4) | own, cwd=ROOT, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout=1200) for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert codes == [0, 0], (tmp_path / "log0").read_text()[-2000:] + (tmp_path / "log1").read_text()[-2000:]
+    together([train_command(tmp_path, "two", *sizes, "mesh.distributed=true")] * 2, tmp_path)
     rows = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
@@ -88,6 +94,25 @@ def test_two_processes_are_one_of_eight_devices(tmp_path, sizes):
             else:
                 assert one[key] == two[key], key
     assert rows[0][0]["reward/mask"] > 0 and (tmp_path / "two" / "1.sidecar.log").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_supervised_training_on_a_mesh_is_that_of_one_device(tmp_path, processes):
+    """Two steps: the first tells of the loss, the second of the gradient."""
+    own = ["steps=2", "checkpoint.every=1", "warmstart.scenes=4", "warmstart.practice=1"]
+    command = [sys.executable, "-m", "icseg_jax.train", "experiments/embedded_base.yaml", *own]
+    subprocess.run([*command, f"run_dir={tmp_path}/one"], env=environment(1), cwd=ROOT, check=True, timeout=900)
+    mesh = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", f"mesh.distributed={str(processes > 1).lower()}"]
+    together([[*command, *mesh, f"run_dir={tmp_path}/two"]] * processes, tmp_path)
+    rows = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+            for name in ("one", "two")]  # fmt: skip
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == [1, 2]
+    for one, two in zip(*rows, strict=True):
+        for key in one.keys() - {"seconds"}:
+            assert one[key] == pytest.approx(two[key], rel=1e-3), key
+    files = [sorted(p.name for p in (tmp_path / name / "trained").iterdir()) for name in ("one", "two")]
+    assert files[0] == files[1] and "model.safetensors" in files[0]
 
 
 def main(folder: str, size: str, *overrides: str) -> None:
