@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import jaxtyping
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -135,3 +137,10 @@ def test_ci_runs_what_the_readme_says() -> None:
 
 def test_licence() -> None:
     assert PROJECT["license"] == "Apache-2.0" and "Apache License" in (ROOT / "LICENSE").read_text()[:200]
+
+
+def test_types_and_shapes_are_checked_while_tests_run():
+    from icseg_jax import metrics
+
+    with pytest.raises(jaxtyping.TypeCheckError, match="davis_statistics"):
+        metrics.davis_statistics(np.zeros((2, 2)))

@@ -444,11 +444,11 @@ def test_intervals_are_over_videos():
     rng = np.random.default_rng(0)
     rows = [{"video": v, "J": float(x), "group": "a"} for v, x in enumerate(rng.random(30))]
     table = lambda rows: score_table(rows, "group")  # noqa: E731
-    low, high = bootstrap(rows, table, resamples=400)["overall"]["J"]
+    low, high = bootstrap(rows, table, resamples=200)["overall"]["J"]
     mean = table(rows)["overall"]["J"]
     error = np.std([row["J"] for row in rows], ddof=1) / np.sqrt(30)
     assert low < mean < high and high - low == pytest.approx(2 * 1.96 * error, rel=0.15)
-    assert bootstrap(rows * 2, table, resamples=400)["overall"]["J"] == pytest.approx((low, high))
+    assert bootstrap(rows * 2, table, resamples=200)["overall"]["J"] == pytest.approx((low, high))
     alone = bootstrap([row | {"video": 0} for row in rows], table, resamples=20)["overall"]["J"]
     assert alone == pytest.approx((mean, mean))
     rare = bootstrap([*rows, {"video": 31, "J": 0.5, "group": "b"}], table, resamples=20)

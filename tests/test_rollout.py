@@ -315,7 +315,7 @@ def whole_update(world, scored):
         "update.micro_prompts=1",
         pytest.param("update.token_buckets=[512]", marks=pytest.mark.slow),
         "order",
-        "shared rows",
+        pytest.param("shared rows", marks=pytest.mark.slow),  # tests/test_mesh.py's mesh has them, one device has not
         pytest.param("shared rows, update.share_prefix=false", marks=pytest.mark.slow),
     ],
 )
