@@ -48,7 +48,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -1355,11 +1355,13 @@ def _plain_row(row: dict) -> dict:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the small segmenter is made. Scenes come from `synthetic`, nothing is read from disk but `start`."""
+    """How the small segmenter is made. Scenes come from `synthetic`; of the disk `start` is read, and `data` if given.
+    """
 
     run_dir: str = "runs/sam2_mini"  # checkpoint and log lines
     asset: str | None = None  # where the finished segmenter is written; default run_dir/trained
     start: str | None = None  # a finished segmenter to go on from: its phases 2 and 3 are trained further
+    data: str | None = None  # prepared records with complete masks (R2SM): phase 2 looks at these in place of scenes
     seed: int = 0  # of the weights and of the scenes
     threads: int = 1  # of torch
     image_size: int = 192  # pixels, a multiple of 64: frames are resized to it, masks come out at a quarter
@@ -1415,6 +1417,8 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
     for name in ("warmup", "checkpoint_every", "scenes", "frames", "objects", "threads"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)}: use 1 or more")
+    if config.data and not (config.start and config.clip_steps == 0):
+        raise ValueError(f"data={config.data}: teaches complete masks alone; give start=DIR and clip_steps=0 with it")
     if config.image_size % 64:
         raise ValueError(f"image_size={config.image_size}: must be a multiple of 64, such as 192")
     return config
@@ -1497,34 +1501,66 @@ def _loss(logits: Any, truth: Any, focal_weight: float) -> tuple[Any, Any]:
     return 1 - (2 * overlap + 1) / (total + 1) + focal_weight * focal, hit / either.clamp(min=1)
 
 
-def _image_step(segmenter: Segmenter, config: TrainConfig, rng: np.random.Generator, scenes: list,
-                complete: bool) -> tuple[Any, Any]:
+View = tuple[np.ndarray, np.ndarray, np.ndarray]  # frame [h,w,3], visible and complete masks [n,H,W] of its objects
+
+
+def _scene_views(config: TrainConfig, rng: np.random.Generator, scenes: list) -> Iterator[View]:
+    """Some frames of each scene."""
+    from icseg_jax import synthetic
+
+    for scene in scenes:
+        frames = rng.choice(scene.n_frames, config.frames, replace=False).tolist()
+        for image, frame in zip(synthetic.render(scene, frames), frames, strict=True):
+            yield image, synthetic.visible_masks(scene, frame), synthetic.complete_masks(scene, frame)
+
+
+def _sample_views(samples: Sequence, rng: np.random.Generator, count: int, side: int) -> Iterator[View]:
+    """Frames of a dataset's samples, with the masks of their targets at side x side pixels."""
+    from PIL import Image
+
+    def at_side(mask: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize((side, side), Image.Resampling.BOX)) > 127
+
+    while count:
+        sample = samples[int(rng.integers(len(samples)))]
+        position = int(rng.integers(len(sample)))
+        seen, whole = both_masks(sample, position)
+        if seen.any():
+            count -= 1
+            yield sample.image(position), at_side(seen)[None], at_side(whole)[None]
+
+
+def both_masks(sample: Any, position: int) -> tuple[np.ndarray, np.ndarray]:
+    """The visible and the complete mask of a sample's target. Raises ValueError for a dataset without such masks."""
+    if sample.masks is None or sample.amodal_masks is None:
+        raise ValueError(f"sample {sample.id} of {sample.dataset} has no visible and complete masks; R2SM's have them")
+    return sample.masks(position), sample.amodal_masks(position)
+
+
+def _image_step(segmenter: Segmenter, config: TrainConfig, rng: np.random.Generator, kind: str,
+                views: Iterator[View], complete: bool) -> tuple[Any, Any]:
     """Loss and IoU of prompts on single frames. For complete masks the features stay as they are."""
     import torch
 
-    from icseg_jax import synthetic
-
-    kind = _prompt_kind(rng)
     images, prompts, truth = [], [], []
-    for scene in scenes:
-        frames = rng.choice(scene.n_frames, config.frames, replace=False).tolist()
-        images.append(synthetic.render(scene, frames))
-        for frame in frames:
-            visible, whole = synthetic.visible_masks(scene, frame), synthetic.complete_masks(scene, frame)
-            area = visible.sum((1, 2))
-            weight = (area > MIN_AREA) * (1.0 + 4 * complete * (area < 0.95 * whole.sum((1, 2)))) + 1e-9
-            for i in rng.choice(len(visible), config.objects, replace=len(visible) < config.objects,
-                                p=weight / weight.sum()):
-                truth.append((whole if complete else visible)[i])
-                # Who asks for the whole object may have boxed the whole or only what is seen of it.
-                shown = whole[i] if complete and rng.random() < 0.5 else visible[i]
-                prompts.append(_noisy_prompt(shown if shown.any() else whole[i], kind, rng))
+    for image, visible, whole in views:
+        images.append(image)
+        area = visible.sum((1, 2))
+        weight = (area > MIN_AREA) * (1.0 + 4 * complete * (area < 0.95 * whole.sum((1, 2)))) + 1e-9
+        for i in rng.choice(len(visible), config.objects, replace=len(visible) < config.objects,
+                            p=weight / weight.sum()):
+            truth.append((whole if complete else visible)[i])
+            # Who asks for the whole object may have boxed the whole or only what is seen of it.
+            shown = whole[i] if complete and rng.random() < 0.5 else visible[i]
+            prompts.append(_noisy_prompt(shown if shown.any() else whole[i], kind, rng))
     with torch.set_grad_enabled(not complete):
-        features = segmenter.features(np.concatenate(images))
-    features = [f.repeat_interleave(config.objects, 0) for f in features]
+        alike = itertools.groupby(images, key=lambda image: image.shape)
+        parts = [segmenter.features(np.stack(list(group))) for _, group in alike]
+    features = [torch.cat(level).repeat_interleave(config.objects, 0) for level in zip(*parts, strict=True)]
     with segmenter.drawing("amodal" if complete else "modal"):
         out = segmenter.prompted(features, prompts, "sequential" if kind == "sequential" else "joint")
-    loss, iou = _loss(out["pred_masks"], torch.from_numpy(np.stack(truth)).float(), config.focal)
+    aim = torch.from_numpy(np.stack(truth)).float().to(segmenter.model.device)
+    loss, iou = _loss(out["pred_masks"], aim, config.focal)
     seen = torch.nn.functional.softplus(-out["object_score_logits"])
     return (loss + 0.1 * seen[:, 0]).mean(), iou.mean()
 
@@ -1614,7 +1650,7 @@ def _train(config: TrainConfig, run: Path, asset: Path) -> dict[str, float]:
     import torch
     from tqdm import tqdm
 
-    from icseg_jax import synthetic
+    from icseg_jax import data, synthetic
 
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -1630,6 +1666,11 @@ def _train(config: TrainConfig, run: Path, asset: Path) -> dict[str, float]:
         # begin above 0.
         torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 4.0)
     segmenter = Segmenter(model)
+    samples = test = None
+    if config.data:
+        samples, test = (data.load_prepared(Path(config.data), split) for split in ("train", "test"))
+        for split in (samples, test):
+            both_masks(split[0], 0)
 
     file = run / "checkpoint.pt"
     done, seconds, saved = 0, 0.0, None  # seconds of processor time
@@ -1643,8 +1684,7 @@ def _train(config: TrainConfig, run: Path, asset: Path) -> dict[str, float]:
             theirs = saved["config"]
         except Exception as error:  # torch and zipfile each have their own kinds
             raise ValueError(f"{file}: damaged checkpoint ({_one_line(error)}); remove it") from None
-        if theirs != identity:
-            keys = [key for key in identity if identity[key] != theirs.get(key)]
+        if keys := [key for key in identity if identity[key] != theirs.get(key)]:
             raise ValueError(f"{run} holds a run with another config (differs in {', '.join(keys)}); choose "
                              f"another run_dir")
         if any(name.startswith("complete_mask_decoder.") for name in saved["model"]) and not segmenter.has_complete:
@@ -1675,13 +1715,16 @@ def _train(config: TrainConfig, run: Path, asset: Path) -> dict[str, float]:
         for step in tqdm(range(start, steps), phase, steps, initial=start, disable=None):
             rng = np.random.default_rng([config.seed, number, step])
             seeds = range(step * config.scenes, (step + 1) * config.scenes)
-            scenes = [synthetic.make_scene(i, seed=1000 * (config.seed + 1) + number) for i in seeds]
+            scenes = [synthetic.make_scene(i, seed=1000 * (config.seed + 1) + number) for i in seeds if not samples]
             schedule = min(1.0, (step + 1) / config.warmup) * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.param_groups[0]["lr"] = config.learning_rate * schedule
             if phase == "clip":
                 loss, iou = _clip_step(segmenter, config, rng, scenes)
             else:
-                loss, iou = _image_step(segmenter, config, rng, scenes, phase == "complete")
+                kind = _prompt_kind(rng)
+                views = _scene_views(config, rng, scenes) if samples is None else _sample_views(
+                    samples, rng, config.scenes * config.frames, model.image_size // 4)
+                loss, iou = _image_step(segmenter, config, rng, kind, views, phase == "complete")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -1699,7 +1742,9 @@ def _train(config: TrainConfig, run: Path, asset: Path) -> dict[str, float]:
             _save_checkpoint(file, identity, number, steps, seconds, model, None)
 
     save_segmenter(asset, model, model_config)
-    numbers = measure(load_segmenter(asset), config.test_scenes, config.test_clips)
+    trained = load_segmenter(asset)
+    numbers = (measure(trained, config.test_scenes, config.test_clips) if test is None
+               else measure_complete(trained, itertools.islice(occluded_targets(test), 3 * config.test_scenes)))
     print(json.dumps(numbers), flush=True)
     count = sum(p.numel() for p in model.parameters())
     _write_bytes(asset / "README.md", _asset_readme(config, count, seconds, numbers).encode())
@@ -1721,15 +1766,18 @@ def _asset_readme(config: TrainConfig, parameters: int, seconds: float, numbers:
     plain = dataclasses.asdict(TrainConfig())
     changed = {key: value for key, value in dataclasses.asdict(config).items() if value != plain[key]}
     settings = "\n".join(f"    {key}: {value}" for key, value in changed.items())
-    return f"""# The embedded world's SAM2
+    measured = (f"by `measure` on\n{config.test_scenes} test scenes (objects that show more than {MIN_AREA} pixels), "
+                f"{config.test_clips} tracked")
+    if config.data:
+        measured = "by `measure_complete` on its test split (targets of which 5 % or more are hidden)"
+    return f"""# {"A SAM2 with complete masks" if config.data else "The embedded world's SAM2"}
 
-{parameters:,} parameters, the `sam2` package's own classes, trained on `synthetic` scenes by
+{parameters:,} parameters, the `sam2` package's own classes, trained on {config.data or "`synthetic` scenes"} by
 `python -m icseg_jax.sam2_sidecar train` with
 
 {settings}
 
-in {seconds / 60:.0f} minutes of one CPU core. Measured by `measure` on
-{config.test_scenes} test scenes (objects that show more than {MIN_AREA} pixels), {config.test_clips} tracked:
+in {seconds / 60:.0f} minutes of one CPU core. Measured {measured}:
 
 | | |
 |---|---|
@@ -1753,6 +1801,34 @@ def occluded_objects(seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.nda
                 yield image, seen, all_of_it
 
 
+def occluded_targets(samples: Sequence) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The same of a dataset's samples; where a target is asked for twice, of the query that wants all of it."""
+    for sample in samples:
+        for position in range(len(sample) * (sample.mask_type != "modal")):
+            seen, whole = both_masks(sample, position)
+            if MIN_AREA < seen.sum() < 0.95 * whole.sum():
+                yield sample.image(position), seen, whole
+
+
+def mask_iou(logits: Any, truth: np.ndarray) -> float:
+    mask = to_mask(logits, truth.shape)
+    return (mask & truth).sum() / max((mask | truth).sum(), 1)
+
+
+def measure_complete(segmenter: Segmenter, objects: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]
+                     ) -> dict[str, float]:
+    """Mean IoUs of complete masks, prompted by what is seen; names: `measure`."""
+    scores: dict[str, list[float]] = {}
+    for image, visible, whole in objects:
+        logits = segmenter.segment([segmenter.embed(image)], [prompt_of_mask(visible, "amodal")])[0]
+        seen = visible.sum() / whole.sum()
+        for bound, suffix in ((0.95, ""), (0.85, "_15")):
+            if seen < bound:
+                scores.setdefault("complete_occluded" + suffix, []).append(mask_iou(logits, whole))
+                scores.setdefault("visible_occluded" + suffix, []).append(seen)
+    return {name: float(np.mean(values)) for name, values in scores.items()}
+
+
 def measure(segmenter: Segmenter, scenes: int, clips: int) -> dict[str, float]:
     """Mean IoUs on the test split.
 
@@ -1764,12 +1840,7 @@ def measure(segmenter: Segmenter, scenes: int, clips: int) -> dict[str, float]:
     """
     from icseg_jax import synthetic
 
-    def iou(logits, truth):
-        mask = to_mask(logits, truth.shape)
-        return (mask & truth).sum() / max((mask | truth).sum(), 1)
-
-    names = ("iou", "iou_sequential", "iou_box", "iou_point", "iou_noisy", "complete_occluded",
-             "visible_occluded", "complete_occluded_15", "visible_occluded_15", "track", "track_complete")
+    names = ("iou", "iou_sequential", "iou_box", "iou_point", "iou_noisy", "track", "track_complete")
     scores: dict[str, list[float]] = {name: [] for name in names}
     rng = np.random.default_rng(0)
     for index in range(scenes):
@@ -1787,7 +1858,7 @@ def measure(segmenter: Segmenter, scenes: int, clips: int) -> dict[str, float]:
             ("iou_noisy", [_noisy_prompt(visible[i], "both", rng) for i in chosen], "joint"),
         ):
             logits = segmenter.segment(features, given, prompting)
-            scores[name] += [iou(mask, visible[i]) for mask, i in zip(logits, chosen, strict=True)]
+            scores[name] += [mask_iou(mask, visible[i]) for mask, i in zip(logits, chosen, strict=True)]
         if index >= clips:
             continue
         features = [segmenter.embed(image) for image in synthetic.render(scene, range(scene.n_frames))]
@@ -1802,14 +1873,8 @@ def measure(segmenter: Segmenter, scenes: int, clips: int) -> dict[str, float]:
             masks = segmenter.track(features, best, prompt_of_mask(seen[best, i], mask_type), truth.shape[1:])
             either = np.maximum((masks | truth).sum((1, 2)), 1)
             scores[name] += [float(j) for j in ((masks & truth).sum((1, 2)) / either)[others]]
-    for image, visible, whole in itertools.islice(occluded_objects(seed=7), 3 * scenes):
-        logits = segmenter.segment([segmenter.embed(image)], [prompt_of_mask(visible, "amodal")])[0]
-        seen = visible.sum() / whole.sum()
-        for bound, suffix in ((0.95, ""), (0.85, "_15")):
-            if seen < bound:
-                scores["complete_occluded" + suffix].append(iou(logits, whole))
-                scores["visible_occluded" + suffix].append(seen)
-    return {name: float(np.mean(values)) for name, values in scores.items() if values}
+    means = {name: float(np.mean(values)) for name, values in scores.items() if values}
+    return means | measure_complete(segmenter, itertools.islice(occluded_objects(seed=7), 3 * scenes))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from icseg_jax import sam2_sidecar, synthetic
+from icseg_jax import data, sam2_sidecar, synthetic
 from icseg_jax.sam2_sidecar import (
     ASSET,
     EmbeddingStore,
@@ -851,6 +851,19 @@ def test_training_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
         changed = {key.split(".")[0] for key in before if not before[key].equal(after[key])}
         assert trained <= changed
         assert not changed & ({"image_encoder", "complete_mask_decoder", "sam_prompt_encoder"} - trained)
+    raw = synthetic.write_dataset(tmp_path / "r2sm.raw", train=3, test=12, seed=4, layout="r2sm", progress=False)
+    data.prepare("r2sm", raw, tmp_path / "r2sm", progress=False)
+    own = [f"start={whole}", f"data={tmp_path / 'r2sm'}", "complete_steps=2", "clip_steps=0", "test_scenes=2"]
+    own.append(f"run_dir={tmp_path / 'own'}")
+    numbers = sam2_sidecar.train(load_train_config(ROOT / "experiments/embedded_sam2_complete.yaml", [*small, *own]))
+    assert set(numbers) == {f"{kind}_occluded{more}" for kind in ("complete", "visible") for more in ("", "_15")}
+    assert 0 < numbers["visible_occluded_15"] <= numbers["visible_occluded"] < 0.95
+    before, after = (load_segmenter(path).model.state_dict() for path in (whole, tmp_path / "own/trained"))
+    changed = {key.split(".")[0] for key in before if not before[key].equal(after[key])}
+    assert changed == {"complete_mask_decoder"}
+    assert f"trained on {tmp_path / 'r2sm'}" in (tmp_path / "own/trained/README.md").read_text()
+    assert sam2_sidecar.main(["train", str(ROOT / "experiments/embedded_sam2.yaml"), "data=x"]) == 2
+    assert "give start=DIR and clip_steps=0" in capsys.readouterr().err
     (tmp_path / "parts/checkpoint.pt").write_bytes(b"half a file")
     with pytest.raises(ValueError, match="damaged checkpoint"):
         sam2_sidecar.train(config("parts"))
