@@ -839,17 +839,18 @@ def _videos_job(**about: Any) -> Iterator[Told]:
 Told = tuple[dict, bytes]  # what is told of a piece of work: some words, and bytes
 JOBS = {"records": _records_job, "videos": _videos_job}
 SHARE = 64  # pieces of work that are worth the start of a process
+PROCESSES = 4  # at most: each reads the dataset's tables for itself, and some are large
 
 
 def share_out(job: str, about: dict, total: int, first: int = 0) -> Iterator[Told]:
     """What JOBS[job](**about, first=..., step=...) tells of its pieces from `first` on, in their order.
 
-    Each core has a process that does every so many-th piece, `python -m icseg_jax.data share ...`; where that does not
+    Up to PROCESSES processes (`python -m icseg_jax.data share ...`) each do every so many-th piece; where that does not
     pay, this one does it all. Not multiprocessing: it runs the caller's main program again in each of them. Raises
     ChildProcessError when one of them ends early.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, (total - first) // SHARE)
+    workers = min(cores, PROCESSES, (total - first) // SHARE)
     if workers < 2:
         yield from JOBS[job](**about, first=first, step=1)
         return
