@@ -4953,7 +4953,8 @@ def train_warmstart(config: Config, run: Run) -> None:
     )
     step = make_warmstart_step(policy, config, teacher)
     clock, begun = Clock(), int(state.step)
-    bar = tqdm(total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True, disable=None)
+    quiet = None if run.writes else True
+    bar = tqdm(total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True, disable=quiet)
     with contextlib.closing(ahead(teacher.batch, begun, config.steps)) as batches:
         for number, (batch, words) in enumerate(clocked(batches, clock, "data"), start=begun + 1):
             with clock("update"):
