@@ -52,9 +52,10 @@ demo: setup
 
 test: setup
 	$(BIN)/ruff check .
-	@# A file stays together, since its tests share what they made; the longest one comes first. Three workers for two
+	@# A file stays together, since its tests share what they made; the longest ones come first. Three workers for two
 	@# cores: a test that waits for a process of its own leaves a core alone.
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests/test_train.py tests
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder \
+	  $(patsubst %,tests/test_%.py,train rollout sam2_sidecar mesh evaluate) tests
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
