@@ -115,6 +115,26 @@ def test_supervised_training_on_a_mesh_is_that_of_one_device(tmp_path, processes
     assert files[0] == files[1] and "model.safetensors" in files[0]
 
 
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(tmp_path):
+    """Each plays every other sample on four devices of its own."""
+    from icseg_jax import data, synthetic
+
+    synthetic.write_dataset(tmp_path / "raw", train=0, test=3, seed=4, layout="r2sm", progress=False)
+    data.prepare("r2sm", tmp_path / "raw", tmp_path / "r2sm", progress=False)
+    command = [sys.executable, "-m", "icseg_jax.evaluate", "experiments/embedded.yaml", "benchmark=r2sm"]
+    command += ["checkpoint=asset:embedded_base", f"source={tmp_path}/r2sm", "baselines=false"]
+    subprocess.run([*command, f"out={tmp_path}/one"], env=environment(4), cwd=ROOT, check=True, timeout=900)
+    together([[*command, f"out={tmp_path}/two", "mesh.distributed=true"]] * 2, tmp_path)
+    lines = [sorted((tmp_path / name / "rows.jsonl").read_text().splitlines()) for name in ("one", "two")]
+    assert lines[0] == lines[1] and len(lines[0]) == len(data.load_prepared(tmp_path / "r2sm", "test"))
+    shares = [(tmp_path / f"two/rows.{i}.jsonl").read_text().splitlines() for i in range(2)]
+    assert abs(len(shares[0]) - len(shares[1])) <= 1 and sorted(shares[0] + shares[1]) == lines[1]
+    masks = [{p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.png")}
+             for name in ("one", "two")]  # fmt: skip
+    assert masks[0] == masks[1] and masks[0]
+
+
 def main(folder: str, size: str, *overrides: str) -> None:
     import jax
 
