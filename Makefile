@@ -50,12 +50,12 @@ demo: export XLA_FLAGS := $(XLA_FLAGS) --xla_force_host_platform_device_count=2
 demo: setup
 	$(BIN)/python -m icseg_jax.train experiments/embedded.yaml
 
+LONGEST := train rollout sam2_sidecar mesh evaluate
 test: setup
 	$(BIN)/ruff check .
 	@# A file stays together, since its tests share what they made; the longest ones come first. Three workers for two
 	@# cores: a test that waits for a process of its own leaves a core alone.
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder \
-	  $(patsubst %,tests/test_%.py,train rollout sam2_sidecar mesh evaluate) tests
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(LONGEST:%=tests/test_%.py) tests
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
