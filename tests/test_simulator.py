@@ -342,12 +342,16 @@ def models(*names):
 
 
 class Server:
-    """Speaks chat completions. `says`: body -> text, or (status, type, body), or "drop" to hang up."""
+    """Speaks chat completions. `says`: body -> text, or (status, type, body), or "drop" to hang up.
+
+    Nobody gets an answer before `crowd` have asked side by side; `most` have.
+    """
 
     def __init__(self):
         self.says = lambda body: "<thinking> hm </thinking><answer> blue </answer>"
         self.lists, self.bodies, self.keys, self.most, self.now, self.delay = models("m"), [], [], 0, 0, 0.0
-        lock, outer = threading.Lock(), self
+        self.crowd = 0
+        lock, outer = threading.Condition(), self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def log_message(self, *_):
@@ -363,6 +367,8 @@ class Server:
                     outer.keys.append(self.headers["Authorization"])
                     outer.now += 1
                     outer.most = max(outer.most, outer.now)
+                    lock.notify_all()
+                    lock.wait_for(lambda: outer.most >= outer.crowd, 30)
                 try:
                     time.sleep(outer.delay)
                     said = outer.says(body)
@@ -427,12 +433,12 @@ def samples(tmp_path_factory):
 
 
 def user_of(server, **options):
-    options = {"timeout": 5.0, "max_in_flight": 4} | options
+    options = {"timeout": 60.0, "max_in_flight": 4} | options
     return simulator.ModelUser(simulator.Endpoint("simulator", server.url, "m", **options))
 
 
 def expert_of(server, **options):
-    options = {"timeout": 5.0, "max_in_flight": 4} | options
+    options = {"timeout": 60.0, "max_in_flight": 4} | options
     return simulator.ModelExpert(simulator.Endpoint("expert", server.url, "m", **options))
 
 
@@ -538,7 +544,7 @@ def test_texts_of_any_length_are_read_at_once():
     for piece in ("<answer>", "</answer>", "<output>", "</think>", "<", "a", "{", "["):
         assert simulator.read_answer(piece * 10**6) is None and simulator.read_output(piece * 10**6) is None
         simulator.read_answer(piece * 2000), simulator.read_output(piece * 2000)
-    assert time.perf_counter() - begun < 5
+    assert time.perf_counter() - begun < 60  # what is tried from every place anew takes hours
 
 
 HOSTILE = {
@@ -604,14 +610,14 @@ def test_a_fault_that_passes_is_waited_out(server, samples, fault):
 
 
 def test_a_try_that_hangs_leaves_time_for_another(server, samples):
-    slow = iter([1.5])
+    slow = iter([4.5])
     server.says = lambda body: time.sleep(next(slow, 0)) or "<answer> blue </answer>"
-    assert simulator.answer_all(user_of(server, timeout=2.8), [(samples[0], SHOWN, QUESTION)]) == ["blue"]
+    assert simulator.answer_all(user_of(server, timeout=8.0), [(samples[0], SHOWN, QUESTION)]) == ["blue"]
 
 
 @pytest.mark.parametrize("fault", ["dead", "slow", "broken", "refuses", "endless"])
 def test_no_answer_within_the_deadline_is_none(server, samples, fault, capsys):
-    user = user_of(server, timeout=1.0)
+    user = user_of(server, timeout=60.0 if fault == "refuses" else 1.0)
     if fault == "dead":
         server.stop()
     elif fault == "slow":
@@ -622,30 +628,32 @@ def test_no_answer_within_the_deadline_is_none(server, samples, fault, capsys):
         server.says = lambda body: (400 if fault == "refuses" else 503, "text/plain", f"no, {SECRET}")
     begun = time.monotonic()
     assert simulator.answer_all(user, [(samples[0], SHOWN, QUESTION)] * 3) == [None] * 3
-    assert time.monotonic() - begun < 10 and user.host.counts["failed"] == 3
+    assert time.monotonic() - begun < 30 and user.host.counts["failed"] == 3
     assert SECRET not in "".join(capsys.readouterr())
     if fault == "refuses":
         assert len(server.bodies) == 1 and user.host._failures == 0
 
 
 def test_a_server_that_is_gone_is_not_waited_for_until_it_is_back(server, samples, monkeypatch, capsys):
-    monkeypatch.setattr(simulator, "PAUSE", 2.0)
-    user = user_of(server, timeout=1.6, max_in_flight=8)
+    monkeypatch.setattr(simulator, "PAUSE", 1000.0)
+    user = user_of(server, max_in_flight=8)
     asked = [(samples[0], SHOWN, f"{QUESTION} {word}") for word in "abcdefgh"]
     assert None not in simulator.answer_all(user, asked[:2])
     server.stop()
+    user.host.timeout = 1.6
     assert simulator.answer_all(user, asked) == ["blue"] * 2 + [None] * 6  # what was answered before stays known
+    user.host.timeout = 60.0
     begun = time.monotonic()
     assert simulator.answer_all(user, asked[2:]) == [None] * 6
-    assert time.monotonic() - begun < 1.5
+    assert time.monotonic() - begun < 30
     assert capsys.readouterr().err.count("until it is back") == 1
     server.start()
-    time.sleep(2.1)
+    user.host._gone_until = 0.0  # the pause is over
     assert simulator.answer_all(user, asked[2:]) == ["blue"] * 6  # one asks, the others wait for what it finds
 
 
 def test_questions_go_side_by_side_equal_ones_once_and_come_back_in_order(server, samples):
-    server.delay = 0.05
+    server.crowd = 3
     server.says = lambda body: f"<answer> {parts(body, 'text')[-1].split()[-1]} </answer>"
     words = ["a", "b", "c", "d", "e", "f", "g", "a", "b"]
     asked = [(samples[0], SHOWN, f"{QUESTION} {word}") for word in words]
@@ -758,7 +766,7 @@ def test_a_refused_question_shows_that_the_server_is_back(server, samples, monke
 
 def test_ctrl_c_waits_for_no_answer(server, samples):
     """The signal stands for the second Ctrl-C: SIGINT itself is pytest's."""
-    server.delay = 8.0
+    server.delay = 60.0
 
     def stop(number, frame):
         raise KeyboardInterrupt
@@ -776,11 +784,11 @@ def test_ctrl_c_waits_for_no_answer(server, samples):
     try:
         with pytest.raises(KeyboardInterrupt):
             thread.start()
-            simulator.answer_all(user_of(server, timeout=30.0), [(samples[0], SHOWN, QUESTION)])
+            simulator.answer_all(user_of(server, timeout=200.0), [(samples[0], SHOWN, QUESTION)])
     finally:
         thread.join()
         signal.signal(signal.SIGUSR1, was)
-    assert time.monotonic() - asked[0] < 5
+    assert time.monotonic() - asked[0] < 30
 
 
 def test_an_expert_who_can_not_be_read_says_nothing(server, samples):
@@ -1107,8 +1115,7 @@ class Spoken(train.Sampler):
 def test_a_run_goes_on_when_the_server_dies_and_comes_back(server, samples, monkeypatch):
     monkeypatch.setattr(simulator, "PAUSE", 0.5)
     config = train.load_config(EMBEDDED, ["reward.weights.mask=0"])
-    sampler, user = Spoken(config), user_of(server, timeout=1.6)
-    expert = expert_of(server, timeout=1.6)
+    sampler, user, expert = Spoken(config), user_of(server), expert_of(server)
 
     def says(body):
         if body["messages"][0]["content"] == simulator.EXPERT_PROMPT:
@@ -1126,15 +1133,18 @@ def test_a_run_goes_on_when_the_server_dies_and_comes_back(server, samples, monk
     assert scores.valid.all() and faults["user_failed"] == faults["expert_failed"] == 0
     assert guidance[0] == ["Ask for the motion first."] * 3 and len(server.bodies) == 4  # siblings asked the same
     server.stop()
+    user.host.timeout = expert.host.timeout = 1.6
     dialogues, scores, guidance, faults = step(0, 2)  # what was asked of sample 0 is known
     assert scores.valid.tolist() == [[True] * 3, [False] * 3] and faults["user_failed"] == 3
     assert [(d.lost, d.end, d.questions, d.replies) for d in dialogues[1]] == [("user", "unanswered", [], [""])] * 3
     assert dialogues[0][0].end == "answered" and faults["expert_failed"] == 0
     server.says = lambda body: "drop" if body["messages"][0]["content"] == simulator.EXPERT_PROMPT else says(body)
     server.start()
+    user.host.timeout = 60.0
     dialogues, scores, guidance, faults = step(3)
     assert [d.lost for d in dialogues[0]] == ["expert"] * 3 and not scores.valid.any() and guidance == [[""] * 3]
     server.says = says
+    expert.host.timeout = 60.0
     time.sleep(0.6)
     dialogues, scores, _, faults = step(2, 3)
     assert scores.valid.all() and faults["diagnosed"] == 6

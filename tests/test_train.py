@@ -375,7 +375,7 @@ def test_terminate_saves_first_and_a_dead_segmenter_does_not_stop_training(place
         os.kill(child, signal.SIGKILL)
     wait_for_rows(place / "ended", 3, process)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err[-2000:]
     assert "stopped after step" in out
     steps = [row["step"] for row in rows(place / "ended")]
