@@ -119,7 +119,7 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any],
     reading = abstract(of_type(c.policy.dtype), train.parameter_specs(policy, mesh, "tensor"))
 
     def state_of(params: Any) -> Any:
-        optimiser = train.make_optimiser(c.update)
+        optimiser = train.make_optimiser(c)
         moments = jax.eval_shape(optimiser.init, params)
         like = {x.shape: x.sharding for x in jax.tree.leaves(params)}  # moments have the shapes of their parameters
         moments = jax.tree.map(

@@ -3400,20 +3400,22 @@ class Batch(struct.PyTreeNode):
 
     prompts: Rows  # [P, 1, S]
     rows: Rows  # [P, N, T]
-    frames: Images | None  # None: text alone
+    frames: Images | None  # None: text alone, or encoded already
     keyframes: Images | None
+    visual: Visual | None = None  # the images, encoded; prompts come first: deepstack [P, taps, B, D]
 
 
 def encode_bank(policy: Policy, params: Any, images: Sequence[Images], prompts: int) -> Visual:
-    """Images of several sizes, each flat over the prompts -> one bank per prompt, sizes one after the other."""
+    """Images of several sizes, each flat over the prompts -> `Batch.visual`: one bank per prompt, sizes one after the
+    other."""
     tokens, deepstack = [], []
     for batch in images:
         merged, deep = policy.apply({"params": params}, batch, method=Policy.encode)
         tokens.append(merged.reshape(prompts, -1, merged.shape[-1]))
-        deepstack.append(deep.reshape(deep.shape[0], prompts, -1, merged.shape[-1]))
+        deepstack.append(deep.reshape(deep.shape[0], prompts, -1, merged.shape[-1]).swapaxes(0, 1))
     bank = Visual(jnp.concatenate(tokens, 1), jnp.concatenate(deepstack, 2))
     p, *_ = row_axes(policy.mesh, prompts, 1)
-    return Visual(laid(bank.tokens, policy.mesh, p), laid(bank.deepstack, policy.mesh, None, p))
+    return jax.tree.map(lambda x: laid(x, policy.mesh, p), bank)
 
 
 def own_mask(rows: Rows) -> Array:
@@ -3427,7 +3429,6 @@ def predict(
     policy: Policy,
     params: Any,
     batch: Batch,
-    visual: Visual | None = None,
     *,
     share_prefix: bool = True,
     freeze_vision: bool = False,
@@ -3435,15 +3436,19 @@ def predict(
     """Hidden states [P,N,T,D], each the one that predicts the token in its place.
 
     With share_prefix each prompt is run once and the rollouts attend to its keys and values; without, each rollout
-    runs its prompt again. Same numbers, fewer tokens (DESIGN: about 2.8 times at the released lengths). `visual`: the
-    images, when they are encoded already.
+    runs its prompt again. Same numbers, fewer tokens (DESIGN: about 2.8 times at the released lengths).
     """
     run = functools.partial(policy.apply, {"params": params}, method=Policy.run)
-    images = [x for x in (batch.frames, batch.keyframes) if x is not None]
-    if visual is None and images:
+    images, visual = [x for x in (batch.frames, batch.keyframes) if x is not None], batch.visual
+    if images:
         visual = encode_bank(policy, params, images, batch.prompts.tokens.shape[0])
     if freeze_vision:
         visual = jax.lax.stop_gradient(visual)
+    if visual is not None:
+        p, *_ = row_axes(policy.mesh, batch.prompts.tokens.shape[0], 1)
+        visual = Visual(
+            laid(visual.tokens, policy.mesh, p), laid(visual.deepstack.swapaxes(0, 1), policy.mesh, None, p)
+        )
     prompts, rows = batch.prompts, batch.rows
     p, n, length = rows.tokens.shape
     there = prompts.segment > 0
@@ -3548,12 +3553,17 @@ class TrainState(struct.PyTreeNode):
     updates: Any
 
 
-def make_optimiser(section: UpdateSection) -> optax.GradientTransformation:
-    """AdamW without its learning rate, which the loop passes: it advances once per step, not per update."""
+def make_optimiser(config: Config) -> optax.GradientTransformation:
+    """AdamW without its learning rate, which the loop passes: it advances once per step, not per update.
+
+    A frozen tower has no gradient; its weights do not decay either.
+    """
+    section, frozen = config.update, config.policy.freeze_vision
+    decaying = (lambda params: {name: name != "vision" for name in params}) if frozen else None
     return optax.chain(
         optax.clip_by_global_norm(section.clip_norm),
         optax.scale_by_adam(b1=section.beta1, b2=section.beta2),
-        optax.add_decayed_weights(section.weight_decay),
+        optax.add_decayed_weights(section.weight_decay, decaying),
     )
 
 
@@ -3745,7 +3755,7 @@ def make_programs(policy: Policy, config: Config, state: TrainState | None = Non
     A new state lies as `state` does; without one, as XLA likes, which then compiles again for what it chose.
     """
     c = config
-    optimiser = make_optimiser(c.update)
+    optimiser = make_optimiser(c)
 
     def forward(params, batch: Batch):
         hidden = predict(
@@ -3849,6 +3859,15 @@ def make_programs(policy: Policy, config: Config, state: TrainState | None = Non
 
     kept = None if state is None else (jax.tree.map(lambda x: x.sharding, state), None)
     return Program("logprob", logprob), Program("update", update, donate_argnums=0, out_shardings=kept)
+
+
+def make_bank(policy: Policy, config: Config) -> Callable:
+    """(params, [frames, keyframes]) -> `Batch.visual` of a step."""
+
+    def bank(params, images: Sequence[Images]) -> Visual:
+        return encode_bank(policy, compute_copy(params, config.policy.dtype), images, config.rollout.prompts)
+
+    return Program("bank", bank)
 
 
 def needs_teacher(c: Config) -> bool:
@@ -4376,7 +4395,7 @@ def make_warmstart_step(policy: Policy, config: Config, teacher: SceneTeacher | 
     def loss_fn(params, batch, words, spread, patch_weight):
         params = compute_copy(params, config.policy.dtype)
         visual = encode_bank(policy, params, [batch.frames, batch.keyframes], batch.prompts.tokens.shape[0])
-        hidden = predict(policy, params, batch, visual)
+        hidden = predict(policy, params, batch.replace(frames=None, keyframes=None, visual=visual))
         named = naming(params, visual, words)
         logp, _ = token_logp(policy, params, hidden, batch.rows.tokens, config.policy.logits_tokens, spread)
         taught = batch.rows.trained
@@ -4899,7 +4918,7 @@ def new_policy(config: Config, run: Run) -> tuple[PolicyConfig, weights.Tokenize
 
 def fresh_state(params: Any, config: Config, *, teacher: bool) -> TrainState:
     """The state before the first step; what has no mesh yet (counters) is replicated over that of the parameters."""
-    optimiser = (make_warmstart_optimiser if config.stage == "sft" else make_optimiser)(config.update)
+    optimiser = make_warmstart_optimiser(config.update) if config.stage == "sft" else make_optimiser(config)
     zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
     state = TrainState(
         params, optimiser.init(params), jax.tree.map(jnp.copy, params) if teacher else None, zero(), zero()
@@ -5059,6 +5078,7 @@ class Trainer:
         self.mask_reward = MaskReward(self.segmenter, self.mesh)
         self.state = fresh_state(params, c, teacher=needs_teacher(c))
         self.logprob, self.update = make_programs(self.policy, c, self.state)
+        self.bank = make_bank(self.policy, c)
         run.write("policy.json", json.dumps(config_json(policy_config), indent=1))
 
     def models(self) -> dict[str, dict]:
@@ -5134,6 +5154,13 @@ class Trainer:
         dialogues, scores, guidance, faults = self.collect(number - 1)
         with clock("pack"):
             batch, _ = pack(dialogues, c, self.speaker)
+        seen: dict[str, Any] = {}
+        if c.policy.freeze_vision:  # student, teacher and update see the same: images are encoded once
+            with clock("logprob"):
+                images = shard_batch(self.mesh, [batch.frames, batch.keyframes])
+                visual = jax.tree.map(to_host, self.bank(self.state.params, images))
+            seen = {"frames": None, "keyframes": None, "visual": visual}
+        batch = batch.replace(**seen)
         lam = float(step_strength(c.credit, number))
         with clock("logprob"):
             old_logp = self.read(self.state.params, batch)
@@ -5143,7 +5170,7 @@ class Trainer:
         def teacher_logp() -> tuple[np.ndarray, np.ndarray]:
             with clock("teacher"):
                 view, starts = pack(dialogues, c, self.speaker, contexts=contexts)
-                logp, plain = self.read(self.state.teacher, view), old_logp
+                logp, plain = self.read(self.state.teacher, view.replace(**seen)), old_logp
                 if c.credit.delta_baseline == "teacher_plain":
                     plain = self.read(self.state.teacher, batch)
                 return np.asarray(own_tokens(logp, starts, batch.rows.tokens.shape[-1])), plain
@@ -5159,7 +5186,8 @@ class Trainer:
         guided: Guided | None = None
         if c.update.loss == "sdpo":
             with clock("pack"):
-                guided = Guided(*pack(dialogues, c, self.speaker, contexts=contexts))
+                view, starts = pack(dialogues, c, self.speaker, contexts=contexts)
+                guided = Guided(view.replace(**seen), starts)
         rate = learning_rate(c.update, number, c.steps)
         with clock("update"):
             parts = []

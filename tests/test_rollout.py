@@ -387,6 +387,24 @@ def test_masked_tokens_do_not_reach_the_update(world, scored, whole_update):
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(whole_update[1]), strict=True))
 
 
+def test_a_frozen_tower_sees_once_and_does_not_decay(world, scored, whole_update):
+    """Images encoded before the update or in it: the same step. Weight decay moves all weights but the tower's."""
+    batch, credit = scored[2:]
+    visual = train.make_bank(world.policy, world.config)(world.params, [batch.frames, batch.keyframes])
+    seen = batch.replace(frames=None, keyframes=None, visual=jax.tree.map(np.asarray, visual))
+    loss, slope, _ = slope_of(world, world.config, seen, credit)
+    assert world.config.policy.freeze_vision and loss == pytest.approx(whole_update[0], abs=1e-6)
+    for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(whole_update[1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    for frozen in (True, False):
+        changes = (f"policy.freeze_vision={frozen}", "update.weight_decay=0.1")
+        optimiser = train.make_optimiser(train.load_config(CONFIG, [*SMALL, *changes]))
+        none = jax.tree.map(jnp.zeros_like, world.params)
+        change, _ = optimiser.update(none, optimiser.init(world.params), world.params)
+        moved = {name: any(bool(x.any()) for x in jax.tree.leaves(part)) for name, part in change.items()}
+        assert moved == {name: not (frozen and name == "vision") for name in moved} and len(moved) > 2
+
+
 def test_what_is_not_trained_may_say_anything(world, scored):
     """Other words in the padding, and in a rollout that is masked as a whole, as overlong ones are."""
     batch, credit = scored[2:]
@@ -612,6 +630,7 @@ class Once(train.Trainer):
         self.clock, self.speaker, self.mesh = train.Clock(), world.speaker, world.mesh
         self.collect = lambda number: (dialogues, scores, guidance, {})
         self.logprob, _ = train.make_programs(world.policy, self.config)
+        self.bank = train.make_bank(world.policy, self.config)
         self.state = train.fresh_state(jax.tree.map(jnp.copy, world.params), self.config, teacher=True)
         self.handed = []
 
@@ -627,7 +646,9 @@ def test_what_a_step_hands_to_the_update(world, played, scored):
     made, rows = {}, {}
     for baseline in ("student", "teacher_plain"):
         once = Once(world, played, scores, guidance, f"credit.delta_baseline={baseline}", "update.row_buckets=[2]")
-        stale = jax.tree.map(lambda x: x * 0.99, once.state.teacher)
+        # Whatever the teacher has learned, its frozen tower is the student's.
+        stale = {name: jax.tree.map(lambda x: x * (1 if name == "vision" else 0.99), part)  # noqa: B023
+                 for name, part in once.state.teacher.items()}  # fmt: skip
         once.state = once.state.replace(teacher=stale)
         rows[baseline] = once.step()
         assert [c.mask.shape[0] for c in once.handed] == [PROMPTS // 2] * 2
@@ -636,13 +657,16 @@ def test_what_a_step_hands_to_the_update(world, played, scored):
         back = [jax.tree.map(lambda x, at=at: train.put_back(x, at, ROLLOUTS), credit)
                 for credit, at in zip(once.handed, sources, strict=True)]  # fmt: skip
         made[baseline] = jax.tree.map(lambda *x: np.concatenate(x), *back)
+    visual = jax.tree.map(np.asarray, once.bank(world.params, [batch.frames, batch.keyframes]))
+    seen = {"frames": None, "keyframes": None, "visual": visual}
+    batch = batch.replace(**seen)
     own = once.read(world.params, batch)
     old = made["student"].old_logp
     np.testing.assert_array_equal(old, own)
     assert not np.array_equal(old[batch.rows.trained], batch.rows.logp[batch.rows.trained])
     contexts = train.teacher_contexts(played, train.total_return(scores, once.config), guidance, once.config)
     view, starts = train.pack(played, once.config, world.speaker, contexts=contexts)
-    told = np.asarray(train.own_tokens(once.read(stale, view), starts, batch.rows.tokens.shape[-1]))
+    told = np.asarray(train.own_tokens(once.read(stale, view.replace(**seen)), starts, batch.rows.tokens.shape[-1]))
     overlong = np.array([[d.end == "overlong" for d in row] for row in played])
     for baseline, plain in (("student", own), ("teacher_plain", once.read(stale, batch))):
         want, stats = train.token_credit(
