@@ -20,6 +20,10 @@
 `python -m icseg_jax.bench rows [CONFIG] [key=value ...]`
     A step's real rollouts, sharing rows as `update.row_buckets` allows, against a row for each: seconds of their
     log-probabilities and of their updates. CONFIG defaults to experiments/embedded_long.yaml.
+`python -m icseg_jax.bench frozen [CONFIG] [key=value ...]`
+    What a frozen vision tower saves: log-probabilities and updates of a minibatch on its images, against images that
+    were encoded before. Seconds to compile and least seconds to run, in turn. CONFIG defaults to
+    experiments/embedded.yaml.
 `python -m icseg_jax.bench rollout [model=DIR] [prompts=4 rollouts=8 images=6 ...] [against=huggingface]`
     A fixed dialogue of several turns, every one of them as long as it may be: sampled tokens over the wall time of a
     second, warm dialogue. `against=huggingface` plays the same on the same rows with `generate` of transformers.
@@ -71,6 +75,14 @@ def seconds(call: Callable[[], Any], repeats: int = 5) -> float:
     """Median wall time of a call, compiled before."""
     jax.block_until_ready(call())
     return statistics.median(timed(call) for _ in range(repeats))
+
+
+def in_turn(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
+    """Least seconds of each call, made in turn, so that a noisy machine disturbs all alike; and what the first took
+    longer, which is compiling."""
+    spent = [{name: timed(call) for name, call in calls.items()} for _ in range(repeats + 1)]
+    least = {name: min(each[name] for each in spent[1:]) for name in calls}
+    return {name: {"compile": spent[0][name] - least[name], "run": least[name]} for name in calls}
 
 
 def world_speed(written: int = 60, drawn: int = 300) -> dict[str, float]:
@@ -149,6 +161,15 @@ def metrics_speed(repeats: int = 25) -> dict[str, Any]:
     return out | {"least_ratio": min(out[kind]["ratio"] for kind in kinds)}
 
 
+def encoded(config: train.Config, policy: train.Policy, params: Any, batch: train.Batch) -> dict[str, Any]:
+    """What a step replaces in its batch before anyone reads it: with a frozen tower, images by what they encode to."""
+    if not config.policy.freeze_vision:
+        return {}
+    encode = train.Program("encode", lambda params, x: policy.apply({"params": params}, x, method=train.Policy.encode))
+    mesh = policy.mesh or train.make_mesh(train.MeshSection())
+    return train.encode_once(encode, params, batch, mesh)
+
+
 def random_scores(p: int, n: int, questions: int, seed: int = 0) -> train.Scores:
     """What rollouts might have earned, [p, n]: all of them asked `questions` times."""
     rng = np.random.default_rng(seed)
@@ -190,9 +211,9 @@ def advantages(config: train.Config) -> dict[str, Any]:
         raise train.ConfigError("update.loss=sdpo: has no advantages to measure; use rlsd or vanilla")
     source = train.resolve_path(c.policy.path)
     policy_config, params = train.load_policy(source, dtype="float32")
-    speaker = train.Speaker(c.protocol, policy_config, weights.Tokenizer(source))
-    questions = c.protocol.max_turns
-    batch = random_batch(c, speaker)
+    policy, questions = train.Policy(policy_config, c.policy.remat), c.protocol.max_turns
+    batch = random_batch(c, train.Speaker(c.protocol, policy_config, weights.Tokenizer(source)))
+    batch = batch.replace(**encoded(c, policy, params, batch))
     p, n, t = batch.rows.tokens.shape
     logp = -np.random.default_rng(0).random((2, p, n, t), np.float32)
     scores, nobody = random_scores(p, n, questions), np.zeros((p, n), bool)
@@ -204,7 +225,7 @@ def advantages(config: train.Config) -> dict[str, Any]:
         given = dict(old_logp=logp[0], teacher_logp=lambda: (logp[1], logp[0]), lam=0.5)
         return train.token_credit(batch, scores, contexts, nobody, section, **given)[0]
 
-    _, update = train.make_programs(train.Policy(policy_config, c.policy.remat), c)
+    _, update = train.make_programs(policy, c)
     state = [train.fresh_state(params, c, teacher=False)]
     credit = credit_of("scalar")
 
@@ -357,6 +378,7 @@ def rows(config: train.Config, repeats: int = 7) -> dict[str, Any]:
     stage = Stage(c)
     samples = [stage.train[int(i)] for i in data.order(c.seed, 0, 0, len(stage.train), c.rollout.prompts)]
     batch, _ = train.pack(stage.play(samples, [c.rollout.temperature] * c.rollout.rollouts), c, stage.speaker)
+    batch = batch.replace(**encoded(c, stage.policy, stage.params, batch))
     state = train.fresh_state(stage.params, c, teacher=False)
     logprob, update = train.make_programs(stage.policy, c, state)
     parts = c.update.minibatches
@@ -384,15 +406,40 @@ def rows(config: train.Config, repeats: int = 7) -> dict[str, Any]:
     kinds = {"shared": calls(c.update.row_buckets), "alone": calls([])}
     out: dict[str, Any] = {"device": jax.devices()[0].device_kind, "rows": {kind: n for kind, (n, _) in kinds.items()}}
     for name in ("logprob", "update"):
-        spent: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for turn in range(repeats + 1):  # the first compiles
-            for kind, (_, call) in kinds.items():
-                start = time.perf_counter()
-                jax.block_until_ready(call[name]())
-                if turn:
-                    spent[kind].append(time.perf_counter() - start)
-        least = {kind: min(each) for kind, each in spent.items()}
+        told = in_turn({kind: call[name] for kind, (_, call) in kinds.items()}, repeats)
+        least = {kind: each["run"] for kind, each in told.items()}
         out[name] = least | {"ratio": least["shared"] / least["alone"]}
+    return out
+
+
+def frozen(config: train.Config, repeats: int = 5) -> dict[str, Any]:
+    """Seconds of what reads a minibatch, of its images and of what they were encoded to."""
+    c = config
+    if not c.policy.freeze_vision or c.update.loss == "sdpo":
+        raise train.ConfigError("policy.freeze_vision=false or update.loss=sdpo: use freeze_vision=true and rlsd")
+    jax.config.update("jax_enable_compilation_cache", False)
+    source, mesh = train.resolve_path(c.policy.path), train.make_mesh(c.mesh)
+    policy_config, params = train.load_policy(source, mesh, dtype="float32")
+    policy = train.Policy(policy_config, c.policy.remat, mesh, c.policy.attention)
+    plain = random_batch(c, train.Speaker(c.protocol, policy_config, weights.Tokenizer(source)))
+    state = train.fresh_state(params, c, teacher=False)
+    logprob, update = train.make_programs(policy, c, state)
+    noise = np.random.default_rng(0).standard_normal(plain.rows.logp.shape, np.float32)
+    credit = train.Credit(noise, plain.rows.logp, plain.rows.trained)
+
+    def read(batch: train.Batch) -> Any:
+        return logprob(params, train.shard_batch(mesh, batch))
+
+    def learn(batch: train.Batch) -> Any:  # gives the weights away, so it comes last
+        nonlocal state
+        state, stats = update(state, *train.shard_batch(mesh, (batch, credit, None)), np.float32(0.0))
+        return stats
+
+    out: dict[str, Any] = {"device": jax.devices()[0].device_kind, "devices": len(jax.devices())}
+    batches = {"images": plain, "encoded": plain.replace(**encoded(c, policy, params, plain))}
+    for name, call in {"logprob": read, "update": learn}.items():
+        told = in_turn({kind: functools.partial(call, batch) for kind, batch in batches.items()}, repeats)
+        out[name] = told | {"ratio": told["encoded"]["run"] / told["images"]["run"]}
     return out
 
 
@@ -574,10 +621,9 @@ class FixedDialogue:
             lanes = done(s.prefill(params, train.shard_batch(self.mesh, self.rows), visual, rollouts=n))
         fill = lambda value, kind=np.int32: np.full((p, n), value, kind)  # noqa: E731
         position, capacity = self.start, self.config.rollout.cache_buckets[0]
-        rollout = np.broadcast_to(np.arange(n, dtype=np.int32), (p, n))
         for turn in range(g["turns"]):
             with clock("decode"):
-                keys = s.keys(seed, turn, np.arange(p, dtype=np.int32), rollout)
+                keys = s.keys(seed, turn, np.arange(p), np.arange(n))
                 lanes, fresh, length, words, _ = s.generate(
                     params, lanes, fill(position), fill(0), fill(g["new_tokens"]), keys, fill(1.0, np.float32),
                     s.penalty([[[]] * n] * p, fill(1.0, np.float32), fill(0.0, np.float32)),
@@ -769,6 +815,7 @@ def update(arguments: Sequence[str]) -> dict[str, Any]:
 SPEEDS = {"rollout": rollout, "growth": growth, "update": update}
 MEASUREMENTS = {
     "advantages": (advantages, "experiments/embedded.yaml"),
+    "frozen": (frozen, "experiments/embedded.yaml"),
     "lists": (lists, "experiments/embedded.yaml"),
     "metrics": (metrics_speed, None),  # of no config
     "perception": (perception, "experiments/embedded_warmstart_12.yaml"),

@@ -142,10 +142,13 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any],
         return abstract(made, train.batch_placements(mesh, made))
 
     def batch(prompts: int, length: int) -> train.Batch:
-        return train.Batch(
-            rows(prompts, 1, c.protocol.prompt_tokens), rows(prompts, n, length),
-            images(prompts * frames, speaker.frame_grid), images(prompts * frames, speaker.keyframe_grid),
-        )  # fmt: skip
+        words = rows(prompts, 1, c.protocol.prompt_tokens), rows(prompts, n, length)
+        shown = [images(prompts * frames, grid) for grid in (speaker.frame_grid, speaker.keyframe_grid)]
+        if not c.policy.freeze_vision:
+            return train.Batch(*words, *shown)
+        encode = functools.partial(sampler.encode.jitted, reading)
+        visual = jax.eval_shape(functools.partial(train.encode_bank, encode, prompts=prompts), shown)
+        return train.Batch(*words, None, None, abstract(visual, train.batch_placements(mesh, visual)))
 
     def small(kind: Any, *axes: Any, width: tuple[int, ...] = ()) -> Any:
         return jax.ShapeDtypeStruct((p, n, *width), kind, sharding=train.placement(mesh, axes))
@@ -164,8 +167,7 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any],
     lanes = lanes.replace(past=past)
     lanes = abstract(lanes, sampler.layout(lanes))
     count = small(jnp.int32)
-    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (p, n)))
-    keys = jax.ShapeDtypeStruct((p, n), key.dtype, sharding=whole)
+    keys = jax.ShapeDtypeStruct((p, n, 2), jnp.uint32, sharding=whole)
     heat = small(jnp.float32)
     heard = small(jnp.int32, width=(c.protocol.prompt_tokens + max(c.rollout.cache_buckets),))
     penalty = train.Penalty(heat, heat, heard, count)

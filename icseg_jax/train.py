@@ -2523,15 +2523,16 @@ class Sampler:
         return self._hold(chosen)
 
     def _keys(self, seed, step, prompt, rollout):
+        """prompt [P], rollout [N] -> the data [P,N,2] of a random key for each dialogue."""
         key = jax.random.fold_in(jax.random.key(seed), step)
         fold = jax.vmap(jax.vmap(lambda p, n: jax.random.fold_in(jax.random.fold_in(key, p), n)))
-        return fold(jnp.broadcast_to(prompt[:, None], rollout.shape), rollout)
+        return jax.random.key_data(fold(*jnp.broadcast_arrays(prompt[:, None], rollout)))
 
     def _decode(self, params, lanes: Lanes, position, budget, state, keys, temperature, penalty: Penalty):
         """One stretch of a turn: samples until every row stopped, spent its budget or said rollout.decode_tokens.
 
         position [P,N]: M-RoPE position of the next token; budget [P,N]: tokens a row may still say, 0 for rows that
-        are out; state [P,N]: of the stop automaton; keys [P,N]; temperature [P,N], 0 takes the likeliest; logp is
+        are out; state [P,N]: of the stop automaton; keys [P,N,2]; temperature [P,N], 0 takes the likeliest; logp is
         that of the plain logits, whatever the temperature and the penalty. Returns tokens and logp [P,N,R], length and
         state [P,N], finished [P,N] (a stop string or the end of the turn was said), all of them whole on every device,
         then the fresh Keys and the logits [P,N,V] of the next token.
@@ -2561,7 +2562,7 @@ class Sampler:
             at, logits, live, state, tokens, logp, length, finished, recent, heard, spoken = carry
             scores = jax.lax.cond(penalised, less, lambda logits, *_: logits, logits, heard, spoken)
             chance = jax.vmap(jax.vmap(lambda k, i: jax.random.uniform(jax.random.fold_in(k, i))))(
-                keys, lanes.past_length + at
+                jax.random.wrap_key_data(keys), lanes.past_length + at
             )
             token = draw(jnp.where(self.allowed, scores, MASKED), temperature, chance)
             likely = jnp.take_along_axis(logits, token[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
@@ -2645,7 +2646,7 @@ class Sampler:
         n = len(temperatures)
         out = [[Dialogue(prompt) for _ in range(n)] for prompt in prompts]
         grid: list[list[Dialogue | None]] = [list(row) for row in out]
-        number = {id(d): j for row in out for j, d in enumerate(row)}
+        number = {id(d): (i, j) for i, row in enumerate(out) for j, d in enumerate(row)}
         lane_prompts = list(prompts)
 
         def live(d: Dialogue | None) -> bool:
@@ -2656,20 +2657,20 @@ class Sampler:
 
         with clock("prefill"):
             lanes = jax.block_until_ready(self.begin(params, prompts, n))
+            keys = jax.device_get(self.keys(seed, step, np.array([p.key for p in prompts], np.int32), np.arange(n)))
         for _ in range(calls + 1 + max(len(prompt.later) for prompt in prompts)):
             with clock("decode"):
                 budget = per_row(
                     lambda d: min(c.protocol.action_tokens, c.protocol.response_tokens - len(d.row)), 0, np.int32
                 )
-                rollout = per_row(lambda d: number[id(d)], 0, np.int32)
-                keys = self.keys(seed, step, np.array([p.key for p in lane_prompts], np.int32), rollout)
-                heat = per_row(lambda d: temperatures[number[id(d)]], 0.0, np.float32)
+                own = per_row(lambda d: keys[number[id(d)]], keys[0, 0], np.uint32)
+                heat = per_row(lambda d: temperatures[number[id(d)][1]], 0.0, np.float32)
                 place, held = per_row(lambda d: d.row.position, 0, np.int32), per_row(lambda d: len(d.row), 0, np.int32)
                 before = [[d.prompt.row.tokens + d.row.tokens if live(d) else [] for d in row] for row in grid]
                 penalty = self.penalty(before, *(np.where(heat > 0, off, on) for off, on in
                                                  zip((1.0, 0.0), penalties, strict=True)))  # fmt: skip
                 lanes, fresh, length, words, finished = self.generate(
-                    params, lanes, place, held, budget, keys, heat, penalty
+                    params, lanes, place, held, budget, own, heat, penalty
                 )
             with clock("act"):
                 for i, row in enumerate(grid):
@@ -2834,7 +2835,7 @@ def frozen_generator(c: Config, path: str, mesh: Mesh) -> Callable[[str, list[li
             images, stacked = jax.device_put((images, stacked), over)
             lanes = there.prefill(params, stacked, Visual(*there.encode(params, images)), rollouts=1)
             position = np.array([[row.position] for row in rows], np.int32)
-            keys, heat = there.keys(0, 0, none[:, 0], none), none.astype(np.float32)
+            keys, heat = there.keys(0, 0, none[:, 0], none[0]), none.astype(np.float32)
             penalty = there.penalty([[[]]] * batch, heat + 1, heat)
             *_, words, _ = there.generate(params, lanes, position, none, none + most, keys, heat, penalty)
             for i in range(len(part)):
@@ -2896,6 +2897,7 @@ def localisation_rewards(
     }
 
 
+@functools.partial(jax.jit, static_argnames="kind")
 def turn_gains(counts: Array, asked: Array, *, kind: str = "reduction") -> jax.Array:
     """How much each question shrank the candidates, in [0,1] (METHOD.md 3.3).
 
@@ -2918,6 +2920,7 @@ def turn_gains(counts: Array, asked: Array, *, kind: str = "reduction") -> jax.A
     return jnp.where(several & jnp.asarray(asked, bool), gain, 0.0)
 
 
+@functools.partial(jax.jit, static_argnames=("kind", "redundant_cost"))
 def process_reward(
     counts: Array, asked: Array, well_formed: Array, ambiguous: Array, *, kind: str = "reduction",
     redundant_cost: float = 0.1,
@@ -3239,6 +3242,7 @@ def turn_advantages(gains: Array, asked: Array, *, eps: float = 1e-6) -> jax.Arr
     return jnp.where(count >= 2, centred / (std + eps), 0.0)
 
 
+@jax.jit
 def on_question_turns(values: Array, asked_in: Array, turn: Array) -> jax.Array:
     """A value per question [P,N,Q] laid on the tokens of the generation that asked it.
 
@@ -3312,7 +3316,7 @@ def teacher_contexts(
 
 def step_strength(c: CreditSection, step: Array | int) -> Array:
     """lam at a global step: lam until lam_start, then linearly to 0 over lam_decay steps (METHOD.md 4.4)."""
-    return c.lam * jnp.clip(1 - (step - c.lam_start) / c.lam_decay, 0.0, 1.0)
+    return c.lam * np.clip(1 - (step - c.lam_start) / c.lam_decay, 0.0, 1.0)
 
 
 def policy_loss(
@@ -3405,17 +3409,15 @@ class Batch(struct.PyTreeNode):
     visual: Visual | None = None  # the images, encoded; prompts come first: deepstack [P, taps, B, D]
 
 
-def encode_bank(policy: Policy, params: Any, images: Sequence[Images], prompts: int) -> Visual:
+def encode_bank(encode: Callable[[Images], tuple[Array, Array]], images: Sequence[Images], prompts: int) -> Visual:
     """Images of several sizes, each flat over the prompts -> `Batch.visual`: one bank per prompt, sizes one after the
     other."""
     tokens, deepstack = [], []
     for batch in images:
-        merged, deep = policy.apply({"params": params}, batch, method=Policy.encode)
+        merged, deep = encode(batch)
         tokens.append(merged.reshape(prompts, -1, merged.shape[-1]))
         deepstack.append(deep.reshape(deep.shape[0], prompts, -1, merged.shape[-1]).swapaxes(0, 1))
-    bank = Visual(jnp.concatenate(tokens, 1), jnp.concatenate(deepstack, 2))
-    p, *_ = row_axes(policy.mesh, prompts, 1)
-    return jax.tree.map(lambda x: laid(x, policy.mesh, p), bank)
+    return Visual(jnp.concatenate(tokens, 1), jnp.concatenate(deepstack, 2))
 
 
 def own_mask(rows: Rows) -> Array:
@@ -3441,16 +3443,16 @@ def predict(
     run = functools.partial(policy.apply, {"params": params}, method=Policy.run)
     images, visual = [x for x in (batch.frames, batch.keyframes) if x is not None], batch.visual
     if images:
-        visual = encode_bank(policy, params, images, batch.prompts.tokens.shape[0])
+        encode = functools.partial(policy.apply, {"params": params}, method=Policy.encode)
+        visual = encode_bank(encode, images, batch.prompts.tokens.shape[0])
     if freeze_vision:
         visual = jax.lax.stop_gradient(visual)
-    if visual is not None:
-        p, *_ = row_axes(policy.mesh, batch.prompts.tokens.shape[0], 1)
-        visual = Visual(
-            laid(visual.tokens, policy.mesh, p), laid(visual.deepstack.swapaxes(0, 1), policy.mesh, None, p)
-        )
     prompts, rows = batch.prompts, batch.rows
     p, n, length = rows.tokens.shape
+    if visual is not None:
+        alone = row_axes(policy.mesh, p, 1)[0]
+        deepstack = laid(visual.deepstack.swapaxes(0, 1), policy.mesh, None, alone)
+        visual = Visual(laid(visual.tokens, policy.mesh, alone), deepstack)
     there = prompts.segment > 0
     last = jnp.maximum(there.sum(-1) - 1, 0)[..., None, None]  # [P,1,1,1]
     if share_prefix:
@@ -3731,6 +3733,7 @@ def put_back(values: Array, source: np.ndarray, rollouts: int) -> np.ndarray:
     return out.reshape(p, rollouts, length)
 
 
+@functools.partial(jax.jit, static_argnames="length")
 def own_tokens(values: Array, starts: Array, length: int) -> jax.Array:
     """What a teacher's view [P,N,T',...] holds from each rollout's own start [P,N] on: [P,N,length,...]."""
     at = jnp.minimum(starts[..., None] + jnp.arange(length), values.shape[2] - 1)
@@ -3861,13 +3864,17 @@ def make_programs(policy: Policy, config: Config, state: TrainState | None = Non
     return Program("logprob", logprob), Program("update", update, donate_argnums=0, out_shardings=kept)
 
 
-def make_bank(policy: Policy, config: Config) -> Callable:
-    """(params, [frames, keyframes]) -> `Batch.visual` of a step."""
+def encode_once(encode: Callable, params: Any, batch: Batch, mesh: Mesh) -> dict[str, Any]:
+    """What to replace in a batch, and in other views of its dialogues, so that its images are not encoded again.
 
-    def bank(params, images: Sequence[Images]) -> Visual:
-        return encode_bank(policy, compute_copy(params, config.policy.dtype), images, config.rollout.prompts)
+    encode, params: of a rollout, so that frames need no program of their own.
+    """
 
-    return Program("bank", bank)
+    def see(images: Images) -> tuple[np.ndarray, np.ndarray]:
+        return jax.tree.map(to_host, encode(params, shard_batch(mesh, images)))
+
+    visual = encode_bank(see, [batch.frames, batch.keyframes], len(batch.rows.tokens))
+    return {"frames": None, "keyframes": None, "visual": jax.tree.map(np.asarray, visual)}
 
 
 def needs_teacher(c: Config) -> bool:
@@ -4394,7 +4401,8 @@ def make_warmstart_step(policy: Policy, config: Config, teacher: SceneTeacher | 
 
     def loss_fn(params, batch, words, spread, patch_weight):
         params = compute_copy(params, config.policy.dtype)
-        visual = encode_bank(policy, params, [batch.frames, batch.keyframes], batch.prompts.tokens.shape[0])
+        encode = functools.partial(policy.apply, {"params": params}, method=Policy.encode)
+        visual = encode_bank(encode, [batch.frames, batch.keyframes], batch.prompts.tokens.shape[0])
         hidden = predict(policy, params, batch.replace(frames=None, keyframes=None, visual=visual))
         named = naming(params, visual, words)
         logp, _ = token_logp(policy, params, hidden, batch.rows.tokens, config.policy.logits_tokens, spread)
@@ -4556,10 +4564,14 @@ class Run:
                 self._bucket.fetch(folder)
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices("checkpoints")
-            self._checkpointer = ocp.training.Checkpointer(
-                folder,
-                preservation_policy=ocp.training.preservation_policies.LatestN(self.config.checkpoint.keep),
-            )
+            # Devices that hold the same array write a part of it each; a small one is not worth the cutting, which is
+            # a program for every shape.
+            saving = ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=2**20)
+            with ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving)):
+                self._checkpointer = ocp.training.Checkpointer(
+                    folder,
+                    preservation_policy=ocp.training.preservation_policies.LatestN(self.config.checkpoint.keep),
+                )
         return self._checkpointer
 
     def restore(self, state: TrainState) -> TrainState | None:
@@ -5078,7 +5090,6 @@ class Trainer:
         self.mask_reward = MaskReward(self.segmenter, self.mesh)
         self.state = fresh_state(params, c, teacher=needs_teacher(c))
         self.logprob, self.update = make_programs(self.policy, c, self.state)
-        self.bank = make_bank(self.policy, c)
         run.write("policy.json", json.dumps(config_json(policy_config), indent=1))
 
     def models(self) -> dict[str, dict]:
@@ -5154,15 +5165,12 @@ class Trainer:
         dialogues, scores, guidance, faults = self.collect(number - 1)
         with clock("pack"):
             batch, _ = pack(dialogues, c, self.speaker)
-        seen: dict[str, Any] = {}
-        if c.policy.freeze_vision:  # student, teacher and update see the same: images are encoded once
-            with clock("logprob"):
-                images = shard_batch(self.mesh, [batch.frames, batch.keyframes])
-                visual = jax.tree.map(to_host, self.bank(self.state.params, images))
-            seen = {"frames": None, "keyframes": None, "visual": visual}
-        batch = batch.replace(**seen)
         lam = float(step_strength(c.credit, number))
         with clock("logprob"):
+            once: dict[str, Any] = {}
+            if c.policy.freeze_vision:  # student, teacher and update see the same
+                once = encode_once(self.sampler.encode, self.cast(self.state.params), batch, self.mesh)
+            batch = batch.replace(**once)
             old_logp = self.read(self.state.params, batch)
 
         contexts = teacher_contexts(dialogues, total_return(scores, c), guidance, c)
@@ -5170,7 +5178,7 @@ class Trainer:
         def teacher_logp() -> tuple[np.ndarray, np.ndarray]:
             with clock("teacher"):
                 view, starts = pack(dialogues, c, self.speaker, contexts=contexts)
-                logp, plain = self.read(self.state.teacher, view.replace(**seen)), old_logp
+                logp, plain = self.read(self.state.teacher, view.replace(**once)), old_logp
                 if c.credit.delta_baseline == "teacher_plain":
                     plain = self.read(self.state.teacher, batch)
                 return np.asarray(own_tokens(logp, starts, batch.rows.tokens.shape[-1])), plain
@@ -5187,7 +5195,7 @@ class Trainer:
         if c.update.loss == "sdpo":
             with clock("pack"):
                 view, starts = pack(dialogues, c, self.speaker, contexts=contexts)
-                guided = Guided(view.replace(**seen), starts)
+                guided = Guided(view.replace(**once), starts)
         rate = learning_rate(c.update, number, c.steps)
         with clock("update"):
             parts = []

@@ -115,5 +115,5 @@ def test_bad_input_is_one_line(capsys):
     assert bench.main(["advantages", "update.loss=sdpo"]) == 2
     assert capsys.readouterr().err.startswith("error: update.loss=sdpo: ")
     assert bench.main(["speed"]) == 2
-    known = "advantages, lists, metrics, perception, reading, rows, world, rollout, growth, update"
+    known = "advantages, frozen, lists, metrics, perception, reading, rows, world, rollout, growth, update"
     assert capsys.readouterr().err == f"error: unknown measurement 'speed'; known: {known}\n"

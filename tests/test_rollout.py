@@ -390,9 +390,9 @@ def test_masked_tokens_do_not_reach_the_update(world, scored, whole_update):
 def test_a_frozen_tower_sees_once_and_does_not_decay(world, scored, whole_update):
     """Images encoded before the update or in it: the same step. Weight decay moves all weights but the tower's."""
     batch, credit = scored[2:]
-    visual = train.make_bank(world.policy, world.config)(world.params, [batch.frames, batch.keyframes])
-    seen = batch.replace(frames=None, keyframes=None, visual=jax.tree.map(np.asarray, visual))
-    loss, slope, _ = slope_of(world, world.config, seen, credit)
+    once = train.encode_once(world.sampler.encode, world.params, batch, world.mesh)
+    assert once["frames"] is None and once["visual"].tokens.shape[0] == len(batch.rows.tokens)
+    loss, slope, _ = slope_of(world, world.config, batch.replace(**once), credit)
     assert world.config.policy.freeze_vision and loss == pytest.approx(whole_update[0], abs=1e-6)
     for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(whole_update[1]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
@@ -630,7 +630,7 @@ class Once(train.Trainer):
         self.clock, self.speaker, self.mesh = train.Clock(), world.speaker, world.mesh
         self.collect = lambda number: (dialogues, scores, guidance, {})
         self.logprob, _ = train.make_programs(world.policy, self.config)
-        self.bank = train.make_bank(world.policy, self.config)
+        self.sampler, self.cast = world.sampler, lambda params: params
         self.state = train.fresh_state(jax.tree.map(jnp.copy, world.params), self.config, teacher=True)
         self.handed = []
 
@@ -657,8 +657,7 @@ def test_what_a_step_hands_to_the_update(world, played, scored):
         back = [jax.tree.map(lambda x, at=at: train.put_back(x, at, ROLLOUTS), credit)
                 for credit, at in zip(once.handed, sources, strict=True)]  # fmt: skip
         made[baseline] = jax.tree.map(lambda *x: np.concatenate(x), *back)
-    visual = jax.tree.map(np.asarray, once.bank(world.params, [batch.frames, batch.keyframes]))
-    seen = {"frames": None, "keyframes": None, "visual": visual}
+    seen = train.encode_once(world.sampler.encode, world.params, batch, world.mesh)
     batch = batch.replace(**seen)
     own = once.read(world.params, batch)
     old = made["student"].old_logp
