@@ -22,8 +22,8 @@
     log-probabilities and of their updates. CONFIG defaults to experiments/embedded_long.yaml.
 `python -m icseg_jax.bench frozen [CONFIG] [key=value ...]`
     What a frozen vision tower saves: log-probabilities and updates of a minibatch on its images, against images that
-    were encoded before. Seconds to compile and least seconds to run, in turn. CONFIG defaults to
-    experiments/embedded.yaml.
+    were encoded before. Seconds to compile (no JAX_COMPILATION_CACHE_DIR) and least seconds to run, in turn. CONFIG
+    defaults to experiments/embedded.yaml.
 `python -m icseg_jax.bench rollout [model=DIR] [prompts=4 rollouts=8 images=6 ...] [against=huggingface]`
     A fixed dialogue of several turns, every one of them as long as it may be: sampled tokens over the wall time of a
     second, warm dialogue. `against=huggingface` plays the same on the same rows with `generate` of transformers.
@@ -417,7 +417,6 @@ def frozen(config: train.Config, repeats: int = 5) -> dict[str, Any]:
     c = config
     if not c.policy.freeze_vision or c.update.loss == "sdpo":
         raise train.ConfigError("policy.freeze_vision=false or update.loss=sdpo: use freeze_vision=true and rlsd")
-    jax.config.update("jax_enable_compilation_cache", False)
     source, mesh = train.resolve_path(c.policy.path), train.make_mesh(c.mesh)
     policy_config, params = train.load_policy(source, mesh, dtype="float32")
     policy = train.Policy(policy_config, c.policy.remat, mesh, c.policy.attention)

@@ -2052,8 +2052,8 @@ class Speaker:
         for i, fid in enumerate(fids):
             row.add(self.ids(f"frame {fid} <|vision_start|>"))
             row.add_image(self.image_token, i * self.frame_tokens, self.frame_grid)
-            row.add(self.ids("<|vision_end|>\n"))
-        row.add(self.ids("\n"))
+            # Both newlines before the query at once: tokenizers write them as one token.
+            row.add(self.ids("<|vision_end|>\n" if i + 1 < len(fids) else "<|vision_end|>\n\n"))
         return row
 
     def query(self, row: Transcript, query: str, guidance: str | None = None) -> None:

@@ -111,6 +111,59 @@ def test_transcripts_are_what_the_shipped_chat_template_renders(world, played):
             assert theirs(rendered)["input_ids"] == world.tokenizer.encode(rendered)
 
 
+QWEN = (  # what Qwen's tokenizer cuts a text into before it joins bytes
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def small_qwen(folder, texts):
+    """A byte-level BPE that cuts as Qwen's and has learnt to join what the texts repeat, newlines too."""
+    import tokenizers
+    from tokenizers import decoders, pre_tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    cut = pre_tokenizers.Split(tokenizers.Regex(QWEN), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    made.decoder = decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, initial_alphabet=letters, show_progress=False)
+    made.train_from_iterator([*texts, "a\n\nb" * 50], trainer)
+    made.add_special_tokens(list(weights.SPECIALS))
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(made.to_str())
+    return weights.Tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", ["words", "bytes"])
+def test_token_ids_are_those_of_the_whole_text(world, tmp_path, kind):
+    """A transcript grows piece by piece; the chat template's text, encoded at once, gives the same tokens."""
+    prompts = train.PROMPTS["brief"]
+    tokenizer = world.tokenizer if kind == "words" else small_qwen(tmp_path / "bytes", prompts.values())
+    image, newline = tokenizer.ids["<|image_pad|>"], tokenizer.encode("\n\n")
+    assert len(newline) == 1 and newline != tokenizer.encode("\n")
+    policy = dataclasses.replace(world.policy.config, image_token_id=image)
+    protocol = dataclasses.replace(world.config.protocol, prompt_tokens=4000, response_tokens=4000)
+    speaker = train.Speaker(protocol, policy, tokenizer)
+    prompt = train.Prompt(world.samples[0], data.sample_frames(12, protocol.frames), speaker)
+    d, fid = train.Dialogue(prompt), prompt.fids[1]
+    picture = lambda count: f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>"  # noqa: E731
+    frames = "".join(f"frame {f} {picture(speaker.frame_tokens)}\n" for f in prompt.fids)
+    text = f"<|im_start|>system\n{prompts['clarify']}<|im_end|>\n<|im_start|>user\n{frames}\n{prompt.sample.query}"
+    text += "<|im_end|>\n<|im_start|>assistant\n"
+    answer = speaker.answer("one left", [0, 0, 500, 500], [100, 100]) + "<|im_end|>"
+    said = [speaker.call("two differ", "What color is the target?"), speaker.keyframe("one left", fid), answer]
+    for line in said:
+        text += line
+        ids = tokenizer.encode(line)
+        d.say(ids, [0.0] * len(ids), speaker, finished=True, last=False)
+        if d.end is None:
+            d.observe(speaker, "red" if d.wants_user() else None)
+            shown = "" if len(d.texts) == 1 else picture(speaker.keyframe_tokens)
+            text += f"<|im_end|>\n<|im_start|>user\n{d.replies[-1]}{shown}<|im_end|>\n<|im_start|>assistant\n"
+    assert d.end == "answered" and d.frame == fid and d.questions == [("What color is the target?", "red")]
+    assert prompt.row.tokens + d.row.tokens == tokenizer.encode(text)
+
+
 def test_a_prompt_shows_nothing_of_the_labels(world):
     """DATA.md 6.7: without masks, scene graph and descriptions the policy reads and sees the same."""
     shown = data.sample_frames(12, world.config.protocol.frames)

@@ -1099,8 +1099,8 @@ class Spoken(train.Sampler):
     def extend(self, params, lanes, rows):
         return None, None, None
 
-    def keys(self, *_):
-        return None
+    def keys(self, seed, step, prompt, rollout):
+        return np.zeros((len(prompt), len(rollout), 2), np.uint32)
 
     def show(self, *_):
         return None
