@@ -24,6 +24,10 @@
     What a frozen vision tower saves: log-probabilities and updates of a minibatch on its images, against images that
     were encoded before. Seconds to compile (no JAX_COMPILATION_CACHE_DIR) and least seconds to run, in turn. CONFIG
     defaults to experiments/embedded.yaml.
+`python -m icseg_jax.bench chip [CONFIG] [key=value ...]`
+    What one chip reaches of what it could, with random weights: decoding against the bandwidth of its memory, an update
+    against its arithmetic (MFU), at the config's sizes. CONFIG defaults to experiments/qwen3vl_4b.yaml; on one H200 add
+    rollout.prompts=2 rollout.rollouts=16 update.minibatches=1 update.micro_prompts=1 update.token_buckets=[2048].
 `python -m icseg_jax.bench rollout [model=DIR] [prompts=4 rollouts=8 images=6 ...] [against=huggingface]`
     A fixed dialogue of several turns, every one of them as long as it may be: sampled tokens over the wall time of a
     second, warm dialogue. `against=huggingface` plays the same on the same rows with `generate` of transformers.
@@ -544,15 +548,20 @@ def sizes(arguments: Sequence[str], **defaults: Any) -> dict[str, Any]:
     return out
 
 
-def random_policy(raw: dict) -> tuple[train.PolicyConfig, Any]:
-    config = train.PolicyConfig.from_json(raw)
-    init = jax.jit(lambda key: train.Policy(config).init(key, train.example_images(config.vision)))
-    return config, flax.linen.unbox(init(jax.random.key(0)))["params"]
+def random_params(config: train.PolicyConfig, dtype: str = "float32") -> Any:
+    def init(key: jax.Array) -> Any:
+        made = train.Policy(config).init(key, train.example_images(config.vision))
+        return train.compute_copy(flax.linen.unbox(made)["params"], dtype)
+
+    return jax.jit(init)(jax.random.key(0))
 
 
 def model_of(path: str) -> tuple[train.PolicyConfig, Any]:
     """The policy in a directory as it is stored, or RANDOM_MODEL."""
-    return train.load_policy(path) if path else random_policy(RANDOM_MODEL)
+    if path:
+        return train.load_policy(path)
+    policy_config = train.PolicyConfig.from_json(RANDOM_MODEL)
+    return policy_config, random_params(policy_config)
 
 
 class FixedDialogue:
@@ -759,8 +768,8 @@ def update(arguments: Sequence[str]) -> dict[str, Any]:
         "vocab_size": g["vocabulary"],
     }  # fmt: skip
     vision = RANDOM_MODEL["vision_config"] | {"out_hidden_size": g["width"]}
-    policy_config, params = random_policy(RANDOM_MODEL | {"text_config": text, "vision_config": vision})
-    params = jax.device_get(params)
+    policy_config = train.PolicyConfig.from_json(RANDOM_MODEL | {"text_config": text, "vision_config": vision})
+    params = jax.device_get(random_params(policy_config))
     rng = np.random.default_rng(0)
 
     def rows(count: int, length: int, start: int) -> train.Rows:
@@ -811,9 +820,73 @@ def update(arguments: Sequence[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+CHIPS = {  # one chip in bfloat16 by what JAX calls it: TFLOP/s and TB/s of its vendor
+    "H200": (989, 4.8), "H100": (989, 3.35), "A100": (312, 2.0),
+    "v5 lite": (197, 0.82), "v5": (459, 2.77), "v6 lite": (918, 1.64),
+}  # fmt: skip
+
+
+def chip(config: train.Config, repeats: int = 3) -> dict[str, Any]:
+    """One chip's decoding and update, and their shares of what it could do; None where that is not known.
+
+    A decoded token reads the language model's weights and every slot of the cache, used or not; an update takes 6
+    operations a parameter and token, and 12 a head's feature for each pair of a query and a key it sees. The vision
+    tower's are not counted.
+    """
+    c, kind = config, jax.devices()[0].device_kind
+    tera, bandwidth = next((peak for name, peak in CHIPS.items() if name in kind), (None, None))
+    m = train.named_shape(c)
+    p, n, new = c.rollout.prompts, c.rollout.rollouts, min(c.protocol.action_tokens, c.rollout.decode_tokens)
+    params = random_params(m, c.policy.dtype)
+    read = {name: part for name, part in params.items() if name != "vision"}
+    if not m.tie_word_embeddings:
+        read.pop("embedding")  # a row for a token
+    count = sum(x.size for x in jax.tree.leaves(read))
+    weighs = sum(x.nbytes for x in jax.tree.leaves(read))
+    sizes = dict(prompts=p, rollouts=n, images=c.protocol.frames, image_size=c.protocol.frame_size, new_tokens=new)
+    dialogue = FixedDialogue(m, sizes | {"text_tokens": 64, "turns": 1, "observation_tokens": 1})
+    dialogue.play(params)
+    spent = [dialogue.play(params, seed=k + 1) for k in range(repeats)]
+    step = min(each["decode"] for each in spent) / new
+    slots = p * dialogue.tokens.shape[1] + p * n * (dialogue.config.rollout.cache_buckets[0] + new)
+    one = 2 * m.num_hidden_layers * m.num_key_value_heads * m.head_dim * jax.numpy.dtype(c.policy.dtype).itemsize
+    reads = weighs + slots * one
+    out: dict[str, Any] = {"device": kind, "policy": str(c.policy.shape or c.policy.path), "parameters": count}
+    out["decode"] = {
+        "rows": p * n, "tokens_per_s": p * n / step, "ms_per_token": 1e3 * step, "reads_gib": reads / 2**30,
+        "share_of_bandwidth": bandwidth and reads / (bandwidth * 1e12) / step,
+        **{f"{phase}_s": min(each[phase] for each in spent) for phase in ("encode", "prefill")},
+    }  # fmt: skip
+    del params, read, dialogue
+
+    batch = random_batch(c, train.Speaker(c.protocol, m, train.load_tokenizer(
+        train.resolve_path("asset:embedded_base"), m)))  # fmt: skip
+    state = train.fresh_state(random_params(m), c, teacher=False)
+    _, update = train.make_programs(train.Policy(m, c.policy.remat, attention=c.policy.attention), c)
+    p, n, t = batch.rows.tokens.shape
+    noise = np.random.default_rng(0).standard_normal((p, n, t), np.float32)
+    credit = train.Credit(noise, batch.rows.logp, batch.rows.trained)
+
+    def learn() -> Any:
+        nonlocal state
+        state, stats = update(state, batch, credit, None, np.float32(0.0))
+        return stats
+
+    told, length = in_turn({"update": learn}, repeats)["update"], c.protocol.prompt_tokens
+    pairs = p * (length**2 / 2 + n * t * (length + t / 2))
+    tokens = p * (length + n * t)
+    operations = 6 * count * tokens + 12 * m.num_hidden_layers * m.num_attention_heads * m.head_dim * pairs
+    out["update"] = {
+        "shape": [p, n, t], "seconds": told["run"], "compile_s": told["compile"], "tokens_per_s": tokens / told["run"],
+        "tflops": operations / 1e12, "mfu": tera and operations / (tera * 1e12) / told["run"],
+    }  # fmt: skip
+    return out
+
+
 SPEEDS = {"rollout": rollout, "growth": growth, "update": update}
 MEASUREMENTS = {
     "advantages": (advantages, "experiments/embedded.yaml"),
+    "chip": (chip, "experiments/qwen3vl_4b.yaml"),
     "frozen": (frozen, "experiments/embedded.yaml"),
     "lists": (lists, "experiments/embedded.yaml"),
     "metrics": (metrics_speed, None),  # of no config
@@ -833,7 +906,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     try:
         if name in SPEEDS:
-            print(json.dumps(SPEEDS[name](rest), indent=1))
+            print(json.dumps(SPEEDS[name](rest)))
             return 0
         if name not in MEASUREMENTS:
             raise train.ConfigError(f"unknown measurement {name!r}; known: {', '.join([*MEASUREMENTS, *SPEEDS])}")
@@ -841,11 +914,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if default is None:
             if rest:
                 raise train.ConfigError(f"{name} takes no config and no key=value, not {' '.join(rest)}")
-            print(json.dumps(measure(), indent=1))
+            print(json.dumps(measure()))
             return 0
         configs = [a for a in rest if "=" not in a]
         config = train.load_config((configs or [default])[0], [a for a in rest if "=" in a])
-        print(json.dumps(measure(config), indent=1))
+        print(json.dumps(measure(config)))
     except train.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

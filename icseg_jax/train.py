@@ -745,35 +745,52 @@ class PolicyConfig:
             ):
                 if value != known:
                     raise ConfigError(f"{where}: {key} is {value!r}; this policy computes {known!r} only")
+
+            def whole(part: Mapping, key: str, least: int = 1) -> int:
+                if type(part[key]) is not int or part[key] < least:
+                    raise ConfigError(f"{where}: {key} is {part[key]!r}; a whole number from {least} up works")
+                return part[key]
+
+            def positive(value: Any, key: str) -> float:
+                if not isinstance(value, int | float) or not 0 < value < math.inf:
+                    raise ConfigError(f"{where}: {key} is {value!r}; a number above 0 works")
+                return float(value)
+
+            def several(value: Any, key: str) -> tuple[int, ...]:
+                if not isinstance(value, Sequence) or not all(type(x) is int and x >= 0 for x in value):
+                    raise ConfigError(f"{where}: {key} is {value!r}; a list of whole numbers works")
+                return tuple(value)
+
             theta = rope.get("rope_theta", text.get("rope_theta"))
+            heads = whole(text, "num_attention_heads")
             config = cls(
-                vocab_size=text["vocab_size"],
-                hidden_size=text["hidden_size"],
-                intermediate_size=text["intermediate_size"],
-                num_hidden_layers=text["num_hidden_layers"],
-                num_attention_heads=text["num_attention_heads"],
-                num_key_value_heads=text["num_key_value_heads"],
-                head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
-                rope_theta=float(theta if theta is not None else 5e6),
-                mrope_section=tuple(rope.get("mrope_section", (24, 20, 20))),
-                rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+                vocab_size=whole(text, "vocab_size"),
+                hidden_size=whole(text, "hidden_size"),
+                intermediate_size=whole(text, "intermediate_size"),
+                num_hidden_layers=whole(text, "num_hidden_layers"),
+                num_attention_heads=heads,
+                num_key_value_heads=whole(text, "num_key_value_heads"),
+                head_dim=whole(text, "head_dim") if text.get("head_dim") else text["hidden_size"] // heads,
+                rope_theta=positive(5e6 if theta is None else theta, "rope_theta"),
+                mrope_section=several(rope.get("mrope_section", (24, 20, 20)), "mrope_section"),
+                rms_norm_eps=positive(text.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
                 tie_word_embeddings=raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
-                image_token_id=raw["image_token_id"],
-                video_token_id=raw["video_token_id"],
-                vision_start_token_id=raw["vision_start_token_id"],
-                vision_end_token_id=raw["vision_end_token_id"],
+                image_token_id=whole(raw, "image_token_id", 0),
+                video_token_id=whole(raw, "video_token_id", 0),
+                vision_start_token_id=whole(raw, "vision_start_token_id", 0),
+                vision_end_token_id=whole(raw, "vision_end_token_id", 0),
                 vision=VisionConfig(
-                    depth=vision["depth"],
-                    hidden_size=vision["hidden_size"],
-                    intermediate_size=vision["intermediate_size"],
-                    num_heads=vision["num_heads"],
-                    out_hidden_size=vision["out_hidden_size"],
-                    num_position_embeddings=vision["num_position_embeddings"],
-                    deepstack_visual_indexes=tuple(vision["deepstack_visual_indexes"]),
-                    patch_size=vision["patch_size"],
-                    temporal_patch_size=vision["temporal_patch_size"],
-                    spatial_merge_size=vision["spatial_merge_size"],
-                    in_channels=vision.get("in_channels", 3),
+                    depth=whole(vision, "depth"),
+                    hidden_size=whole(vision, "hidden_size"),
+                    intermediate_size=whole(vision, "intermediate_size"),
+                    num_heads=whole(vision, "num_heads"),
+                    out_hidden_size=whole(vision, "out_hidden_size"),
+                    num_position_embeddings=whole(vision, "num_position_embeddings"),
+                    deepstack_visual_indexes=several(vision["deepstack_visual_indexes"], "deepstack_visual_indexes"),
+                    patch_size=whole(vision, "patch_size"),
+                    temporal_patch_size=whole(vision, "temporal_patch_size"),
+                    spatial_merge_size=whole(vision, "spatial_merge_size"),
+                    in_channels=whole({"in_channels": 3, **vision}, "in_channels"),
                 ),
             )
         except KeyError as error:
@@ -4623,9 +4640,7 @@ class Run:
             return
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        with (self.path / "programs.jsonl").open("a") as file:
-            file.writelines(json.dumps({"step": row["step"], **program}) + "\n" for program in COMPILED)
-        COMPILED.clear()
+        self._tell_programs(row["step"])
         if self._writer is None:
             from tensorboardX import SummaryWriter
 
@@ -4640,7 +4655,15 @@ class Run:
         self.write("summary.json", json.dumps(summary, indent=1))
         return summary
 
+    def _tell_programs(self, step: int) -> None:
+        with (self.path / "programs.jsonl").open("a") as file:
+            file.writelines(json.dumps({"step": step, **program}) + "\n" for program in COMPILED)
+        COMPILED.clear()
+
     def close(self) -> None:
+        if COMPILED and self.writes:  # what an evaluation after the last step needed
+            with contextlib.suppress(OSError):  # a full disk was told of already
+                self._tell_programs(max((row["step"] for row in self._rows()), default=0))
         if hasattr(self, "_checkpointer"):
             self._checkpointer.close()
         if self._bucket is not None:
@@ -4902,6 +4925,16 @@ def warmstart_sigma(config: Config, step: int) -> float:
     return w.coordinate_sigma_end + (w.coordinate_sigma - w.coordinate_sigma_end) * max(
         0.0, 1 - step / (0.8 * config.steps)
     )
+
+
+def named_shape(config: Config) -> PolicyConfig:
+    """The shape of a config's policy: of policy.path where that is there, else policy.shape. Raises ConfigError."""
+    here = resolve_path(config.policy.path) / "config.json"
+    shape = here if here.is_file() or config.policy.shape is None else resolve_path(config.policy.shape)
+    raw = read_json(shape)
+    if raw is None:
+        raise ConfigError(f"{shape}: missing or not JSON; policy.shape= may name a config.json of the policy")
+    return PolicyConfig.from_json(raw, str(shape))
 
 
 def new_policy(config: Config, run: Run) -> tuple[PolicyConfig, weights.Tokenizer, Path]:

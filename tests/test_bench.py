@@ -109,11 +109,42 @@ def test_sharing_a_prompt_changes_no_gradient():
     assert told["max_grad_difference"] < 1e-5 and told["shared_s"] > 0 < told["unshared_s"]
 
 
+@pytest.mark.slow
+def test_what_a_chip_reaches(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "CHIPS", {"cpu": (1, 0.1)})
+    small = ["rollout.prompts=2", "rollout.rollouts=2", "update.minibatches=1", "protocol.action_tokens=8"]
+    assert bench.main(["chip", "experiments/embedded.yaml", *small]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["decode"]["rows"] == 4 and 0 < told["decode"]["share_of_bandwidth"] < 1
+    # 6 operations a parameter and token are most of it; attention is the rest.
+    plain = 6 * told["parameters"] * 2 * (224 + 2 * 416) / 1e12
+    assert plain < told["update"]["tflops"] < 2 * plain and 0 < told["update"]["mfu"] < 1
+
+
+@pytest.mark.slow
+def test_a_frozen_tower_is_compiled_and_run_for_less(capsys):
+    assert bench.main(["frozen", "experiments/embedded.yaml", "rollout.prompts=2", "update.minibatches=1"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    for name in ("logprob", "update"):
+        assert 0 < told[name]["encoded"]["run"] and 0 < told[name]["ratio"] < 1.2
+    assert bench.main(["frozen", "experiments/embedded.yaml", "policy.freeze_vision=false"]) == 2
+    assert capsys.readouterr().err.startswith("error: policy.freeze_vision=false")
+
+
+@pytest.mark.slow
+def test_a_shared_prompt_costs_its_length_once(capsys):
+    assert bench.main(["growth", "model=icseg_jax/assets/embedded_base", "prompts=1", "new_tokens=4"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert list(told["step_ms_by_prompt_tokens"]) == ["256", "1024", "4096"]
+    by_row = told["row_ms_by_rollouts"]
+    assert list(by_row) == ["1", "2", "4", "8", "16"] and by_row["16"] < by_row["1"]
+
+
 def test_bad_input_is_one_line(capsys):
     assert bench.main(["metrics", "seed=1"]) == 2
     assert capsys.readouterr().err == "error: metrics takes no config and no key=value, not seed=1\n"
     assert bench.main(["advantages", "update.loss=sdpo"]) == 2
     assert capsys.readouterr().err.startswith("error: update.loss=sdpo: ")
     assert bench.main(["speed"]) == 2
-    known = "advantages, frozen, lists, metrics, perception, reading, rows, world, rollout, growth, update"
+    known = "advantages, chip, frozen, lists, metrics, perception, reading, rows, world, rollout, growth, update"
     assert capsys.readouterr().err == f"error: unknown measurement 'speed'; known: {known}\n"

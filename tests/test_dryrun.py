@@ -56,6 +56,7 @@ def test_a_dry_run_says_what_fits_and_what_does_not():
     # No weight is gathered while tokens are sampled: the smallest matrix of a layer takes 0.06 MiB in bfloat16.
     assert report["programs"]["decode"]["collectives"].get("all-gather", {"largest_mib": 0})["largest_mib"] < 0.06
     assert tight[0] == 1 and "DOES NOT FIT" in tight[2] and json.loads(tight[1])["fits"] is False
+    assert fits[1].count("\n") == 1  # one object on one line
     for told, words in ((moon, "topology=moon:3"), (program, "programs=all"), (alone, "topology= is missing")):
         assert told[0] == 2 and told[1] == "" and told[2].startswith("error: ") and words in told[2]
         assert told[2].count("\n") == 1

@@ -25,8 +25,8 @@ def environment(devices: int) -> dict[str, str]:
 
 
 def on_meshes(folder: Path, size: int, overrides: list[str]) -> dict[str, dict]:
-    """For each mesh: how far dialogues, log-probabilities, loss and gradients are from those of one device; of `size`
-    prompts with as many rollouts."""
+    """meshes: for each how far dialogues, log-probabilities, loss and gradients are from those of one device; of `size`
+    prompts with as many rollouts. restored: on other meshes, whether the last one's checkpoint is what was saved."""
     command = [sys.executable, __file__, str(folder), str(size), *overrides]
     done = subprocess.run(command, env=environment(8), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -34,7 +34,8 @@ def on_meshes(folder: Path, size: int, overrides: list[str]) -> dict[str, dict]:
 
 
 def check(told: dict[str, dict]) -> None:
-    for mesh, found in told.items():
+    assert len(told["restored"]) == 3 and all(told["restored"].values()), told["restored"]
+    for mesh, found in told["meshes"].items():
         assert found["tokens"] > 500 and found["other_tokens"] == 0, mesh
         assert found["logp"] < 1e-4 and found["loss"] < 1e-5 and found["gradient"] < 1e-5, (mesh, found)
         assert found["largest_gradient"] > 1e-4
@@ -142,6 +143,7 @@ def main(folder: str, size: str, *overrides: str) -> None:
 
     path, n = Path(folder), int(size)
     small = [*SMALL, *(f"rollout.{key}={n}" for key in ("prompts", "rollouts", "least_prompts"))]
+    small.append("policy.freeze_vision=false")  # slopes of the tower too
     synthetic.write_dataset(path / "raw", train=2, test=24, seed=3, progress=False)
     data.prepare("ambi_rvos", path / "raw", path / "prepared", progress=False)
     samples = sorted(data.load_prepared(path / "prepared", "test"), key=lambda sample: -sample.initial_count)[:n]
@@ -165,12 +167,12 @@ def main(folder: str, size: str, *overrides: str) -> None:
         batch, _ = train.pack(dialogues, config, speaker)
         state = train.fresh_state(params, config, teacher=False)
         logprob, update = train.make_programs(policy, config, state)
-        shared, source = train.share_rows(batch, config.update.row_buckets)
+        shared, taken = train.share_rows(batch, config.update.row_buckets)
         assert shared.rows.tokens.shape[1] < n or not config.update.row_buckets
-        logp = train.put_back(logprob(state.params, train.shard_batch(mesh, shared)), source, n)
+        logp = train.put_back(logprob(state.params, train.shard_batch(mesh, shared)), taken, n)
         advantages = np.random.default_rng(0).standard_normal((n, n, 1)).astype(np.float32)
         credit = train.Credit(advantages * np.ones_like(logp), batch.rows.logp, batch.rows.trained)
-        credit = jax.tree.map(lambda x, at=source: train.take_tokens(x, at, 0), credit)
+        credit = jax.tree.map(lambda x, at=taken: train.take_tokens(x, at, 0), credit)
         state, stats = update(state, *train.shard_batch(mesh, (shared, credit, None)), np.float32(0))
         got = {
             "tokens": batch.rows.tokens, "logp": np.where(batch.rows.trained, logp, 0), "loss": float(stats["loss"]),
@@ -188,7 +190,22 @@ def main(folder: str, size: str, *overrides: str) -> None:
             "gradient": max(gaps),
             "largest_gradient": max(float(np.abs(x).max()) for x in expected["gradient"]),
         }
-    print(json.dumps(found))
+    config = dataclasses.replace(config, run_dir=str(path / "run"))
+    run = train.Run(config)
+    run.save(state, 1)
+    run.close()
+    saved, restored = jax.device_get(state), {}
+    for sizes in ({"data": 1}, {"data": 1, "fsdp": 8}, {"data": 4, "tensor": 2}):
+        devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+        mesh = train.make_mesh(dataclasses.replace(train.MeshSection(), **sizes), devices)
+        _, params = train.load_policy(source, mesh, dtype="float32")
+        fresh, run = train.fresh_state(params, config, teacher=False), train.Run(config)
+        pairs = [jax.tree.leaves(x) for x in (run.restore(fresh), saved, fresh)]
+        run.close()
+        restored[str(sizes)] = all(
+            x.sharding == like.sharding and np.array_equal(x, kept) for x, kept, like in zip(*pairs, strict=True)
+        )
+    print(json.dumps({"meshes": found, "restored": restored}))
 
 
 @pytest.mark.parametrize(
