@@ -180,7 +180,7 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any],
     if c.update.loss == "sdpo":
         starts = jax.ShapeDtypeStruct((mini, n), jnp.int32, sharding=by_row)
         guided = train.Guided(batch(mini, longest + c.credit.guidance_tokens), starts)
-    told = longest + (c.credit.guidance_tokens if train.needs_teacher(c) else 0)
+    read = batch(mini if c.update.row_buckets else p, longest + train.reading_room(c))  # shared rows: a part at a time
     logprob, update = train.make_programs(policy, c, state)
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     beside = (state,)  # while dialogues are played the whole training state waits
@@ -193,11 +193,7 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any],
         "extend": (
             lambda: sampler.extend.jitted.trace(reading, lanes, rows(p, n, max(c.rollout.observation_buckets))), beside
         ),
-        "logprob": (
-            # Rows that are shared are read a minibatch at a time.
-            lambda: logprob.jitted.trace(params, batch(mini if c.update.row_buckets else p, told)),
-            (state.optimiser, state.teacher),
-        ),
+        "logprob": (lambda: logprob.jitted.trace(params, read), (state.optimiser, state.teacher)),
         "update": (lambda: update.jitted.trace(state, minibatch, credit, guided, rate), ()),
     }  # fmt: skip
 

@@ -3900,6 +3900,12 @@ def needs_teacher(c: Config) -> bool:
     return weighs or c.update.loss == "sdpo"
 
 
+def reading_room(c: Config) -> int:
+    """Places behind each row when log-probabilities are read: a teacher's context takes them, and one program reads for
+    student and teacher."""
+    return c.credit.guidance_tokens if needs_teacher(c) and c.update.loss == "rlsd" else 0
+
+
 def token_credit(
     batch: Batch,
     scores: Scores,
@@ -4583,8 +4589,9 @@ class Run:
                 multihost_utils.sync_global_devices("checkpoints")
             # Devices that hold the same array write a part of it each; a small one is not worth the cutting, which is
             # a program for every shape.
-            saving = ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=2**20)
-            with ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving)):
+            context = ocp.Context()
+            context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
+            with context:
                 self._checkpointer = ocp.training.Checkpointer(
                     folder,
                     preservation_policy=ocp.training.preservation_policies.LatestN(self.config.checkpoint.keep),
@@ -5199,12 +5206,13 @@ class Trainer:
         with clock("pack"):
             batch, _ = pack(dialogues, c, self.speaker)
         lam = float(step_strength(c.credit, number))
+        room = reading_room(c)
         with clock("logprob"):
             once: dict[str, Any] = {}
             if c.policy.freeze_vision:  # student, teacher and update see the same
                 once = encode_once(self.sampler.encode, self.cast(self.state.params), batch, self.mesh)
             batch = batch.replace(**once)
-            old_logp = self.read(self.state.params, batch)
+            old_logp = self.read(self.state.params, batch, room)
 
         contexts = teacher_contexts(dialogues, total_return(scores, c), guidance, c)
 
@@ -5213,12 +5221,12 @@ class Trainer:
                 view, starts = pack(dialogues, c, self.speaker, contexts=contexts)
                 logp, plain = self.read(self.state.teacher, view.replace(**once)), old_logp
                 if c.credit.delta_baseline == "teacher_plain":
-                    plain = self.read(self.state.teacher, batch)
+                    plain = self.read(self.state.teacher, batch, room)
                 return np.asarray(own_tokens(logp, starts, batch.rows.tokens.shape[-1])), plain
 
-        room = context_room(c, self.speaker)
+        most = context_room(c, self.speaker)
         told = [len(self.speaker.tokenizer.encode(text)) for row in contexts for text in row if text]
-        faults["context_cut"] = sum(length > room for length in told) / max(len(told), 1)
+        faults["context_cut"] = sum(length > most for length in told) / max(len(told), 1)
 
         credit, levels = token_credit(
             batch, scores, contexts, np.array([[d.end == "overlong" for d in row] for row in dialogues]), c,
@@ -5286,12 +5294,18 @@ class Trainer:
         for k in range(parts):
             yield take_prompts(tree, prompts, k * size, (k + 1) * size)
 
-    def read(self, params: Any, batch: Batch) -> np.ndarray:
-        """Log-probability [P,N,T] of every token; what stands at padding means nothing."""
+    def read(self, params: Any, batch: Batch, room: int = 0) -> np.ndarray:
+        """Log-probability [P,N,T] of every token; what stands at padding means nothing. room: places left free behind
+        each row, for the shape of longer ones."""
         buckets, out = self.config.update.row_buckets, []
+
+        def lengthen(x: np.ndarray) -> np.ndarray:
+            return np.pad(x, [(0, room if axis == 2 else 0) for axis in range(x.ndim)])
+
         for part in self.minibatches(batch) if buckets else [batch]:  # a part has the rows that it needs
             shared, source = share_rows(part, buckets)
-            logp = jax.device_get(self.logprob(params, shard_batch(self.mesh, shared)))
+            shared = shared.replace(rows=jax.tree.map(lengthen, shared.rows))
+            logp = jax.device_get(self.logprob(params, shard_batch(self.mesh, shared)))[..., : source.shape[-1]]
             out.append(put_back(logp, source, part.rows.tokens.shape[1]))
         return np.concatenate(out)
 

@@ -712,7 +712,11 @@ def test_what_a_step_hands_to_the_update(world, played, scored):
         made[baseline] = jax.tree.map(lambda *x: np.concatenate(x), *back)
     seen = train.encode_once(world.sampler.encode, world.params, batch, world.mesh)
     batch = batch.replace(**seen)
-    own = once.read(world.params, batch)
+    room = train.reading_room(once.config)
+    assert room == once.config.credit.guidance_tokens > 0
+    own = once.read(world.params, batch, room)
+    np.testing.assert_allclose(*(np.where(batch.rows.trained, x, 0) for x in (own, once.read(world.params, batch))),
+                               atol=1e-5)  # fmt: skip
     old = made["student"].old_logp
     np.testing.assert_array_equal(old, own)
     assert not np.array_equal(old[batch.rows.trained], batch.rows.logp[batch.rows.trained])
@@ -720,7 +724,7 @@ def test_what_a_step_hands_to_the_update(world, played, scored):
     view, starts = train.pack(played, once.config, world.speaker, contexts=contexts)
     told = np.asarray(train.own_tokens(once.read(stale, view.replace(**seen)), starts, batch.rows.tokens.shape[-1]))
     overlong = np.array([[d.end == "overlong" for d in row] for row in played])
-    for baseline, plain in (("student", own), ("teacher_plain", once.read(stale, batch))):
+    for baseline, plain in (("student", own), ("teacher_plain", once.read(stale, batch, room))):
         want, stats = train.token_credit(
             batch, scores, contexts, overlong, once.config, old_logp=own,
             teacher_logp=lambda plain=plain: (told, plain), lam=0.5,

@@ -111,6 +111,17 @@ def test_a_run_leaves_all_it_promises(straight):
     kinds = [(p["program"], p["shapes"], p.get("length"), p.get("rollouts")) for p in programs]
     assert len(kinds) == len(set(kinds)) <= 20 and all(p["step"] <= 2 for p in programs)
     assert "before" in done.stdout and "after" in done.stdout
+    assert "warning" not in done.stderr.lower()
+
+
+@pytest.mark.slow
+def test_twenty_steps_need_no_more_programs_than_four(place):
+    done = call(*run(place, "twenty", "steps=20", "evaluate.every=0", "checkpoint.every=20"), timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    programs = [json.loads(line) for line in (place / "twenty" / "programs.jsonl").read_text().splitlines()]
+    kinds = [(p["program"], p["shapes"], p.get("length"), p.get("rollouts")) for p in programs]
+    assert len(kinds) == len(set(kinds)) <= 20
+    assert json.loads((place / "twenty" / "summary.json").read_text())["compilations"] < 200
 
 
 def test_a_finished_run_says_so(straight, place):
