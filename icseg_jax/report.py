@@ -1064,7 +1064,9 @@ def _dots(left: int, total: int) -> str:
 
 def _phases(summary: dict) -> list[tuple[str, float]]:
     seconds = summary.get("seconds")
-    phases = [(n, v) for n, v in _flatten(seconds) if n != "total"] if isinstance(seconds, dict) else []
+    # Compilation falls into the phases that need it.
+    inside = ("total", "compile")
+    phases = [(n, v) for n, v in _flatten(seconds) if n not in inside] if isinstance(seconds, dict) else []
     return sorted(phases, key=lambda item: -item[1])
 
 
@@ -1073,6 +1075,9 @@ def _seconds(summary: dict) -> str:
     total = sum(value for _, value in phases)
     if total <= 0:
         return ""
+    compiling = dict(_flatten(summary["seconds"])).get("compile", 0.0)
+    compiling = f"""<tr><th scope="row">of it compilation</th><td>{compiling:.1f} s</td><td>{compiling / total:.0%}</td>
+<td></td></tr>""" if compiling > 0 else ""
     rows = "".join(
         f'<tr><th scope="row">{_escape(name, 40)}</th><td>{value:.1f} s</td><td>{value / total:.0%}</td>'
         f'<td><i style="width:{max(value, 0) / total:.1%}"></i></td></tr>'
@@ -1080,7 +1085,7 @@ def _seconds(summary: dict) -> str:
     )
     return f"""<section><h2>Where the time went</h2>
 <table class="seconds"><tbody>{rows}</tbody>
-<tfoot><tr><th scope="row">together</th><td>{_duration(total)}</td><td></td><td></td></tr></tfoot></table>
+<tfoot><tr><th scope="row">together</th><td>{_duration(total)}</td><td></td><td></td></tr>{compiling}</tfoot></table>
 </section>"""
 
 

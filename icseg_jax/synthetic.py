@@ -64,6 +64,7 @@ MARGIN = 0.05  # of the width: no centre is nearer to a boundary in the first fr
 TRAVEL = (30, 50)  # pixels a moving object covers over the clip
 SEEN = 0.6  # every object is this visible in at least one sampled frame
 COVERED = (0.15, 0.7)  # "partly covered": share of an object that is hidden
+SAID = ((0.5, 0.38, 0.12), 0.35)  # how many attributes a query mentions, and columns: whether it is ambiguous or not
 MIN_GAP = 6  # pixels between left edges at first: lists of candidates run from left to right and name these edges
 
 RED = (255, 0, 0)
@@ -174,7 +175,7 @@ def requery(scene: Scene, rng: np.random.Generator) -> Scene:
         changed = _pick(rng, ("color", "shape", "size", "motion"))
         other = row | {changed: _pick(rng, VALUES[changed])}
         row = other if _possible(other, scene.split) else row
-    names = _draw_mentioned(rng, int(rng.choice((1, 2, 3), p=(0.4, 0.35, 0.25))), 0.1)
+    names = _draw_mentioned(rng, (0.4, 0.35, 0.25), 0.1)
     mentioned = {name: row[name] for name in ASKABLE if name in names}
     candidates = tuple(o.oid for o in scene.objects
                        if all(o.value(a, QUERY_FRAME, scene.width) == v for a, v in mentioned.items()))
@@ -281,8 +282,10 @@ def _possible_with(fixed: Row, split: str) -> bool:
     return _possible(free | fixed, split)
 
 
-def _draw_mentioned(rng: np.random.Generator, n: int, column: float) -> list[str]:
-    """n attributes for a query, which has room for one clause: the motion or, so often, the column."""
+def _draw_mentioned(rng: np.random.Generator, counts: Sequence[float], column: float) -> list[str]:
+    """One, two or three attributes for a query, so often each, which has room for one clause: the motion or, so often,
+    the column."""
+    n = int(rng.choice((1, 2, 3), p=counts))
     pool = ["color", "shape", "size", "column" if rng.random() < column else "motion"]
     return [pool[i] for i in rng.permutation(len(pool))[:n]]
 
@@ -292,8 +295,7 @@ def _draw_table(rng: np.random.Generator, level: str, split: str) -> tuple[list[
     if level in CANDIDATES:
         return _draw_ambiguous(rng, level, split)
     n_objects = int(rng.integers(2, MAX_OBJECTS + 1))
-    n_mentioned = int(rng.choice((1, 2, 3), p=(0.35, 0.4, 0.25)))
-    attributes = _draw_mentioned(rng, n_mentioned, column=0.3)
+    attributes = _draw_mentioned(rng, *SAID)
     if level == "clear":
         target = _draw_row(rng, split)
         mentioned = {attribute: target[attribute] for attribute in attributes}
@@ -308,9 +310,9 @@ def _draw_table(rng: np.random.Generator, level: str, split: str) -> tuple[list[
 
 def _draw_ambiguous(rng: np.random.Generator, level: str, split: str) -> tuple[list[Row], Row] | None:
     k = int(rng.integers(CANDIDATES[level][0], CANDIDATES[level][1] + 1))
-    attributes = _draw_mentioned(rng, 1 if rng.random() < 0.55 else 2, column=0.0)
+    attributes = _draw_mentioned(rng, *SAID)
     free = [attribute for attribute in ASKABLE if attribute not in attributes]
-    # No query mentions the column here, so it is free in every scene: half the weight keeps it from leading.
+    # Few queries mention the column, so it is nearly always free: half the weight keeps it from leading.
     weights = np.array([0.5 if attribute == "column" else 1.0 for attribute in free])
     designated = free[int(rng.choice(len(free), p=weights / weights.sum()))]
     mentioned = {attribute: _pick(rng, VALUES[attribute]) for attribute in attributes}

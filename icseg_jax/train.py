@@ -2081,6 +2081,13 @@ class Speaker:
     def closing(self) -> list[int]:
         return self.ids("<|im_end|>\n<|im_start|>assistant\n")
 
+    @property
+    def longest_observation(self) -> int:
+        """Tokens of the longest that `observe` may add."""
+        around = len(self.ids("<|im_end|>\n<|im_start|>user\n")) + len(self.closing())
+        cut = self.config.observation_tokens + len(self.ids("...(truncated)"))
+        return around + max(cut, len(self.ids(KEYFRAME_REPLY)) + 2 + self.keyframe_tokens)
+
     def observe(self, row: Transcript, text: str, keyframe_slot: int | None = None, *, ended: bool = False) -> None:
         """The environment's reply as a user turn (METHOD.md 1.3). ended: the policy closed its turn itself."""
         row.add(self.ids("\n<|im_start|>user\n" if ended else "<|im_end|>\n<|im_start|>user\n"))
@@ -2729,7 +2736,8 @@ class Sampler:
                     lanes = lanes.replace(visual=self.show(params, lanes.visual, lane_prompts, new))
                 grid, lane_prompts, lanes = self.compact(grid, lane_prompts, lanes, live)
                 chunks = [[self._tail(d, starts[id(d)]) if live(d) else Transcript() for d in row] for row in grid]
-                width = bucket(max(len(x) for row in chunks for x in row), c.rollout.observation_buckets)
+                buckets = [*c.rollout.observation_buckets, speaker.longest_observation]
+                width = bucket(max(len(x) for row in chunks for x in row), buckets)
                 rows = stack_rows([[[x] for x in row] for row in chunks], width, speaker.tokenizer.end_of_text)
                 fresh, count, logits = self.extend(params, lanes, shard_batch(self.mesh, rows))
                 lanes = jax.block_until_ready(self.commit(lanes, fresh, count, length=size).replace(logits=logits))
@@ -5149,14 +5157,15 @@ class Trainer:
         return Prompt(sample, shown, self.test_speaker)
 
     def training_prompts(self, step: int, refill: int) -> list[Prompt]:
-        """The prompts of a step: a function of (seed, step, refill). One shown frame surely holds the target."""
+        """The prompts of a step: a function of (seed, step, refill). One shown frame surely holds the target; without
+        one a frame is chosen as well, so that frame numbers do not tell."""
         c = self.config
         prompts = []
         for index in self.pool[data.order(c.seed, step, refill, len(self.pool), c.rollout.prompts)]:
             sample = self.train[int(index)]
             rng = np.random.default_rng([c.seed, step, refill, int(index)])
             seen = [i for i in range(len(sample.frames)) if sample.masks is not None and sample.truth(i).any()]
-            prompts.append(self.prompt(sample, int(rng.choice(seen)) if seen else None))
+            prompts.append(self.prompt(sample, int(rng.choice(seen or range(len(sample.frames))))))
         return prompts
 
     def collect(self, step: int) -> tuple[list[list[Dialogue]], Scores, list[list[str]], dict[str, float]]:
@@ -5590,21 +5599,23 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
             options.python_tracer_level = 0  # every Python call, otherwise
             jax.profiler.start_trace(run.path / "profile", profiler_options=options)
             tracing = True
+        row = None
         try:
             row = trainer.step()
+            step, stop = row["step"], agreed(run.stop)
+            book(row["seconds"])
+            if tracing and (step + 1 not in traced or stop):
+                jax.profiler.stop_trace()
+                tracing = False
+            if config.evaluate.every and step % config.evaluate.every == 0 and step < config.steps:
+                row["evaluate"] = trainer.evaluate()
+                book(trainer.clock.take(), "evaluate/")
         except (data.DataError, SidecarError):
             if step > begun and jax.process_count() == 1:  # what was learned so far is kept
+                if row is not None:
+                    run.log(row)
                 run.save(trainer.state, step)
             raise
-        step, stop = row["step"], agreed(run.stop)
-        if tracing and (step + 1 not in traced or stop):
-            jax.profiler.stop_trace()
-            tracing = False
-        book(row["seconds"])
-        if config.evaluate.every and step % config.evaluate.every == 0 and step < config.steps:
-            during = trainer.evaluate()
-            row["evaluate"] = during
-            book(trainer.clock.take(), "evaluate/")
         run.log(row)
         bar.update()
         slow = sorted(row["seconds"].items(), key=lambda x: -x[1])[:3]
@@ -5640,7 +5651,7 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
         if after and run.writes:
             print(f"{report.write_report(run.path)}: open it in a browser")
     else:
-        book({"total": time.perf_counter() - begun_at})
+        book({"total": time.perf_counter() - begun_at, "compile": compiled["seconds"]})
         run.summarise(seconds=seconds, models=trainer.models())
         print(f"stopped after step {step} of {config.steps}; the same command goes on from there")
 

@@ -266,6 +266,7 @@ def test_page_is_one_file_that_asks_for_nothing(finished):
 
 def test_page_shows_the_run(finished):
     run, page = finished
+    assert "of it compilation41.7 s" in page.text
     for heading in ("Before and after", "Training", "What it asks about", "Dialogues", "Where the time went"):
         assert heading in page.text
     summary = json.loads((run / "summary.json").read_text())

@@ -164,6 +164,27 @@ def test_token_ids_are_those_of_the_whole_text(world, tmp_path, kind):
     assert prompt.row.tokens + d.row.tokens == tokenizer.encode(text)
 
 
+class Talker(simulator.OracleUser):
+    """Says as much as `simulator.sanitise` lets through, in words that are many tokens each."""
+
+    def answer(self, graph, shown, question):
+        return " ".join(["a-b-c-d-e-f-g-h-i-j-k-l-m-n-o-p-q-r-s-t"] * 40)
+
+
+def test_an_answer_that_is_too_long_is_cut_and_read(world):
+    """Its end is kept, with a word that says so, though it is longer than the largest bucket."""
+    prompts = world.prompts(range(2))
+    played = world.sampler.play(
+        world.params, prompts, (1.0,) * ROLLOUTS, Talker(), seed=7, step=0, clock=train.Clock()
+    )  # fmt: skip
+    heard = [d for d in itertools.chain(*played) if any(answer.startswith("a-b") for _, answer in d.questions)]
+    assert heard
+    cut = world.config.protocol.observation_tokens
+    assert world.speaker.longest_observation > max(world.config.rollout.observation_buckets) >= cut
+    for d in heard:
+        assert "...(truncated)" in world.tokenizer.decode(d.row.tokens)
+
+
 def test_a_prompt_shows_nothing_of_the_labels(world):
     """DATA.md 6.7: without masks, scene graph and descriptions the policy reads and sees the same."""
     shown = data.sample_frames(12, world.config.protocol.frames)

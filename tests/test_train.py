@@ -237,8 +237,10 @@ def test_steps_without_their_checkpoints_are_not_thrown_away(tmp_path):
     run.close()
 
 
-def test_a_record_that_fails_later_loses_no_step(tmp_path):
-    """Two steps went well, the third meets a damaged record: the state after the second is kept."""
+@pytest.mark.parametrize("where", ["step", "evaluation"])
+def test_a_record_that_fails_later_loses_no_step(tmp_path, where):
+    """Two steps went well, the third or the evaluation before it meets a damaged record: the state after the second is
+    kept, and its row."""
 
     class Fails(train.Trainer):
         def __init__(self, config):
@@ -254,7 +256,13 @@ def test_a_record_that_fails_later_loses_no_step(tmp_path):
             told = dict.fromkeys(("reward", "success", "questions_ambiguous"), 1.0)
             return {"step": int(self.state.step), "seconds": {}, **told}
 
-    given = [f"run_dir={tmp_path}/run", "evaluate.every=0", "checkpoint.every=0"]
+        def evaluate(self, name=None):
+            if name is None:
+                raise data.DataError("record 8 is damaged")
+            return {}
+
+    every = 2 if where == "evaluation" else 0
+    given = [f"run_dir={tmp_path}/run", f"evaluate.every={every}", "checkpoint.every=0"]
     config = train.load_config("experiments/embedded.yaml", given)
     trainer = Fails(config)
     with pytest.raises(data.DataError):
@@ -264,6 +272,7 @@ def test_a_record_that_fails_later_loses_no_step(tmp_path):
     restored = again.run.restore(again.state)
     again.run.close()
     assert int(restored.step) == 2 and (restored.params["weight"] == 4).all()
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
 
 
 def test_a_failed_start_binds_nobody(tmp_path):
