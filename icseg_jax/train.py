@@ -5481,7 +5481,7 @@ EVALUATION = 2**30  # the step under which evaluations fold their random keys, s
 def open_data(config: Config) -> tuple[data.PreparedDataset, data.PreparedDataset]:
     """The prepared splits; with `data.generate_*` the synthetic world is made first when it is not there yet.
 
-    Raises ConfigError when what is there has other sizes, or too few samples for a step.
+    Raises ConfigError when what is there is another world, of other sizes, or too few samples for a step.
     """
     c = config.data
     path = Path(c.path)
@@ -5489,6 +5489,10 @@ def open_data(config: Config) -> tuple[data.PreparedDataset, data.PreparedDatase
     if jax.process_index() > 0:  # the first process makes it; hosts with disks of their own make it again after that
         multihost_utils.sync_global_devices("data")
     if generated and not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"data.path={path}: can not be made ({error.strerror}); give another") from None
         raw = path.with_name(f".{path.name}.raw.{os.getpid()}")  # another run may be at it too
         shutil.rmtree(raw, ignore_errors=True)
         try:
@@ -5508,12 +5512,21 @@ def open_data(config: Config) -> tuple[data.PreparedDataset, data.PreparedDatase
         raise ConfigError(
             f"data.path={path}: damaged ({_first_line(error)}); remove that folder, and this command makes it again"
         ) from None
-    made_here = Path(train.source).name.startswith(f".{path.name}.raw.")
-    if generated and made_here and (len(train), len(test)) != (c.generate_train, c.generate_test):
-        raise ConfigError(
-            f"data.path={path}: holds {len(train)} and {len(test)} samples where data.generate_train and generate_test "
-            f"say {c.generate_train} and {c.generate_test}; remove that folder or give another data.path="
-        )
+    if generated and Path(train.source).name.startswith(f".{path.name}.raw."):  # it was made here
+        works = "remove that folder or give another data.path="
+        if (len(train), len(test)) != (c.generate_train, c.generate_test):
+            raise ConfigError(
+                f"data.path={path}: holds {len(train)} and {len(test)} samples where data.generate_train and "
+                f"generate_test say {c.generate_train} and {c.generate_test}; {works}"
+            )
+        for sample in (train[0], test[0]):
+            split, seed, index = sample.id.rsplit("-", 2)
+            if int(seed) != c.generate_seed:
+                raise ConfigError(
+                    f"data.path={path}: holds the world of data.generate_seed={seed}, not {c.generate_seed}; {works}"
+                )
+            if synthetic.make_scene(int(index), seed=c.generate_seed, split=split).query != sample.query:
+                raise ConfigError(f"data.path={path}: holds the world as an earlier version drew it; {works}")
     if len(train) < config.rollout.prompts:
         raise ConfigError(
             f"rollout.prompts={config.rollout.prompts}: the training split has {len(train)} samples; use at most that"

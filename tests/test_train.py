@@ -184,15 +184,25 @@ def test_the_mix_of_levels_in_training(place):
         train.training_pool(samples, with_repeat(**dict.fromkeys(levels, 0)))
 
 
-def test_a_world_of_another_size_is_not_taken_for_this_one(place, tmp_path):
-    config = train.load_config(
-        "experiments/embedded.yaml", ["data.generate_train=9", "data.generate_test=4", f"data.path={tmp_path}/world"]
-    )
+def test_another_world_is_not_taken_for_this_one(place, tmp_path, monkeypatch):
+    own = ["data.generate_train=9", "data.generate_test=4", f"data.path={tmp_path}/world"]
+    config = train.load_config("experiments/embedded.yaml", own)
     made = train.open_data(config)
     assert [len(split) for split in made] == [9, 4] and [p.name for p in tmp_path.iterdir()] == ["world"]
     grown = train.load_config("experiments/embedded.yaml", [f"data.path={tmp_path}/world", "data.generate_train=12"])
     with pytest.raises(train.ConfigError, match="holds 9 and 4 samples"):
         train.open_data(grown)
+    reseeded = train.load_config("experiments/embedded.yaml", [*own, "data.generate_seed=5"])
+    with pytest.raises(train.ConfigError, match="holds the world of data.generate_seed=0, not 5; remove that folder"):
+        train.open_data(reseeded)
+    (tmp_path / "file").touch()
+    nowhere = train.load_config("experiments/embedded.yaml", [*own[:2], f"data.path={tmp_path}/file/world"])
+    with pytest.raises(train.ConfigError, match="can not be made"):
+        train.open_data(nowhere)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(synthetic, "SAID", ((0, 0, 1), 0.0))
+        with pytest.raises(train.ConfigError, match="holds the world as an earlier version drew it"):
+            train.open_data(config)
     with pytest.raises(train.ConfigError, match="rollout.prompts=8: the training split has 6 samples"):
         train.open_data(train.load_config("experiments/embedded.yaml", [f"data.path={place}/world"]))
 
