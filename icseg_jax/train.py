@@ -5417,7 +5417,7 @@ class Trainer:
                 ask = {
                     "video": d.prompt.sample.id,
                     "frame": d.frame,
-                    "mask_type": d.answer.mask_type,
+                    "mask_type": wanted_mask(d.prompt.sample, d.answer),
                     "box": np.clip(d.answer.box, 0, 1000).tolist(),
                     "point": np.clip(d.answer.point, 0, 1000).tolist(),
                 }
