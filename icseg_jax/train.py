@@ -51,6 +51,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import math
 import operator
@@ -5591,7 +5592,8 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
     run.summarise(models=trainer.models())
     book({"setup": time.perf_counter() - begun_at})
     if config.evaluate.every and config.evaluate.before and "before" not in summary and begun == 0:
-        graphs = [s.privileged["scene_graph"] for s in trainer.test if (s.privileged or {}).get("scene_graph")]
+        asked = itertools.islice(trainer.test, config.evaluate.samples or None)  # those that `evaluate` plays
+        graphs = [s.privileged["scene_graph"] for s in asked if (s.privileged or {}).get("scene_graph")]
         before = trainer.evaluate("before")
         book(trainer.clock.take(), "evaluate/")
         summary = run.summarise(

@@ -38,9 +38,9 @@ def command(*arguments, module="train"):
     return [sys.executable, "-m", f"icseg_jax.{module}", *map(str, arguments)]
 
 
-def call(*arguments, module="train", timeout=600):
+def call(*arguments, module="train", timeout=600, env=None):
     return subprocess.run(
-        command(*arguments, module=module), cwd=ROOT, capture_output=True, text=True, timeout=timeout
+        command(*arguments, module=module), cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=env
     )
 
 
@@ -363,25 +363,36 @@ def wait_for_rows(folder, count, process, limit=400):
     raise AssertionError(f"no {count} rows after {limit} s")
 
 
-def test_kill_and_resume_repeat_an_uninterrupted_run(place, straight):
-    """kill -9 in the middle, a segmenter killed too: the same rows, bit for bit apart from times."""
-    more = ("steps=4", "checkpoint.every=1", "evaluate.every=0")
+def kill_and_resume(folder, arguments, env=None):
+    """kill -9 after the second row, then the same command again."""
     process = subprocess.Popen(
-        command(*run(place, "killed", *more)),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env
     )
-    wait_for_rows(place / "killed", 2, process)
+    wait_for_rows(folder, 2, process)
     process.kill()
     process.communicate()
-    resumed = call(*run(place, "killed", *more))
+    resumed = call(*arguments, env=env)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
+
+
+def test_kill_and_resume_repeat_an_uninterrupted_run(place, straight):
+    """The same rows, bit for bit apart from times."""
+    kill_and_resume(place / "killed", run(place, "killed", "steps=4", "checkpoint.every=1", "evaluate.every=0"))
     # Evaluations in between, which only the uninterrupted run had, leave no trace in the training either.
     whole = [{k: v for k, v in row.items() if k != "evaluate"} for row in rows(straight[0])]
     assert rows(place / "killed") == whole
     assert equal(states(place / "killed", 4)[1], states(straight[0], 4)[1])  # teacher and optimiser too
+
+
+@pytest.mark.slow
+def test_the_demo_goes_on_after_a_kill(tmp_path):
+    """At its real sizes, on two devices of the CPU as `make demo` has it."""
+    env = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
+    more = ["steps=4", "checkpoint.every=1", "evaluate.every=0", f"data.path={tmp_path}/world"]
+    given = {name: ["experiments/embedded.yaml", *more, f"run_dir={tmp_path}/{name}"] for name in ("whole", "killed")}
+    assert call(*given["whole"], env=env, timeout=1800).returncode == 0
+    kill_and_resume(tmp_path / "killed", given["killed"], env)
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
 
 def children(pid):
