@@ -126,9 +126,9 @@ def sample_frames(n_total: int, n: int, *, anchor: int | None = None) -> list[in
     """Positions of the frames shown to the policy (METHOD.md 1.1): all, or `n` of them evenly spread,
     truncated.
 
-    `anchor` (training only: a frame on which the target is visible) takes the place of the nearest of them,
-    so that at least one good key frame is among those shown. Raises ValueError for counts below 1 or an
-    anchor outside.
+    `anchor` (training only: a frame on which the target is visible, any frame where there is no target) takes
+    the place of the nearest of them, so that at least one good key frame is among those shown. Raises
+    ValueError for counts below 1 or an anchor outside.
     """
     if n_total < 1 or n < 1:
         raise ValueError(f"cannot show {n} of {n_total} frames; both must be at least 1")

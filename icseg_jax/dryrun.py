@@ -148,8 +148,9 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any],
         return jax.ShapeDtypeStruct((p, n, *width), kind, sharding=train.placement(mesh, axes))
 
     shown = images(p * frames, speaker.frame_grid)
-    # Key frames are encoded by the same program, up to 16 at a time; whichever attends more is the one to compile.
-    asked = images(16, speaker.keyframe_grid)
+    # Key frames are encoded by the same program: up to 16 at a time, all of a step's for its update where the tower is
+    # frozen. Whichever attends more is the one to compile.
+    asked = images(p * frames if c.policy.freeze_vision else 16, speaker.keyframe_grid)
     largest = max((shown, asked), key=lambda x: len(x.patches) * x.patches.shape[1] ** 2)
     tokens, deepstack = jax.eval_shape(sampler.encode.jitted, reading, shown)
     flat = train.placement(mesh, [train.row_axes(mesh, p, 1)[0]])
@@ -168,6 +169,7 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any],
     heat = small(jnp.float32)
     heard = small(jnp.int32, width=(c.protocol.prompt_tokens + max(c.rollout.cache_buckets),))
     penalty = train.Penalty(heat, heat, heard, count)
+    heard_most = max(*c.rollout.observation_buckets, speaker.longest_observation)
     longest = max(c.update.token_buckets)
     mini = p // c.update.minibatches
     minibatch = batch(mini, longest)
@@ -191,7 +193,7 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any],
             lambda: sampler.decode.jitted.trace(reading, lanes, count, count, count, keys, heat, penalty), beside
         ),
         "extend": (
-            lambda: sampler.extend.jitted.trace(reading, lanes, rows(p, n, max(c.rollout.observation_buckets))), beside
+            lambda: sampler.extend.jitted.trace(reading, lanes, rows(p, n, heard_most)), beside
         ),
         "logprob": (lambda: logprob.jitted.trace(params, read), (state.optimiser, state.teacher)),
         "update": (lambda: update.jitted.trace(state, minibatch, credit, guided, rate), ()),

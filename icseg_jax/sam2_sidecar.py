@@ -818,8 +818,9 @@ class Server:
     same video share them; frames and embeddings are forgotten least recently used first. With a `store` those of
     registered frames are on disk too; a tracked video's are not: they are many, and hardly asked for again."""
 
-    def __init__(self, segmenter: Segmenter, max_frames: int = 2048, store: EmbeddingStore | None = None):
-        self.segmenter, self.max_frames, self.store = segmenter, max_frames, store
+    def __init__(self, segmenter: Segmenter, max_frames: int = 2048, store: EmbeddingStore | None = None,
+                 name: str = ""):
+        self.segmenter, self.max_frames, self.store, self.name = segmenter, max_frames, store, name
         self.frames: OrderedDict[tuple[str, int], tuple[np.ndarray, np.ndarray | None]] = OrderedDict()
         self.embeddings: OrderedDict[bytes, list] = OrderedDict()
         self.held = 0  # bytes of these
@@ -831,7 +832,7 @@ class Server:
         """The reply to a request. Raises ValueError with one line when the request makes no sense."""
         operation = message.get("op")
         if operation == "ping":
-            return {"pid": os.getpid(), "amodal": self.segmenter.has_complete}
+            return {"pid": os.getpid(), "amodal": self.segmenter.has_complete, "segmenter": self.name}
         if operation == "stats":
             return {**self.counts, "held_frames": len(self.frames), "held_embeddings": len(self.embeddings)}
         if operation == "frames":
@@ -969,7 +970,8 @@ def serve(address: str, segmenter: str | Path, *, threads: int = 1, parent: int 
     loaded = load_segmenter(segmenter)
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     folder = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "icseg_jax" / "embeddings"
-    server = Server(loaded, max_frames, EmbeddingStore(folder, cache_gb * 1e9, loaded) if cache_gb > 0 else None)
+    store = EmbeddingStore(folder, cache_gb * 1e9, loaded) if cache_gb > 0 else None
+    server = Server(loaded, max_frames, store, _model_name(segmenter))
     with zmq.Context() as context, context.socket(zmq.REP) as socket:
         socket.setsockopt(zmq.MAXMSGSIZE, 2**31)
         socket.setsockopt(zmq.LINGER, 0)
@@ -989,6 +991,11 @@ def serve(address: str, segmenter: str | Path, *, threads: int = 1, parent: int 
                 if not isinstance(error, ValueError):
                     log.exception("unexpected")
             socket.send_multipart(encode_message(reply, secret))
+
+
+def _model_name(segmenter: str | Path) -> str:
+    """What a model is called, be it a directory or the released file it was made of."""
+    return Path(segmenter).name.removesuffix(".pt")
 
 
 def _follow_parent(parent: int, address: str) -> None:
@@ -1315,8 +1322,11 @@ class SegmenterClient:
 
     def _await_ready(self) -> None:
         if not self._ready:
-            self.amodal = bool(self._request({"op": "ping"}, self.start_timeout_s)["amodal"])
-            self._ready = True
+            there = self._request({"op": "ping"}, self.start_timeout_s)
+            self.amodal, self._ready = bool(there["amodal"]), True
+            served, wanted = str(there.get("segmenter")), _model_name(self.segmenter)
+            if self.address is not None and served != wanted:  # it loaded what its own --segmenter says
+                log.warning("the sidecar at %s serves %s, and sidecar.segmenter says %s", self.address, served, wanted)
 
     def _stop(self) -> None:
         if self._socket is not None:

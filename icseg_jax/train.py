@@ -805,8 +805,19 @@ class PolicyConfig:
                 f"{where}: num_attention_heads {config.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {config.num_key_value_heads}"
             )
-        if len(config.vision.deepstack_visual_indexes) > config.num_hidden_layers:
+        tower = config.vision
+        taps = list(tower.deepstack_visual_indexes)
+        if len(taps) > config.num_hidden_layers:
             raise ConfigError(f"{where}: more deepstack_visual_indexes than num_hidden_layers")
+        if taps != sorted(set(taps)) or any(tap >= tower.depth for tap in taps):
+            raise ConfigError(f"{where}: deepstack_visual_indexes is {taps}; rising numbers below {tower.depth} work")
+        if math.isqrt(tower.num_position_embeddings) ** 2 != tower.num_position_embeddings:
+            raise ConfigError(f"{where}: num_position_embeddings is {tower.num_position_embeddings}; a square works")
+        if tower.hidden_size % (4 * tower.num_heads):
+            raise ConfigError(
+                f"{where}: vision_config.hidden_size is {tower.hidden_size}; a multiple of 4 x num_heads = "
+                f"{4 * tower.num_heads} works"
+            )
         return config
 
 
@@ -3607,8 +3618,8 @@ def compute_copy(params: Any, dtype: str) -> Any:
 
 
 def reading_copy(policy: Policy, mesh: Mesh, dtype: str) -> Callable:
-    """params -> their copy for decoding, in the type of the computation and cut by heads only: made once per step, so
-    that the decode loop gathers no weights."""
+    """params -> their copy for decoding, in the type of the computation and cut by heads only: made once for all turns
+    of a step, so that the decode loop gathers no weights."""
     return jax.jit(functools.partial(compute_copy, dtype=dtype), out_shardings=parameter_specs(policy, mesh, "tensor"))
 
 
@@ -4611,7 +4622,7 @@ class Run:
         """The latest checkpoint with the shapes and shardings of `state`, or None. Raises ConfigError."""
         keeper = self.checkpointer()
         if keeper.latest is None:
-            done = max((row["step"] for row in self._rows()), default=0)
+            done = max((row["step"] for row in self.rows()), default=0)
             every = self.config.checkpoint.every
             if every and done > 2 * every:  # when the second is begun the first is there, whenever a run is killed
                 raise ConfigError(
@@ -4629,8 +4640,7 @@ class Run:
                 f"{self.path}/checkpoints/{step}: can not be restored ({_first_line(error)}); remove that directory to "
                 "go on from the one before"
             ) from None
-        rows = [line for line in self._rows() if line["step"] <= step]
-        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        self.keep_rows(step)
         return state.replace(params=parts["params"], **parts["rest"])
 
     def save(self, state: TrainState, step: int) -> None:
@@ -4643,7 +4653,13 @@ class Run:
         if self._bucket is not None:
             self._bucket.copy(self.path / "checkpoints", [c.step for c in self._checkpointer.checkpoints])
 
-    def _rows(self) -> list[dict]:
+    def keep_rows(self, step: int) -> None:
+        """Drops the rows of metrics.jsonl after a step."""
+        rows = [row for row in self.rows() if row["step"] <= step]
+        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def rows(self) -> list[dict]:
+        """Those of metrics.jsonl."""
         rows = []
         for line in self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []:
             with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
@@ -4679,7 +4695,7 @@ class Run:
     def close(self) -> None:
         if COMPILED and self.writes:  # what an evaluation after the last step needed
             with contextlib.suppress(OSError):  # a full disk was told of already
-                self._tell_programs(max((row["step"] for row in self._rows()), default=0))
+                self._tell_programs(max((row["step"] for row in self.rows()), default=0))
         if hasattr(self, "_checkpointer"):
             self._checkpointer.close()
         if self._bucket is not None:
@@ -5520,13 +5536,15 @@ def open_data(config: Config) -> tuple[data.PreparedDataset, data.PreparedDatase
                 f"data.path={path}: holds {len(train)} and {len(test)} samples where data.generate_train and "
                 f"generate_test say {c.generate_train} and {c.generate_test}; {works}"
             )
-        for sample in (train[0], test[0]):
+        # Several: what was changed since may leave a scene as it was.
+        for sample in itertools.chain(*(itertools.islice(samples, 16) for samples in (train, test))):
             split, seed, index = sample.id.rsplit("-", 2)
             if int(seed) != c.generate_seed:
                 raise ConfigError(
                     f"data.path={path}: holds the world of data.generate_seed={seed}, not {c.generate_seed}; {works}"
                 )
-            if synthetic.make_scene(int(index), seed=c.generate_seed, split=split).query != sample.query:
+            drawn = synthetic.scene_graph(synthetic.make_scene(int(index), seed=c.generate_seed, split=split))
+            if json.loads(json.dumps(drawn)) != sample.privileged["scene_graph"]:
                 raise ConfigError(f"data.path={path}: holds the world as an earlier version drew it; {works}")
     if len(train) < config.rollout.prompts:
         raise ConfigError(
@@ -5594,6 +5612,7 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
     if config.evaluate.every and config.evaluate.before and "before" not in summary and begun == 0:
         asked = itertools.islice(trainer.test, config.evaluate.samples or None)  # those that `evaluate` plays
         graphs = [s.privileged["scene_graph"] for s in asked if (s.privileged or {}).get("scene_graph")]
+        graphs = [graph for graph in graphs if graph["initial_count"] > 1]  # there is nothing to ask about the others
         before = trainer.evaluate("before")
         book(trainer.clock.take(), "evaluate/")
         summary = run.summarise(
@@ -5602,6 +5621,17 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
         )  # fmt: skip
         if run.writes:
             say_scores("before", before)
+
+    def due(step: int) -> bool:
+        return config.evaluate.every > 0 and step % config.evaluate.every == 0 and 0 < step < config.steps
+
+    if due(begun):
+        last = exchange({"row": run.rows()[-1]} if run.writes else {})["row"]
+        if "evaluate" not in last:  # it failed then, and the step was kept
+            last["evaluate"] = trainer.evaluate()
+            book(trainer.clock.take(), "evaluate/")
+            run.keep_rows(begun - 1)
+            run.log(last)
     bar = tqdm(
         total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True,
         disable=None if run.writes else True,
@@ -5622,7 +5652,7 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
             if tracing and (step + 1 not in traced or stop):
                 jax.profiler.stop_trace()
                 tracing = False
-            if config.evaluate.every and step % config.evaluate.every == 0 and step < config.steps:
+            if due(step):
                 row["evaluate"] = trainer.evaluate()
                 book(trainer.clock.take(), "evaluate/")
         except (data.DataError, SidecarError):

@@ -742,7 +742,7 @@ def test_a_secret_is_asked_for(objects, tmp_path, monkeypatch):
         parse_address("tcp://10.0.0.1:5555")
 
 
-def test_a_sidecar_at_an_address(objects, tmp_path):
+def test_a_sidecar_at_an_address(objects, tmp_path, caplog):
     with zmq.Context.instance().socket(zmq.REP) as probe:
         port = probe.bind_to_random_port("tcp://127.0.0.1")
     command = [sys.executable, "-m", "icseg_jax.sam2_sidecar", "serve", "--socket", f"tcp://127.0.0.1:{port}"]
@@ -750,7 +750,10 @@ def test_a_sidecar_at_an_address(objects, tmp_path):
     try:
         with SegmenterClient(f"tcp://127.0.0.1:{port}") as client:
             register(client, objects[:1])
-            assert client.mask_iou(rows_of(objects[:1]))[1].all() and client.pid is None
+            assert client.mask_iou(rows_of(objects[:1]))[1].all() and client.pid is None and not caplog.records
+        with SegmenterClient(f"tcp://127.0.0.1:{port}", segmenter="models/sam2.1_hiera_large.pt"):
+            said = [record.getMessage() for record in caplog.records]
+            assert len(said) == 1 and "serves sam2_mini, and sidecar.segmenter says sam2.1_hiera_large" in said[0]
     finally:
         process.kill()
         process.wait()

@@ -200,7 +200,7 @@ def test_another_world_is_not_taken_for_this_one(place, tmp_path, monkeypatch):
     with pytest.raises(train.ConfigError, match="can not be made"):
         train.open_data(nowhere)
     with monkeypatch.context() as earlier:
-        earlier.setattr(synthetic, "SAID", ((0, 0, 1), 0.0))
+        earlier.setattr(synthetic, "SAID", ((0.35, 0.4, 0.25), 0.3))
         with pytest.raises(train.ConfigError, match="holds the world as an earlier version drew it"):
             train.open_data(config)
     with pytest.raises(train.ConfigError, match="rollout.prompts=8: the training split has 6 samples"):
@@ -254,7 +254,8 @@ def test_a_record_that_fails_later_loses_no_step(tmp_path, where):
 
     class Fails(train.Trainer):
         def __init__(self, config):
-            self.config, self.run, self.clock, self.test = config, train.Run(config), train.Clock(), ()
+            self.config, self.run, self.clock = config, train.Run(config), train.Clock()
+            self.test = [types.SimpleNamespace(privileged={"scene_graph": {"initial_count": 1}})]  # nothing to ask
             self.segmenter, self.user, self.expert = types.SimpleNamespace(start=lambda: None), None, None
             self.state = train.fresh_state({"weight": jnp.ones((2, 3))}, config, teacher=False)
 
@@ -283,6 +284,13 @@ def test_a_record_that_fails_later_loses_no_step(tmp_path, where):
     again.run.close()
     assert int(restored.step) == 2 and (restored.params["weight"] == 4).all()
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+    mended = Fails(config)  # the evaluation that failed is made up for
+    mended.evaluate = lambda name=None: {"success": 1.0}
+    with pytest.raises(data.DataError, match="record 7"):
+        train.train_on(mended, time.perf_counter(), {})
+    mended.run.close()
+    made_up = [row.get("evaluate") for row in rows(tmp_path / "run")]
+    assert made_up == [None, {"success": 1.0} if where == "evaluation" else None]
 
 
 def test_a_failed_start_binds_nobody(tmp_path):
