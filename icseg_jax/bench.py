@@ -27,7 +27,8 @@
 `python -m icseg_jax.bench chip [CONFIG] [key=value ...]`
     What one chip reaches of what it could, with random weights: decoding against the bandwidth of its memory, an update
     against its arithmetic (MFU), at the config's sizes. CONFIG defaults to experiments/qwen3vl_4b.yaml; on one H200 add
-    rollout.prompts=2 rollout.rollouts=16 update.minibatches=1 update.micro_prompts=1 update.token_buckets=[2048].
+    rollout.prompts=2 rollout.rollouts=16 update.minibatches=1 update.micro_prompts=1 update.token_buckets=[2048]
+    protocol.response_tokens=2048.
 `python -m icseg_jax.bench rollout [model=DIR] [prompts=4 rollouts=8 images=6 ...] [against=huggingface]`
     A fixed dialogue of several turns, every one of them as long as it may be: sampled tokens over the wall time of a
     second, warm dialogue. `against=huggingface` plays the same on the same rows with `generate` of transformers.
