@@ -161,7 +161,7 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any],
     prompts = rows(p, 1, c.protocol.prompt_tokens)
     lanes = jax.eval_shape(functools.partial(sampler.prefill.jitted, rollouts=n), reading, prompts, encoded)
     most = max(c.rollout.cache_buckets)
-    past = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape[:3], most, *x.shape[4:]), x.dtype), lanes.past)
+    past = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape[:4], most, x.shape[5]), x.dtype), lanes.past)
     lanes = lanes.replace(past=past)
     lanes = abstract(lanes, sampler.layout(lanes))
     count = small(jnp.int32)

@@ -842,7 +842,11 @@ class Visual(struct.PyTreeNode):
 
 
 class Keys(struct.PyTreeNode):
-    """Keys and values of one part of the context: shared by the group [L,P,S,K,h] or a rollout's own [L,P,N,S,K,h]."""
+    """Keys and values of one part of the context: shared by the group [L,P,K,S,h] or a rollout's own [L,P,N,K,S,h].
+
+    Heads before tokens, as their products want them: the other way round, XLA on TPU lays a whole cache out anew before
+    each decoding loop and holds it twice, and on CPU each layer's for every token.
+    """
 
     k: Array
     v: Array
@@ -912,12 +916,12 @@ def mrope_angles(config: PolicyConfig, positions: Array) -> tuple[Array, Array]:
 def attend(q: Array, parts: Sequence[tuple[Array, Array, Array]]) -> Array:
     """Softmax attention over a context that lies in several parts, grouped queries, fp32 softmax.
 
-    q [P,N,t,H,h]. Each part is (k, v, mask): shared by the group (k, v [P,S,K,h]) or a rollout's own
-    (k, v [P,N,S,K,h]); mask is boolean and broadcasts to [P,N,t,S]. The parts are never concatenated or
+    q [P,N,t,H,h]. Each part is (k, v, mask): shared by the group (k, v [P,K,S,h]) or a rollout's own
+    (k, v [P,N,K,S,h]); mask is boolean and broadcasts to [P,N,t,S]. The parts are never concatenated or
     tiled: only their logits meet, in one softmax. A query that sees nothing gets the mean, not NaN.
     """
     p, n, t, heads, size = q.shape
-    groups = parts[0][0].shape[-2]
+    groups = parts[0][0].shape[-3]
     grouped = q.reshape(p, n, t, groups, heads // groups, size).transpose(0, 1, 3, 4, 2, 5) * size**-0.5
     keys = tuple((k.astype(q.dtype), v.astype(q.dtype)) for k, v, _ in parts)
     out = _attend(grouped, keys, tuple(mask for _, _, mask in parts))
@@ -925,12 +929,12 @@ def attend(q: Array, parts: Sequence[tuple[Array, Array, Array]]) -> Array:
 
 
 def _contract(spec: str, a: Array, b: Array, shared: bool) -> Array:
-    """einsum in which `*` stands for the axes of a part's keys or values: ps when shared, pns when a rollout's own.
+    """einsum in which `*` stands for the axes of a part's keys or values: pksh when shared, pnksh when a rollout's own.
 
     The product has the axes of a, then those of b: left to einsum, the two may change places, and on CPU the larger one
     (of size t * S) is then laid out anew for the product.
     """
-    inputs, wanted = spec.replace("*", "ps" if shared else "pns").split("->")
+    inputs, wanted = spec.replace("*", "pksh" if shared else "pnksh").split("->")
     first, second = inputs.split(",")
     axes = [x for x in first if x in second] + [x for x in first + second if (x in first) != (x in second)]
     made = "".join(x for x in axes if x in wanted)
@@ -940,8 +944,8 @@ def _contract(spec: str, a: Array, b: Array, shared: bool) -> Array:
 
 def _scores(q: Array, k: Array, mask: Array) -> Array:
     shared = k.ndim == 4
-    few = math.prod(q.shape[3:5]) * (q.shape[1] if shared else 1) < k.shape[-3]  # so keys stay as they are
-    scores = _contract("*kh,pnkgth->pnkgts", k, q, shared) if few else _contract("pnkgth,*kh->pnkgts", q, k, shared)
+    few = math.prod(q.shape[3:5]) * (q.shape[1] if shared else 1) < k.shape[-2]  # so keys stay as they are
+    scores = _contract("*,pnkgth->pnkgts", k, q, shared) if few else _contract("pnkgth,*->pnkgts", q, k, shared)
     return jnp.where(mask[:, :, None, None], scores, MASKED)
 
 
@@ -996,7 +1000,7 @@ def _attend_forward(q, keys, masks):
         weights = [jnp.exp(x - top[..., None]) for x in scores]
         total = functools.reduce(operator.add, [w.sum(-1) for w in weights])
         sums = [
-            _contract("pnkgts,*kh->pnkgth", w.astype(q.dtype), v, v.ndim == 4)
+            _contract("pnkgts,*->pnkgth", w.astype(q.dtype), v, v.ndim == 4)
             for w, (_, v) in zip(weights, keys, strict=True)
         ]
         out = (functools.reduce(operator.add, sums) / total[..., None]).astype(q.dtype)
@@ -1016,9 +1020,9 @@ def _attend_backward(kept, slope):
         for (k, v), mask in zip(keys, masks, strict=True):
             shared = k.ndim == 4
             weight = jnp.exp(_scores(q, k, mask) - log_sum[..., None])
-            change = (weight * (_contract("pnkgth,*kh->pnkgts", slope, v, shared) - inner)).astype(q.dtype)
-            q_slope += _contract("pnkgts,*kh->pnkgth", change, k, shared)
-            to_key = "pnkgth,pnkgts->*kh"
+            change = (weight * (_contract("pnkgth,*->pnkgts", slope, v, shared) - inner)).astype(q.dtype)
+            q_slope += _contract("pnkgts,*->pnkgth", change, k, shared)
+            to_key = "pnkgth,pnkgts->*"
             key_slopes.append((
                 _contract(to_key, q, change, shared), _contract(to_key, slope, weight.astype(q.dtype), shared)
             ))  # fmt: skip
@@ -1043,26 +1047,27 @@ def fused_attend(q: Array, parts: Sequence[tuple[Array, Array, Array]], kind: st
     has few rows. What a padded query gets is undefined. interpret: splash in plain JAX, for tests.
     """
     p, n, t, heads, size = q.shape
-    groups = parts[0][0].shape[-2]
+    groups = parts[0][0].shape[-3]
 
     def of_row(x):
         return jnp.broadcast_to(x[:, None] if x.ndim == 4 else x, (p, n, *x.shape[-3:])).astype(q.dtype)
 
-    k, v = (jnp.concatenate([of_row(part[i]) for part in parts], 2) for i in (0, 1))
+    k, v = (jnp.concatenate([of_row(part[i]) for part in parts], 3) for i in (0, 1))  # [P,N,K,S,h]
     # Validity of each key: of a context it is the same for all queries, of the own part it is the diagonal.
     valid = [jnp.broadcast_to(mask[:, :, 0], (p, n, mask.shape[-1])) for _, _, mask in parts[:-1]]
     own = jnp.broadcast_to(parts[-1][2], (p, n, t, t))
     valid = jnp.concatenate([*valid, jnp.diagonal(own, axis1=-2, axis2=-1)], -1)
-    before = k.shape[2] - t
+    before = k.shape[3] - t
     if kind == "cudnn":
         causal = jnp.arange(before + t) <= before + jnp.arange(t)[:, None]
         mask = (valid[:, :, None] & causal).reshape(p * n, 1, t, before + t)
         flat = lambda x: x.reshape(p * n, *x.shape[2:])  # noqa: E731
-        out = jax.nn.dot_product_attention(flat(q), flat(k), flat(v), mask=mask, implementation="cudnn")
+        k, v = (flat(x).swapaxes(1, 2) for x in (k, v))  # tokens before heads
+        out = jax.nn.dot_product_attention(flat(q), k, v, mask=mask, implementation="cudnn")
         return out.reshape(q.shape)
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    queries, total = -(-t // 128) * 128, -(-k.shape[2] // 128) * 128
+    queries, total = -(-t // 128) * 128, -(-k.shape[3] // 128) * 128
     fill = lambda x, axis, to: jnp.pad(x, [(0, to - d if i == axis else 0) for i, d in enumerate(x.shape)])  # noqa: E731
     block = lambda length: next(b for b in (512, 256, 128) if length % b == 0)  # noqa: E731
     bq, bk = block(queries), block(total)
@@ -1079,10 +1084,9 @@ def fused_attend(q: Array, parts: Sequence[tuple[Array, Array, Array]], kind: st
     segments = splash_attention_kernel.SegmentIds(
         jnp.ones((p, n, queries), jnp.int32), fill(valid.astype(jnp.int32), 2, total)
     )
-    heads_first = lambda x: jnp.moveaxis(x, 2, -2)  # noqa: E731
     over_groups = jax.vmap(kernel, (0, 0, 0, None))  # q [K,g,t,h], k and v [K,S,h], segments of the row
     out = jax.vmap(jax.vmap(over_groups))(
-        heads_first(grouped), heads_first(fill(k, 2, total)), heads_first(fill(v, 2, total)), segments
+        jnp.moveaxis(grouped, 2, -2), fill(k, 3, total), fill(v, 3, total), segments
     )
     return jnp.moveaxis(out, -2, 2)[:, :, :t].reshape(q.shape)
 
@@ -1091,7 +1095,7 @@ def attend_by(kind: str, mesh: Mesh | None, q: Array, parts: Sequence[tuple[Arra
     """`policy.attention`: XLA everywhere; a fused kernel where it can run, on many queries that are not split over
     devices. Kernels see the rows and heads of their own device."""
     p, n, t = row_axes(mesh, *q.shape[:3])
-    groups = parts[0][0].shape[-2]
+    groups = parts[0][0].shape[-3]
     whole = mesh is None or mesh.size == 1
     if kind == "xla" or q.shape[2] < 128 or t is not None or not (whole or divides(mesh, "tensor", groups)):
         return attend(q, parts)
@@ -1099,7 +1103,7 @@ def attend_by(kind: str, mesh: Mesh | None, q: Array, parts: Sequence[tuple[Arra
         return fused_attend(q, parts, kind)
     spec = lambda x, *axes: Spec(*(a if x.shape[i] > 1 else None for i, a in enumerate(axes)))  # noqa: E731
     keys = [
-        (Spec(p, None, "tensor"),) * 2 if k.ndim == 4 else (Spec(p, n, None, "tensor"),) * 2 for k, _, _ in parts
+        (Spec(p, "tensor"),) * 2 if k.ndim == 4 else (Spec(p, n, "tensor"),) * 2 for k, _, _ in parts
     ]
     specs = [(*pair, spec(mask, p, n)) for pair, (_, _, mask) in zip(keys, parts, strict=True)]
     rows = Spec(p, n, None, "tensor")
@@ -1155,7 +1159,8 @@ class Layer(nn.Module):
         k = rotate(rms_norm(k, _weight(self, "k_norm", [size], ["norm"], 1.0), c.rms_norm_eps), *rope)
         # A sequence that is split over devices asks from where it lies; what it asks is whole on each of them.
         q = hold(q, p, n, t, "tensor")
-        k, v = (hold(x, p, n, None, "tensor" if divides(self.mesh, "tensor", groups) else None) for x in (k, v))
+        cut = "tensor" if divides(self.mesh, "tensor", groups) else None
+        k, v = (hold(x.swapaxes(2, 3), p, n, cut) for x in (k, v))  # [P,N,K,t,h]
         parts = [(keys.k, keys.v, m) for keys, m in zip(context, context_masks, strict=True)] + [(k, v, mask)]
         out = hold(attend_by(self.attention, self.mesh, q, parts), p, n, t, "tensor")
         x = x + jnp.einsum(
@@ -1231,7 +1236,8 @@ class VisionBlock(nn.Module):
         )
         qkv = qkv + _weight(self, "qkv_bias", [3, heads, size], [None, "heads", None], 0.0).astype(x.dtype)
         q, k, v = (qkv[:, None, :, j] for j in range(3))  # one "rollout" per image
-        out = attend(rotate(q, *rope), [(rotate(k, *rope), v, valid[:, None, None, :])])[:, 0]
+        k, v = (x[:, 0].swapaxes(1, 2)[:, None] for x in (rotate(k, *rope), v))
+        out = attend(rotate(q, *rope), [(k, v, valid[:, None, None, :])])[:, 0]
         x = x + jnp.einsum(
             "imhe,hed->imd",
             out,
@@ -1345,7 +1351,7 @@ class Policy(nn.Module):
         tokens [P,N,t] int32; positions [P,N,t,3]; mask [P,N,t,t] (own part: causal, same segment, valid);
         context: tuple of Keys, shared or own, each with its mask in context_masks (broadcast to [P,N,t,S]);
         visual: the image bank of each prompt, slots [P,N,t]: which bank token stands here, -1 for text.
-        Returns hidden [P,N,t,D] and Keys [L,P,N,t,K,h].
+        Returns hidden [P,N,t,D] and Keys [L,P,N,K,t,h].
         """
         x = self.embedding[tokens].astype(self.dtype_of())
         injected = None
@@ -2373,10 +2379,10 @@ def bucket(size: int, buckets: Sequence[int]) -> int:
 class Lanes(struct.PyTreeNode):
     """Device state of the dialogues in play. Everything of the prompt is [P], everything of the rollout [P, N]."""
 
-    prompt: Keys  # [L,P,S,K,h]
+    prompt: Keys  # [L,P,K,S,h]
     prompt_mask: Array  # [P,S]
     visual: Visual
-    past: Keys  # [L,P,N,C,K,h]: the rollout's own tokens so far
+    past: Keys  # [L,P,N,K,C,h]: the rollout's own tokens so far
     past_length: Array  # [P,N]
     logits: Array  # [P,N,V]: of the next token
 
@@ -2454,7 +2460,7 @@ class Sampler:
         p, n, _ = row_axes(mesh, *lanes.past_length.shape)
         heads = "tensor" if divides(mesh, "tensor", config.num_key_value_heads) else None
         words = "tensor" if divides(mesh, "tensor", config.vocab_size) else None
-        prompt, past = (None, p, None, heads), (None, p, n, None, heads)
+        prompt, past = (None, p, heads), (None, p, n, heads)
         axes = [prompt, prompt, (p,), (p,), (None, p), past, past, (p, n), (p, n, words)]
         return [placement(mesh, x) for x in axes]
 
@@ -2500,11 +2506,13 @@ class Sampler:
         logits = jnp.broadcast_to(logits[:, None], (count, rollouts, logits.shape[-1]))
         keys = jax.tree.map(lambda x: x[:, :, 0], keys)
         capacity = min(c.rollout.cache_buckets)
-        past = jax.tree.map(lambda x: jnp.zeros((x.shape[0], count, rollouts, capacity, *x.shape[3:]), x.dtype), keys)
+        past = jax.tree.map(
+            lambda x: jnp.zeros((x.shape[0], count, rollouts, x.shape[2], capacity, x.shape[-1]), x.dtype), keys
+        )
         return self._hold(Lanes(keys, there, visual, past, jnp.zeros((count, rollouts), jnp.int32), logits))
 
     def _context(self, lanes: Lanes):
-        here = jnp.arange(lanes.past.k.shape[3]) < lanes.past_length[..., None]
+        here = jnp.arange(lanes.past.k.shape[4]) < lanes.past_length[..., None]
         return (lanes.prompt, lanes.past), (lanes.prompt_mask[:, None, None, :], here[:, :, None, :])
 
     def _extend(self, params, lanes: Lanes, rows: Rows):
@@ -2534,13 +2542,13 @@ class Sampler:
         slot = jnp.arange(length)
         offset = lanes.past_length[..., None]
         new = (slot >= offset) & (slot < offset + count[..., None])
-        source = jnp.clip(slot - offset, 0, fresh.k.shape[3] - 1)
+        source = jnp.clip(slot - offset, 0, fresh.k.shape[4] - 1)
 
         def lay(past, fresh):
-            past = past[:, :, :, :length]  # what is beyond it belongs to rows that ended
-            past = jnp.pad(past, ((0, 0),) * 3 + ((0, length - past.shape[3]),) + ((0, 0),) * 2)
-            moved = jnp.take_along_axis(fresh, source[None, ..., None, None], 3)
-            return jnp.where(new[None, ..., None, None], moved, past)
+            past = past[..., :length, :]  # what is beyond it belongs to rows that ended
+            past = jnp.pad(past, ((0, 0),) * 4 + ((0, length - past.shape[4]), (0, 0)))
+            moved = jnp.take_along_axis(fresh, source[None, :, :, None, :, None], 4)
+            return jnp.where(new[None, :, :, None, :, None], moved, past)
 
         past = jax.tree.map(lay, lanes.past, fresh)
         return self._hold(lanes.replace(past=past, past_length=lanes.past_length + count))
@@ -2576,7 +2584,7 @@ class Sampler:
         p, n = budget.shape
         most = min(self.c.protocol.action_tokens, self.c.rollout.decode_tokens)
         context, masks = self._context(lanes)
-        recent = jax.tree.map(lambda x: jnp.zeros((*x.shape[:3], most, *x.shape[4:]), x.dtype), lanes.past)
+        recent = jax.tree.map(lambda x: jnp.zeros((*x.shape[:4], most, x.shape[5]), x.dtype), lanes.past)
         one = jnp.ones((p, n, 1, 1), bool)
         row, lane = jnp.arange(p)[:, None, None], jnp.arange(n)[:, None]
         unheard = jnp.zeros(lanes.logits.shape, bool)
@@ -2617,7 +2625,7 @@ class Sampler:
                 context=(*context, recent), context_masks=(*masks, (jnp.arange(most) < at)[None, None, None, :]),
             )  # fmt: skip
             recent = jax.tree.map(
-                lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, at, 3), recent, fresh
+                lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, at, 4), recent, fresh
             )
             logits = self.policy.apply({"params": params}, hidden[:, :, 0], method=Policy.head)
             return at + 1, logits, live, state, tokens, logp, length, finished, recent, heard, spoken
@@ -3497,7 +3505,7 @@ def predict(
         # Held where the rollouts read them: XLA's own way there from the prompts' layout computes wrong slopes on a
         # mesh with all three axes above one (jax 0.10.2, with Shardy and without).
         heads = "tensor" if divides(policy.mesh, "tensor", policy.config.num_key_value_heads) else None
-        axes = (None, row_axes(policy.mesh, p, n)[0], None, heads)
+        axes = (None, row_axes(policy.mesh, p, n)[0], heads)
         keys = jax.tree.map(lambda x: laid(x[:, :, 0], policy.mesh, *axes), keys)
         hidden, _ = run(
             rows.tokens, rows.positions, own_mask(rows), visual=visual, slots=rows.slots,

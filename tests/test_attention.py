@@ -14,14 +14,14 @@ def case(t, *, groups=2, heads=4, size=128, prompt=96, past=None, seed=0):
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))  # noqa: E731
     p, n = 2, 3
     there = np.arange(prompt) < np.array([[prompt], [prompt - 17]])
-    parts = [(draw(p, prompt, groups, size), draw(p, prompt, groups, size), jnp.asarray(there)[:, None, None])]
+    parts = [(draw(p, groups, prompt, size), draw(p, groups, prompt, size), jnp.asarray(there)[:, None, None])]
     if past:
         here = np.arange(past) < rng.integers(0, past, (p, n, 1))
-        parts.append((draw(p, n, past, groups, size), draw(p, n, past, groups, size), jnp.asarray(here)[:, :, None]))
+        parts.append((draw(p, n, groups, past, size), draw(p, n, groups, past, size), jnp.asarray(here)[:, :, None]))
     length = rng.integers(t // 2, t + 1, (p, n, 1))
     valid = np.arange(t) < length
     own = valid[:, :, None] & np.tril(np.ones((t, t), bool))
-    parts.append((draw(p, n, t, groups, size), draw(p, n, t, groups, size), jnp.asarray(own)))
+    parts.append((draw(p, n, groups, t, size), draw(p, n, groups, t, size), jnp.asarray(own)))
     return draw(p, n, t, heads, size), parts, jnp.asarray(valid)
 
 

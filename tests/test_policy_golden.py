@@ -78,7 +78,7 @@ def test_prefill_decode_and_extend_are_the_whole_forward(case):
         hidden, keys = [], []
         for part in (slice(0, after), slice(after, after + 1), slice(after + 1, length)):
             seen = dict(visual=bank, slots=slots[:, :, part])
-            masks = tuple(np.ones((1, 1, 1, k.k.shape[3]), bool) for k in keys)
+            masks = tuple(np.ones((1, 1, 1, k.k.shape[4]), bool) for k in keys)
             found, fresh = run(part, context=tuple(keys), context_masks=masks, **seen)
             hidden.append(np.asarray(found))
             keys.append(fresh)
