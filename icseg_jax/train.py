@@ -2418,15 +2418,18 @@ def draw(scores: Array, temperature: Array, chance: Array) -> Array:
     one of them: noise for every word (Gumbel) cost more than the layers did.
     """
     p, n, words = scores.shape
-    best = jnp.argmax(scores, -1, keepdims=True)
-    top = jnp.take_along_axis(scores, best, -1)
-    weights = jnp.exp((scores - top) / jnp.maximum(temperature, 1e-6)[..., None])
-    weights = jnp.pad(weights, ((0, 0), (0, 0), (0, -words % BLOCKS))).reshape(p, n, BLOCKS, -1)
+    scores = jnp.pad(scores, ((0, 0), (0, 0), (0, -words % BLOCKS)), constant_values=MASKED)
+    scores = scores.reshape(p, n, BLOCKS, -1)
+    tops = scores.max(-1)
+    weights = jnp.exp((scores - tops.max(-1)[..., None, None]) / jnp.maximum(temperature, 1e-6)[..., None, None])
     sums = weights.sum(-1)
     aim = chance * sums.sum(-1)
     block, before = first_above(sums, aim)
-    place, _ = first_above(jnp.take_along_axis(weights, block[..., None, None], 2)[:, :, 0], aim - before)
-    return jnp.where(temperature > 0, block * weights.shape[-1] + place, best[..., 0]).astype(jnp.int32)
+    block = jnp.where(temperature > 0, block, jnp.argmax(tops, -1))
+    of_block = lambda x: jnp.take_along_axis(x, block[..., None, None], 2)[:, :, 0]  # noqa: E731
+    place, _ = first_above(of_block(weights), aim - before)
+    place = jnp.where(temperature > 0, place, jnp.argmax(of_block(scores), -1))
+    return (block * scores.shape[-1] + place).astype(jnp.int32)
 
 
 class Sampler:
