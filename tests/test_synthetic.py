@@ -392,14 +392,13 @@ def test_imagined_objects_fit_their_query_and_can_be_told_apart(train):
 
 
 def test_imagined_objects_miss_their_query_by_every_attribute(train):
-    """By motion most often, but never so often that nothing else needs to be looked at."""
+    """Alike: what is rare is not looked at."""
     rng, missed = np.random.default_rng(0), Counter()
     for scene in train[:200]:
         about = synthetic.imagine(scene, rng, near=True)
         missed.update(a for o in about.objects for a, v in about.mentioned.items() if o.value(a) != v)
     shares = {a: n / missed.total() for a, n in missed.items()}
-    assert max(shares, key=shares.get) == "motion" and shares["motion"] < 0.6
-    assert min(shares[a] for a in ("color", "shape", "size")) > 0.1, shares
+    assert shares.keys() == {"color", "shape", "size", "motion"} and min(shares.values()) > 0.2, shares
 
 
 def test_noisy_and_guided_demonstrations(train):
