@@ -1184,7 +1184,10 @@ class Layer(nn.Module):
 
 def project(hidden: Array, kernel: Array) -> Array:
     """hidden [..., D], kernel [D, V] -> logits [..., V] in fp32."""
-    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    kernel = kernel.astype(hidden.dtype)
+    if math.prod(hidden.shape[:-1]) < hidden.shape[-1]:  # few rows, as in decoding: the kernel stays as it is
+        return jnp.moveaxis(jnp.einsum("dv,...d->v...", kernel, hidden, preferred_element_type=jnp.float32), 0, -1)
+    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
 
 def look_up(bank: Array, slots: Array) -> Array:
@@ -1236,7 +1239,7 @@ class VisionBlock(nn.Module):
         )
         qkv = qkv + _weight(self, "qkv_bias", [3, heads, size], [None, "heads", None], 0.0).astype(x.dtype)
         q, k, v = (qkv[:, None, :, j] for j in range(3))  # one "rollout" per image
-        k, v = (x[:, 0].swapaxes(1, 2)[:, None] for x in (rotate(k, *rope), v))
+        k, v = (x.swapaxes(2, 3) for x in (rotate(k, *rope), v))  # [I,1,H,M,e]
         out = attend(rotate(q, *rope), [(k, v, valid[:, None, None, :])])[:, 0]
         x = x + jnp.einsum(
             "imhe,hed->imd",
@@ -5637,8 +5640,8 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
         return config.evaluate.every > 0 and step % config.evaluate.every == 0 and 0 < step < config.steps
 
     if due(begun):
-        last = exchange({"row": run.rows()[-1]} if run.writes else {})["row"]
-        if "evaluate" not in last:  # it failed then, and the step was kept
+        last = exchange({"row": (run.rows() or [{}])[-1]} if run.writes else {})["row"]
+        if last.get("step") == begun and "evaluate" not in last:  # it failed then, and the step was kept
             last["evaluate"] = trainer.evaluate()
             book(trainer.clock.take(), "evaluate/")
             run.keep_rows(begun - 1)

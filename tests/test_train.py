@@ -291,6 +291,11 @@ def test_a_record_that_fails_later_loses_no_step(tmp_path, where):
     mended.run.close()
     made_up = [row.get("evaluate") for row in rows(tmp_path / "run")]
     assert made_up == [None, {"success": 1.0} if where == "evaluation" else None]
+    (tmp_path / "run" / "metrics.jsonl").unlink()  # as on a machine that has nothing but a checkpoint from a bucket
+    alone = Fails(config)
+    with pytest.raises(data.DataError, match="record 7"):
+        train.train_on(alone, time.perf_counter(), {})
+    alone.run.close()
 
 
 def test_a_failed_start_binds_nobody(tmp_path):
