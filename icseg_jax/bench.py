@@ -642,10 +642,10 @@ class FixedDialogue:
             if turn + 1 == g["turns"]:
                 break
             with clock("extend"):
-                lanes = s.commit(lanes, fresh, length, length=capacity)
+                lanes = s.append(lanes, fresh, length, capacity)
                 rows = train.shard_batch(self.mesh, self.observation(turn, position))
                 fresh, count, logits = s.extend(params, lanes, rows)
-                lanes = done(s.commit(lanes, fresh, count, length=capacity).replace(logits=logits))
+                lanes = done(s.append(lanes, fresh, count, capacity).replace(logits=logits))
             position += g["observation_tokens"]
         return clock.take()
 

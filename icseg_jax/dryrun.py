@@ -17,19 +17,20 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Memory of a chip that programs can use, GiB, and its peak TFLOP/s in bfloat16 (FIELD.md D.2; what XLA allots).
 CHIPS = {"v4": (31.25, 275), "v5e": (15.75, 197), "v5p": (95.74, 459), "v6e": (31.25, 918)}
 GPU_GIB = 80 * 1e9 / 2**30  # of the released recipe's cards (METHOD.md 5.1)
-PROGRAMS = ("encode", "prefill", "decode", "extend", "logprob", "update")
+PROGRAMS = ("encode", "prefill", "decode", "extend", "resize", "commit", "logprob", "update")
 GIB = 2.0**30
 
 USAGE = """usage: python -m icseg_jax.dryrun CONFIG.yaml topology=NAME [key=value ...] [programs=decode,update]
 
-Compiles encode, prefill, decode, extend, logprob and update for the named machine and prints, last, one JSON object.
+Compiles encode, prefill, decode, extend, resize and commit (of the cache), logprob and update for the named machine and
+prints, last, one JSON object.
 Exit status: 0 when every program fits its chip, 1 when one does not, 2 on bad input.
   python -m icseg_jax.dryrun experiments/qwen3vl_8b.yaml topology=v5p:4x4x4
   python -m icseg_jax.dryrun experiments/qwen3vl_4b.yaml topology=gpu:8"""
@@ -54,7 +55,8 @@ def open_topology(name: str) -> tuple[list[Any], float, str]:
         import jax
 
         jax.config.update("jax_platforms", "cpu")
-        return jax.devices()[: int(shape)], GPU_GIB, f"{shape} forced CPU devices"
+        share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))  # of a card that JAX takes
+        return jax.devices()[: int(shape)], GPU_GIB * share, f"{shape} forced CPU devices"
     if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise OSError(f"topology={name}: use one of {', '.join(CHIPS)} with a shape, such as v5p:4x4x4, or gpu:8")
     library = find_libtpu()
@@ -87,8 +89,17 @@ def abstract(tree: Any, shardings: Any) -> Any:
     return jax.tree.unflatten(form, made)
 
 
-def trace_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any], Any]]:
-    """name -> (trace, what stays in memory beside it): the programs of a training step at their largest shapes."""
+class Traceable(NamedTuple):
+    """A program at its largest shapes. beside: what else is in memory while it runs."""
+
+    jitted: Any
+    arguments: tuple
+    beside: Any
+    static: dict[str, int] = {}
+
+
+def trace_programs(config: Any, mesh: Any) -> dict[str, Traceable]:
+    """The programs of a training step, by name."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -159,11 +170,15 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any],
         jax.ShapeDtypeStruct(deepstack.shape, deepstack.dtype, sharding=train.placement(mesh, [None, *flat.spec])),
     )
     prompts = rows(p, 1, c.protocol.prompt_tokens)
+    lies = sampler.layout(p, n)
     lanes = jax.eval_shape(functools.partial(sampler.prefill.jitted, rollouts=n), reading, prompts, encoded)
-    most = max(c.rollout.cache_buckets)
-    past = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape[:4], most, x.shape[5]), x.dtype), lanes.past)
-    lanes = lanes.replace(past=past)
-    lanes = abstract(lanes, sampler.layout(lanes))
+
+    def cache(length: int) -> train.Keys:
+        longer = lambda x: jax.ShapeDtypeStruct((*x.shape[:4], length, x.shape[5]), x.dtype)  # noqa: E731
+        return abstract(jax.tree.map(longer, lanes.past), lies.past)
+
+    *_, before, most = (0, *sorted(c.rollout.cache_buckets))
+    lanes = abstract(lanes.replace(past=cache(most)), lies)
     count = small(jnp.int32)
     keys = jax.ShapeDtypeStruct((p, n, 2), jnp.uint32, sharding=whole)
     heat = small(jnp.float32)
@@ -185,19 +200,22 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, tuple[Callable[[], Any],
     read = batch(mini if c.update.row_buckets else p, longest + train.reading_room(c))  # shared rows: a part at a time
     logprob, update = train.make_programs(policy, c, state)
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    beside = (state,)  # while dialogues are played the whole training state waits
+    # While dialogues are played the whole training state waits, and key frames are encoded in the middle of them.
+    playing = (state, reading, lanes.replace(past=None))
+    heard_rows = rows(p, n, heard_most)
+    fresh = cache(heard_most)
     return {
-        "encode": (lambda: sampler.encode.jitted.trace(reading, largest), beside),
-        "prefill": (lambda: sampler.prefill.jitted.trace(reading, prompts, encoded, rollouts=n), beside),
-        "decode": (
-            lambda: sampler.decode.jitted.trace(reading, lanes, count, count, count, keys, heat, penalty), beside
+        "encode": Traceable(sampler.encode.jitted, (reading, largest), (state, lanes)),
+        "prefill": Traceable(sampler.prefill.jitted, (reading, prompts, encoded), (state,), {"rollouts": n}),
+        "decode": Traceable(
+            sampler.decode.jitted, (reading, lanes, count, count, count, keys, heat, penalty), (state,)
         ),
-        "extend": (
-            lambda: sampler.extend.jitted.trace(reading, lanes, rows(p, n, heard_most)), beside
-        ),
-        "logprob": (lambda: logprob.jitted.trace(params, read), (state.optimiser, state.teacher)),
-        "update": (lambda: update.jitted.trace(state, minibatch, credit, guided, rate), ()),
-    }  # fmt: skip
+        "extend": Traceable(sampler.extend.jitted, (reading, lanes, heard_rows), (state,)),
+        "resize": Traceable(sampler.resize.jitted, (cache(before or most),), (*playing, fresh), {"length": most}),
+        "commit": Traceable(sampler.commit.jitted, (lanes.past, lanes.past_length, fresh, count), playing),
+        "logprob": Traceable(logprob.jitted, (params, read), (state.optimiser, state.teacher)),
+        "update": Traceable(update.jitted, (state, minibatch, credit, guided, rate), ()),
+    }
 
 
 def per_chip(tree: Any) -> int:
@@ -252,12 +270,12 @@ def dot_flops(jaxpr: Any) -> float:
     return total
 
 
-def compile_one(trace: Callable[[], Any], beside: Any, chips: int, hbm_gib: float) -> dict[str, Any]:
+def compile_one(program: Traceable, chips: int, hbm_gib: float) -> dict[str, Any]:
     """One program's report; `fits` counts what waits in memory beside it. tflops: of the matrix products, a chip's
     share; bytes_gib: as XLA counts them, a loop's body once."""
-    waiting = per_chip(beside) / GIB
+    waiting = per_chip(program.beside) / GIB
     begun = time.perf_counter()
-    traced = trace()
+    traced = program.jitted.trace(*program.arguments, **program.static)
     try:
         compiled = traced.lower().compile()
     except Exception as error:  # XLA has no class of its own for it
@@ -273,6 +291,8 @@ def compile_one(trace: Callable[[], Any], beside: Any, chips: int, hbm_gib: floa
     memory = compiled.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak += memory.temp_size_in_bytes
+    # What a program does not read is no argument of it, and is in memory all the same: decoding needs no vision tower.
+    waiting += max(0, per_chip(program.arguments) - memory.argument_size_in_bytes) / GIB
     cost = compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, (list, tuple)) else cost
     return {
@@ -319,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     for name in names:
         print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
-        told = compile_one(*programs[name], len(devices), hbm)
+        told = compile_one(programs[name], len(devices), hbm)
         report["programs"][name] = told
         report["fits"] &= told["fits"]
         short = told.get("error") or f"{told['peak_gib']} GiB and {told['beside_gib']} beside it of {hbm:.2f}"

@@ -913,18 +913,21 @@ def mrope_angles(config: PolicyConfig, positions: Array) -> tuple[Array, Array]:
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def attend(q: Array, parts: Sequence[tuple[Array, Array, Array]]) -> Array:
+def attend(q: Array, parts: Sequence[tuple[Array, Array, Array]], ways: int = 1) -> Array:
     """Softmax attention over a context that lies in several parts, grouped queries, fp32 softmax.
 
     q [P,N,t,H,h]. Each part is (k, v, mask): shared by the group (k, v [P,K,S,h]) or a rollout's own
     (k, v [P,N,K,S,h]); mask is boolean and broadcasts to [P,N,t,S]. The parts are never concatenated or
-    tiled: only their logits meet, in one softmax. A query that sees nothing gets the mean, not NaN.
+    tiled: only their logits meet, in one softmax. A query that sees nothing gets the mean, not NaN. ways: devices
+    among which rows and heads are divided; each has logits of at most LOGITS elements at a time, where it can be.
     """
     p, n, t, heads, size = q.shape
     groups = parts[0][0].shape[-3]
     grouped = q.reshape(p, n, t, groups, heads // groups, size).transpose(0, 1, 3, 4, 2, 5) * size**-0.5
     keys = tuple((k.astype(q.dtype), v.astype(q.dtype)) for k, v, _ in parts)
-    out = _attend(grouped, keys, tuple(mask for _, _, mask in parts))
+    queries = LOGITS * ways // (p * n * heads * sum(k.shape[-2] for k, _ in keys))
+    block = min(QUERY_BLOCK, max(64, queries // 64 * 64))
+    out = _attend(grouped, keys, tuple(mask for _, _, mask in parts), block)
     return out.transpose(0, 1, 4, 2, 3, 5).reshape(q.shape)
 
 
@@ -949,18 +952,21 @@ def _scores(q: Array, k: Array, mask: Array) -> Array:
     return jnp.where(mask[:, :, None, None], scores, MASKED)
 
 
-QUERY_BLOCK = 512  # queries whose attention logits exist at a time
+QUERY_BLOCK = 512  # queries of a row whose attention logits exist at a time, at most
+LOGITS = 2**28  # a gibibyte of them on a device, at most
 
 
-def _over_queries(step: Callable, carry: Any, queries: tuple[Array, ...], masks: tuple[Array, ...]) -> tuple[Any, Any]:
-    """step(carry, queries, masks) -> (carry, results) for QUERY_BLOCK queries after the other; their axis is the fifth
-    of queries and results, the third of masks.
+def _over_queries(
+    step: Callable, most: int, carry: Any, queries: tuple[Array, ...], masks: tuple[Array, ...]
+) -> tuple[Any, Any]:
+    """step(carry, queries, masks) -> (carry, results) for `most` queries after the other; their axis is the fifth of
+    queries and results, the third of masks.
 
     A block holds every n-th query, so that each device's part of a sequence that is split over devices gives to every
     block.
     """
     t = queries[0].shape[4]
-    pieces = -(-t // QUERY_BLOCK)
+    pieces = -(-t // most)
     if pieces == 1:
         return step(carry, queries, masks)
     rows = -(-t // (pieces * 64)) * 64
@@ -984,15 +990,15 @@ def _over_queries(step: Callable, carry: Any, queries: tuple[Array, ...], masks:
     return carry, jax.tree.map(join, out)
 
 
-@jax.custom_vjp
-def _attend(q: Array, keys: tuple[tuple[Array, Array], ...], masks: tuple[Array, ...]) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(q: Array, keys: tuple[tuple[Array, Array], ...], masks: tuple[Array, ...], block: int) -> Array:
     """q [P,N,K,g,t,h], already scaled -> the same shape. Backward computes the weights again from their log-sum, so
     that nothing of size t * S outlives the forward pass: on every backend that traffic costs more than the arithmetic.
     """
-    return _attend_forward(q, keys, masks)[0]
+    return _attend_forward(q, keys, masks, block)[0]
 
 
-def _attend_forward(q, keys, masks):
+def _attend_forward(q, keys, masks, block):
     def step(_, queries, masks):
         (q,) = queries
         scores = [_scores(q, k, mask) for (k, _), mask in zip(keys, masks, strict=True)]
@@ -1006,11 +1012,11 @@ def _attend_forward(q, keys, masks):
         out = (functools.reduce(operator.add, sums) / total[..., None]).astype(q.dtype)
         return None, (out, top + jnp.log(total))
 
-    _, (out, log_sum) = _over_queries(step, None, (q,), masks)
+    _, (out, log_sum) = _over_queries(step, block, None, (q,), masks)
     return out, (q, keys, masks, out, log_sum)
 
 
-def _attend_backward(kept, slope):
+def _attend_backward(block, kept, slope):
     q, keys, masks, out, log_sum = kept
 
     def step(sums, queries, masks):
@@ -1029,7 +1035,7 @@ def _attend_backward(kept, slope):
         return jax.tree.map(jnp.add, sums, tuple(key_slopes)), q_slope.astype(q.dtype)
 
     none = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), keys)
-    sums, q_slope = _over_queries(step, none, (q, out, log_sum, slope), masks)
+    sums, q_slope = _over_queries(step, block, none, (q, out, log_sum, slope), masks)
     return q_slope, jax.tree.map(lambda x, key: x.astype(key.dtype), sums, keys), tuple(None for _ in masks)
 
 
@@ -1067,7 +1073,8 @@ def fused_attend(q: Array, parts: Sequence[tuple[Array, Array, Array]], kind: st
         return out.reshape(q.shape)
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    queries, total = -(-t // 128) * 128, -(-k.shape[3] // 128) * 128
+    up = lambda length, to: -(-length // to) * to  # noqa: E731
+    queries, total = up(t, 512 if t > 512 else 128), up(k.shape[3], 512)  # blocks of 128 are several times slower
     fill = lambda x, axis, to: jnp.pad(x, [(0, to - d if i == axis else 0) for i, d in enumerate(x.shape)])  # noqa: E731
     block = lambda length: next(b for b in (512, 256, 128) if length % b == 0)  # noqa: E731
     bq, bk = block(queries), block(total)
@@ -1098,7 +1105,9 @@ def attend_by(kind: str, mesh: Mesh | None, q: Array, parts: Sequence[tuple[Arra
     groups = parts[0][0].shape[-3]
     whole = mesh is None or mesh.size == 1
     if kind == "xla" or q.shape[2] < 128 or t is not None or not (whole or divides(mesh, "tensor", groups)):
-        return attend(q, parts)
+        heads = "tensor" if mesh is not None and divides(mesh, "tensor", q.shape[3]) else None
+        cut = [a for axis in (p, n, t, heads) for a in each_axis(axis)]
+        return attend(q, parts, 1 if whole else math.prod(mesh.shape[a] for a in cut))
     if whole:
         return fused_attend(q, parts, kind)
     spec = lambda x, *axes: Spec(*(a if x.shape[i] > 1 else None for i, a in enumerate(axes)))  # noqa: E731
@@ -1610,7 +1619,7 @@ def exchange(mine: Mapping[Any, Any], mesh: Mesh | None = None) -> dict[Any, Any
         return dict(mine)
     packed = np.frombuffer(json.dumps(list(mine.items())).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array([len(packed)]))[:, 0]
-    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded = np.zeros(1 << (int(lengths.max()) - 1).bit_length(), np.uint8)  # few sizes: each is a program
     padded[: len(packed)] = packed
     out: dict[Any, Any] = {}
     for length, part in zip(lengths, multihost_utils.process_allgather(padded), strict=True):
@@ -1626,6 +1635,15 @@ def to_host(x: jax.Array) -> np.ndarray:
 def agreed(mine: bool) -> bool:
     """Whether any process says so."""
     return any(exchange({jax.process_index(): bool(mine)}).values())
+
+
+def all_see(look: Callable[[], bool]) -> bool:
+    """Whether all processes find what they look for. A network file system may take a moment."""
+    end, seen = time.monotonic() + 10, look()
+    while not seen and time.monotonic() < end:
+        time.sleep(0.2)
+        seen = look()
+    return not agreed(not seen)
 
 
 def row_owners(mesh: Mesh, prompts: int, rollouts: int) -> np.ndarray:
@@ -1686,11 +1704,16 @@ def check_mesh(c: Config, mesh: Mesh) -> None:
             need(c.evaluate.prompts, 1 + c.evaluate.draws, "evaluate.prompts", "dialogues")
 
 
+def each_axis(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one dimension."""
+    return (axis,) if isinstance(axis, str) else axis or ()
+
+
 def placement(mesh: Mesh, axes: Sequence[str | tuple[str, ...] | None]) -> NamedSharding:
     """One spelling for one layout: without axes of a single device, since a program is compiled for each spelling."""
 
     def spelled(axis):
-        kept = [a for a in ((axis,) if isinstance(axis, str) else axis or ()) if mesh.shape[a] > 1]
+        kept = [a for a in each_axis(axis) if mesh.shape[a] > 1]
         return kept[0] if len(kept) == 1 else tuple(kept) or None
 
     kept = [spelled(axis) for axis in axes]
@@ -2455,26 +2478,26 @@ class Sampler:
         allowed[[tokenizer.end_of_turn, tokenizer.end_of_text]] = True
         self.allowed = jnp.asarray(allowed)
         self.ends = jnp.asarray([tokenizer.end_of_turn, tokenizer.end_of_text])
-        for name in ("encode", "insert", "prefill", "extend", "decode", "commit", "pick", "keys"):
-            static = {"commit": ("length",), "prefill": ("rollouts",)}.get(name)
-            setattr(self, name, Program(name, getattr(self, f"_{name}"), static_argnames=static))
+        for name in ("encode", "insert", "prefill", "extend", "decode", "resize", "commit", "pick", "keys"):
+            static = {"resize": ("length",), "prefill": ("rollouts",), "insert": ("rollouts",)}.get(name)
+            given_up = 0 if name in ("insert", "commit") else None  # nobody reads what it was before
+            setattr(
+                self, name, Program(name, getattr(self, f"_{name}"), static_argnames=static, donate_argnums=given_up)
+            )
 
-    def layout(self, lanes: Lanes) -> list[NamedSharding]:
-        """Where each part of the lanes lies, in the order of its leaves: prompts over data, rollouts over fsdp, heads
-        and words over tensor."""
+    def layout(self, prompts: int, rollouts: int) -> Lanes:
+        """Where each part of the lanes lies: prompts over data, rollouts over fsdp, heads and words over tensor."""
         config, mesh = self.policy.config, self.mesh
-        p, n, _ = row_axes(mesh, *lanes.past_length.shape)
+        p, n, _ = row_axes(mesh, prompts, rollouts)
         heads = "tensor" if divides(mesh, "tensor", config.num_key_value_heads) else None
         words = "tensor" if divides(mesh, "tensor", config.vocab_size) else None
-        prompt, past = (None, p, heads), (None, p, n, heads)
-        axes = [prompt, prompt, (p,), (p,), (None, p), past, past, (p, n), (p, n, words)]
-        return [placement(mesh, x) for x in axes]
+        lies = lambda *axes: placement(mesh, axes)  # noqa: E731
+        prompt, past = lies(None, p, heads), lies(None, p, n, heads)
+        visual = Visual(lies(p), lies(None, p))
+        return Lanes(Keys(prompt, prompt), lies(p), visual, Keys(past, past), lies(p, n), lies(p, n, words))
 
-    def _hold(self, lanes: Lanes) -> Lanes:
-        if self.mesh.size == 1:
-            return lanes
-        leaves, form = jax.tree.flatten(lanes)
-        return jax.tree.unflatten(form, map(jax.lax.with_sharding_constraint, leaves, self.layout(lanes)))
+    def _hold(self, found: Any, layout: Any) -> Any:
+        return found if self.mesh.size == 1 else jax.lax.with_sharding_constraint(found, layout)
 
     # Device programs
 
@@ -2484,10 +2507,10 @@ class Sampler:
     def _encode(self, params, images: Images):
         return self.policy.apply({"params": params}, images, method=Policy.encode)
 
-    def _insert(self, visual: Visual, tokens, deepstack, prompt, first):
+    def _insert(self, visual: Visual, tokens, deepstack, prompt, first, rollouts: int):
         """Lays newly encoded images [I, m, D] into the banks: image i at prompt[i], from token first[i] on."""
         where = first[:, None] + jnp.arange(tokens.shape[1])
-        p, *_ = row_axes(self.mesh, visual.tokens.shape[0], 1)
+        p, *_ = row_axes(self.mesh, visual.tokens.shape[0], rollouts)
         return Visual(
             laid(visual.tokens.at[prompt[:, None], where].set(tokens, mode="drop"), self.mesh, p),
             laid(visual.deepstack.at[:, prompt[:, None], where].set(deepstack, mode="drop"), self.mesh, None, p),
@@ -2515,7 +2538,8 @@ class Sampler:
         past = jax.tree.map(
             lambda x: jnp.zeros((x.shape[0], count, rollouts, x.shape[2], capacity, x.shape[-1]), x.dtype), keys
         )
-        return self._hold(Lanes(keys, there, visual, past, jnp.zeros((count, rollouts), jnp.int32), logits))
+        lanes = Lanes(keys, there, visual, past, jnp.zeros((count, rollouts), jnp.int32), logits)
+        return self._hold(lanes, self.layout(count, rollouts))
 
     def _context(self, lanes: Lanes):
         here = jnp.arange(lanes.past.k.shape[4]) < lanes.past_length[..., None]
@@ -2537,27 +2561,31 @@ class Sampler:
         count = (rows.segment > 0).sum(-1)
         last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[..., None, None], 2)[:, :, 0]
         logits = self.policy.apply({"params": params}, last, method=Policy.head)
-        if self.mesh.size > 1:
-            *_, past, _, rows, words = self.layout(lanes)
-            hold = jax.lax.with_sharding_constraint
-            fresh, count, logits = jax.tree.map(lambda x: hold(x, past), fresh), hold(count, rows), hold(logits, words)
-        return fresh, count, logits
+        lies = self.layout(*count.shape)
+        return self._hold((fresh, count, logits), (lies.past, lies.past_length, lies.logits))
 
-    def _commit(self, lanes: Lanes, fresh: Keys, count, length: int):
-        """Lays `count` fresh keys and values of each row behind its past, in a cache of `length` slots."""
-        slot = jnp.arange(length)
-        offset = lanes.past_length[..., None]
+    def _resize(self, past: Keys, length: int):
+        """A cache of `length` slots; what is beyond them belongs to rows that ended."""
+
+        def cut(x):
+            x = x[..., :length, :]
+            return jnp.pad(x, ((0, 0),) * 4 + ((0, length - x.shape[4]), (0, 0)))
+
+        return self._hold(jax.tree.map(cut, past), self.layout(*past.k.shape[1:3]).past)
+
+    def _commit(self, past: Keys, past_length, fresh: Keys, count):
+        """Lays `count` fresh keys and values of each row behind its past, in place."""
+        slot = jnp.arange(past.k.shape[4])
+        offset = past_length[..., None]
         new = (slot >= offset) & (slot < offset + count[..., None])
         source = jnp.clip(slot - offset, 0, fresh.k.shape[4] - 1)
 
         def lay(past, fresh):
-            past = past[..., :length, :]  # what is beyond it belongs to rows that ended
-            past = jnp.pad(past, ((0, 0),) * 4 + ((0, length - past.shape[4]), (0, 0)))
             moved = jnp.take_along_axis(fresh, source[None, :, :, None, :, None], 4)
             return jnp.where(new[None, :, :, None, :, None], moved, past)
 
-        past = jax.tree.map(lay, lanes.past, fresh)
-        return self._hold(lanes.replace(past=past, past_length=lanes.past_length + count))
+        lies = self.layout(*count.shape)
+        return self._hold((jax.tree.map(lay, past, fresh), past_length + count), (lies.past, lies.past_length))
 
     def _pick(self, lanes: Lanes, p):
         """The lanes of prompts p [P']: those whose rollouts all ended are left behind."""
@@ -2570,7 +2598,7 @@ class Sampler:
             first(lanes.past_length),
             first(lanes.logits),
         )
-        return self._hold(chosen)
+        return self._hold(chosen, self.layout(*chosen.past_length.shape))
 
     def _keys(self, seed, step, prompt, rollout):
         """prompt [P], rollout [N] -> the data [P,N,2] of a random key for each dialogue."""
@@ -2656,9 +2684,19 @@ class Sampler:
         rows = shard_batch(self.mesh, prompt_rows(prompts, self.c, self.speaker))
         return self.prefill(params, rows, encoded, rollouts=rollouts)
 
-    def show(self, params, visual: Visual, lanes: Sequence[Prompt], fresh: Sequence[tuple[int, int]]) -> Visual:
+    def append(self, lanes: Lanes, fresh: Keys, count, size: int) -> Lanes:
+        """The lanes with `count` [P,N] fresh keys behind each row's past, in a cache of `size` slots.
+
+        Those that were given can no longer be read: their cache is written to.
+        """
+        past = lanes.past if lanes.past.k.shape[4] == size else self.resize(lanes.past, length=size)
+        past, length = self.commit(past, lanes.past_length, fresh, count)
+        return lanes.replace(past=past, past_length=length)
+
+    def show(self, params, lanes: Lanes, prompts: Sequence[Prompt], fresh: Sequence[tuple[int, int]]) -> Lanes:
         """Encodes key frames asked for the first time, (lane of the prompt, fid), and lays them into the banks."""
-        speaker = self.speaker
+        speaker, visual = self.speaker, lanes.visual
+        count, rollouts = lanes.past_length.shape
         for start in range(0, len(fresh), 16):
             part = fresh[start : start + 16]
             size = 16
@@ -2670,17 +2708,18 @@ class Sampler:
                 ),
                 np.float32,
             )
-            prompt = np.full(size, visual.tokens.shape[0], np.int32)  # out of range: dropped
+            prompt = np.full(size, count, np.int32)  # out of range: dropped
             first = np.zeros(size, np.int32)
             for i, (lane, fid) in enumerate(part):
-                patches[i] = speaker.keyframe_patches(lanes[lane].image_of(fid))
+                patches[i] = speaker.keyframe_patches(prompts[lane].image_of(fid))
                 prompt[i] = lane
                 first[i] = (
-                    self.c.protocol.frames * speaker.frame_tokens + lanes[lane].keyframes[fid] * speaker.keyframe_tokens
+                    self.c.protocol.frames * speaker.frame_tokens
+                    + prompts[lane].keyframes[fid] * speaker.keyframe_tokens
                 )
             tokens, deepstack = self.encode(params, speaker.images(patches, speaker.keyframe_grid))
-            visual = self.insert(visual, tokens, deepstack, prompt, first)
-        return visual
+            visual = self.insert(visual, tokens, deepstack, prompt, first, rollouts=rollouts)
+        return lanes.replace(visual=visual)
 
     def play(
         self, params: Any, prompts: Sequence[Prompt], temperatures: Sequence[float], user: Any, *, seed: int, step: int,
@@ -2757,16 +2796,16 @@ class Sampler:
             with clock("extend"):
                 most = max(len(d.row) for row in grid for d in row if live(d))
                 size = bucket(most, c.rollout.cache_buckets)
-                lanes = self.commit(lanes, fresh, length, length=size)
+                lanes = self.append(lanes, fresh, length, size)
                 if new:
-                    lanes = lanes.replace(visual=self.show(params, lanes.visual, lane_prompts, new))
+                    lanes = self.show(params, lanes, lane_prompts, new)
                 grid, lane_prompts, lanes = self.compact(grid, lane_prompts, lanes, live)
                 chunks = [[self._tail(d, starts[id(d)]) if live(d) else Transcript() for d in row] for row in grid]
                 buckets = [*c.rollout.observation_buckets, speaker.longest_observation]
                 width = bucket(max(len(x) for row in chunks for x in row), buckets)
                 rows = stack_rows([[[x] for x in row] for row in chunks], width, speaker.tokenizer.end_of_text)
                 fresh, count, logits = self.extend(params, lanes, shard_batch(self.mesh, rows))
-                lanes = jax.block_until_ready(self.commit(lanes, fresh, count, length=size).replace(logits=logits))
+                lanes = jax.block_until_ready(self.append(lanes, fresh, count, size).replace(logits=logits))
         return out
 
     def penalty(self, before: Sequence[Sequence[list[int]]], repetition: Array, presence: Array) -> Penalty:
@@ -2804,7 +2843,7 @@ class Sampler:
             if not ((length == left) | finished).all():
                 said += length
                 size = bucket(int((held + said).max()), self.c.rollout.cache_buckets)
-                lanes = self.commit(lanes, fresh, length, length=size).replace(logits=logits)
+                lanes = self.append(lanes, fresh, length, size).replace(logits=logits)
             else:
                 return lanes, fresh, length, words, finished
 
@@ -3056,7 +3095,9 @@ class MaskReward:
     """IoU of SAM2's mask with the truth, reached from a jitted function by a host callback.
 
     Across the callback travel ids, boxes and points, and a float per row comes back. It runs under shard_map, so each
-    host's sidecar sees its own rows only; its body touches no JAX. A row whose sidecar failed twice comes back invalid.
+    host's sidecar sees its own rows only, once: of devices that hold the same rows the first asks. Its body touches no
+    JAX, and nothing is gathered in the same program, since devices wait for each other there, and not for long. A row
+    whose sidecar failed twice comes back invalid.
     """
 
     def __init__(self, client: SegmenterClient, mesh: Mesh):
@@ -3079,13 +3120,13 @@ class MaskReward:
             return iou, valid
 
         def local(*args):
-            n = args[0].shape[0]
+            *asked, wanted = args
+            n = wanted.shape[0]
             shapes = (jax.ShapeDtypeStruct((n,), jnp.float32), jax.ShapeDtypeStruct((n,), jnp.bool_))
-            return jax.experimental.io_callback(ask, shapes, *args)
+            return jax.experimental.io_callback(ask, shapes, *asked, wanted & (jax.lax.axis_index("tensor") == 0))
 
-        ask_all = jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
-        self._score = jax.jit(ask_all, out_shardings=placement(mesh, []))  # every process reads all of it
-        self._shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._score = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=Spec(AXES), check_vma=False))
+        self._shards, self._tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
 
     def __call__(self, dialogues: Sequence[Sequence[Dialogue]]) -> tuple[np.ndarray, np.ndarray]:
         """dialogues [P][N] -> IoU [P,N] in [0,1] and valid [P,N]."""
@@ -3108,7 +3149,8 @@ class MaskReward:
                 self.client.register(
                     self.videos[p], d.frame, d.prompt.image_of(d.frame), d.prompt.sample.truth(position)
                 )
-        iou, valid = jax.device_get(self._score(index, frame, box, point, amodal, wanted))
+        told = map(to_host, self._score(index, frame, box, point, amodal, wanted))
+        iou, valid = (x.reshape(self._shards, self._tensor, -1)[:, 0].ravel() for x in told)
         form = (len(dialogues), len(dialogues[0]))
         return np.array(iou[: len(flat)]).reshape(form), np.array(valid[: len(flat)]).reshape(form)
 
@@ -4509,8 +4551,14 @@ class Run:
         self._writer = None
         self._lock = None
         self._bucket: Bucket | None = None
-        if self.writes:
-            self._open()
+        problem = ""
+        try:
+            if self.writes:
+                self._open()
+        except ConfigError as error:
+            problem = str(error)
+        if problem := exchange({0: problem} if self.writes else {})[0]:  # the others shall not wait for it
+            raise ConfigError(problem)
         if jax.process_count() > 1:
             self._seen_by_all()
 
@@ -4520,12 +4568,13 @@ class Run:
         mark = exchange({0: str(time.time_ns())} if self.writes else {})[0]
         self.write(file.name, mark)
         multihost_utils.sync_global_devices("run directory")
-        end, seen = time.monotonic() + 10, False
-        while not seen and time.monotonic() < end:  # a network file system may take a moment
+
+        def there() -> bool:
             with contextlib.suppress(OSError):
-                seen = file.read_text() == mark
-            time.sleep(0 if seen else 0.2)
-        together = not agreed(not seen)
+                return file.read_text() == mark
+            return False
+
+        together = all_see(there)
         if self.writes:
             file.unlink()
         if not together:
@@ -4626,11 +4675,34 @@ class Run:
             context = ocp.Context()
             context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
             with context:
+                keep = self.config.checkpoint.keep
                 self._checkpointer = ocp.training.Checkpointer(
                     folder,
-                    preservation_policy=ocp.training.preservation_policies.LatestN(self.config.checkpoint.keep),
+                    # One more where they are copied: else the only one goes while it is under way.
+                    preservation_policy=ocp.training.preservation_policies.LatestN(max(keep, 2 if self._bucket else 1)),
+                    cleanup_tmp_directories=True,  # of a killed run
                 )
+            self._same_latest()
         return self._checkpointer
+
+    def _same_latest(self) -> None:
+        """Raises ConfigError unless all processes would go on from the same checkpoint."""
+        if jax.process_count() == 1:
+            return
+
+        def latest() -> int:
+            found = self._checkpointer.latest
+            return -1 if found is None else found.step
+
+        wanted = exchange({0: latest()} if self.writes else {})[0]
+
+        def there() -> bool:
+            if latest() != wanted:
+                self._checkpointer.reload()
+            return latest() == wanted
+
+        if not all_see(there):
+            raise ConfigError(f"{self.path}/checkpoints: not all processes see step {wanted}; give them one disk")
 
     def restore(self, state: TrainState) -> TrainState | None:
         """The latest checkpoint with the shapes and shardings of `state`, or None. Raises ConfigError."""
@@ -4658,14 +4730,36 @@ class Run:
         return state.replace(params=parts["params"], **parts["rest"])
 
     def save(self, state: TrainState, step: int) -> None:
+        """Begins to write a checkpoint, once the one before is there."""
         keeper = self.checkpointer()
         if keeper.latest is None or keeper.latest.step != step:
-            self._copy_out()  # those before: this one is still being written
-            keeper.save_checkpointables_async(step, _parts(state))
+            self.settle()
+            keeper.save_checkpointables_async(step, _parts(state), force=True)  # Orbax may leave one out, otherwise
 
-    def _copy_out(self) -> None:
+    def settle(self, last: bool = False) -> None:
+        """Waits for the checkpoint under way and begins to copy it to the bucket. One that was not written is said.
+
+        last: no other comes after it. Raises ConfigError, then, in all processes where one failed.
+        """
+        problem = ""
+        try:
+            self.checkpointer().wait()
+        except Exception as error:  # a full disk is a ValueError here
+            problem = f"{self.path}/checkpoints: the last one was not written ({_first_line(error)})"
+        if last and agreed(bool(problem)):
+            problem = problem or "a checkpoint was not written by another process"
+            raise ConfigError(f"{problem}; make room, and the same command goes on from the one before")
+        if problem:
+            print(f"{problem}; the next one is tried", file=sys.stderr)
         if self._bucket is not None:
             self._bucket.copy(self.path / "checkpoints", [c.step for c in self._checkpointer.checkpoints])
+
+    def leave_together(self) -> None:
+        """Holds all processes until the first has written everything: five minutes after one has left, JAX ends it."""
+        if self._bucket is not None:
+            self._bucket.wait()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("the end")
 
     def keep_rows(self, step: int) -> None:
         """Drops the rows of metrics.jsonl after a step."""
@@ -4711,10 +4805,9 @@ class Run:
             with contextlib.suppress(OSError):  # a full disk was told of already
                 self._tell_programs(max((row["step"] for row in self.rows()), default=0))
         if hasattr(self, "_checkpointer"):
+            self.settle()
             self._checkpointer.close()
         if self._bucket is not None:
-            finished = [int(f.name) for f in (self.path / "checkpoints").iterdir() if f.name.isdigit()]
-            self._bucket.copy(self.path / "checkpoints", finished)
             self._bucket.close()
         if self._writer is not None:
             self._writer.close()
@@ -4744,24 +4837,29 @@ class Bucket:
             ) from None
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
 
-    def _steps(self) -> list[int]:
-        names = [name.rsplit("/", 1)[-1] for name in self.files.ls(self.root, detail=False)]
-        return sorted(int(n.removesuffix(".complete")) for n in names if re.fullmatch(r"\d+\.complete", n))
+    def _steps(self, ending: str = ".complete") -> list[int]:
+        names = [name.rstrip("/").rsplit("/", 1)[-1] for name in self.files.ls(self.root, detail=False)]
+        found = (re.fullmatch(r"(\d+)" + re.escape(ending), name) for name in names)
+        return sorted(int(match[1]) for match in found if match)
 
     def fetch(self, folder: Path) -> None:
         """Brings the latest one into `folder`, unless that holds a later one. Raises ConfigError."""
         here = [int(f.name) for f in folder.iterdir() if f.name.isdigit()] if folder.is_dir() else []
-        steps = self._steps()
-        if not steps or steps[-1] <= max(here, default=-1):
-            return
-        step = steps[-1]
-        partial = folder / f".{step}.{os.getpid()}"
-        folder.mkdir(parents=True, exist_ok=True)
+        for killed in folder.glob(".*.part"):
+            shutil.rmtree(killed)
+        step = None
         try:
+            step = max(self._steps(), default=-1)
+            if step <= max(here, default=-1):
+                return
+            partial = folder / f".{step}.part"
+            folder.mkdir(parents=True, exist_ok=True)
             self.files.get(f"{self.root}/{step}/", f"{partial}/", recursive=True)
         except Exception as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise ConfigError(f"{self.url}/{step}: can not be read ({_first_line(error)})") from None
+            if step is not None:
+                shutil.rmtree(folder / f".{step}.part", ignore_errors=True)
+            where = self.url if step is None else f"{self.url}/{step}"
+            raise ConfigError(f"checkpoint.bucket={where}: can not be read ({_first_line(error)})") from None
         os.replace(partial, folder / str(step))
 
     def copy(self, folder: Path, steps: Sequence[int]) -> None:
@@ -4775,12 +4873,18 @@ class Bucket:
                 self.files.pipe_file(f"{self.root}/{step}.complete", b"")
             for step in self._steps()[: -self.keep]:
                 self.files.rm(f"{self.root}/{step}.complete")
-                self.files.rm(f"{self.root}/{step}", recursive=True)
+            kept = self._steps()
+            for step in self._steps(""):
+                if step < min(kept, default=0):  # also what a kill has left without a marker
+                    self.files.rm(f"{self.root}/{step}", recursive=True)
         except Exception as error:
             print(f"{self.url}: a checkpoint was not copied ({_first_line(error)})", file=sys.stderr)
 
+    def wait(self) -> None:
+        """Until what is under way has ended."""
+        self._pool.submit(lambda: None).result()
+
     def close(self) -> None:
-        """Waits for what is under way."""
         self._pool.shutdown(wait=True)
 
 
@@ -5087,7 +5191,11 @@ def train_warmstart(config: Config, run: Run) -> None:
         params = jax.tree.map(to_host, state.params)
         if run.writes:
             save_policy(run.path / "trained", policy_config, params, source=source)
+        run.settle(last=True)
         run.summarise(finished=True, steps=config.steps, policy=str(run.path / "trained"))
+    else:
+        run.settle(last=True)
+    run.leave_together()
 
 
 def meet(c: Config, mesh: Mesh) -> tuple[Any, Any, Any]:
@@ -5602,8 +5710,8 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
     from tqdm import tqdm
 
     config, run = trainer.config, trainer.run
-    known = {"summary": read_json(run.path / "summary.json") or {}, "begun": run.begun}
-    known = exchange(known if run.writes else {})
+    known = {"summary": read_json(run.path / "summary.json") or {}, "begun": run.begun} if run.writes else {}
+    known = exchange(known)
     summary = known["summary"]
     for name, who in trainer.models().items() if known["begun"] else ():
         was = ((summary.get("models") or {}).get(name) or who)["prompt_hash"]
@@ -5666,7 +5774,7 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
             if tracing and (step + 1 not in traced or stop):
                 jax.profiler.stop_trace()
                 tracing = False
-            if due(step):
+            if due(step) and not stop:  # who stops it may not wait so long; it is made up for
                 row["evaluate"] = trainer.evaluate()
                 book(trainer.clock.take(), "evaluate/")
         except (data.DataError, SidecarError):
@@ -5693,6 +5801,7 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
             save_policy(run.path / "trained", trainer.policy.config, params, source=trainer.source)
         if after and run.writes:
             say_scores("after", after)
+        run.settle(last=True)
         book({"total": time.perf_counter() - begun_at, "compile": compiled["seconds"]})
         run.summarise(
             after=after,
@@ -5703,16 +5812,18 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
             peak_memory_gb={"trainer": peak_memory("self"), "sidecar": peak_memory(trainer.segmenter.pid)},
             finished=True,
             compilations=int(compiled["programs"]),
-            sidecar_failures=trainer.segmenter.failures,
+            sidecar_failures=sum(exchange({jax.process_index(): trainer.segmenter.failures}).values()),
         )
         from icseg_jax import report
 
         if after and run.writes:
             print(f"{report.write_report(run.path)}: open it in a browser")
     else:
+        run.settle(last=True)
         book({"total": time.perf_counter() - begun_at, "compile": compiled["seconds"]})
         run.summarise(seconds=seconds, models=trainer.models())
         print(f"stopped after step {step} of {config.steps}; the same command goes on from there")
+    run.leave_together()
 
 
 def say_scores(name: str, scores: Mapping[str, Mapping]) -> None:
@@ -5826,4 +5937,10 @@ Keys and their meaning: section 1 of icseg_jax/train.py."""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code and jax.distributed.is_initialized():
+        # JAX would wait for the other processes, which wait for this one in a program.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -247,44 +248,46 @@ def test_steps_without_their_checkpoints_are_not_thrown_away(tmp_path):
     run.close()
 
 
+class Doubles(train.Trainer):
+    """A trainer whose steps double a weight; in the third one it meets a damaged record, and so do evaluations."""
+
+    def __init__(self, config):
+        self.config, self.run, self.clock = config, train.Run(config), train.Clock()
+        self.test = [types.SimpleNamespace(privileged={"scene_graph": {"initial_count": 1}})]  # nothing to ask
+        self.segmenter, self.user, self.expert = types.SimpleNamespace(start=lambda: None), None, None
+        self.state = train.fresh_state({"weight": jnp.ones((2, 3))}, config, teacher=False)
+
+    def step(self):
+        if int(self.state.step) == 2:
+            raise data.DataError("record 7 is damaged")
+        doubled = {"weight": self.state.params["weight"] * 2}
+        self.state = self.state.replace(step=self.state.step + 1, params=doubled)
+        told = dict.fromkeys(("reward", "success", "questions_ambiguous"), 1.0)
+        return {"step": int(self.state.step), "seconds": {}, **told}
+
+    def evaluate(self, name=None):
+        if name is None:
+            raise data.DataError("record 8 is damaged")
+        return {}
+
+
 @pytest.mark.parametrize("where", ["step", "evaluation"])
 def test_a_record_that_fails_later_loses_no_step(tmp_path, where):
     """Two steps went well, the third or the evaluation before it meets a damaged record: the state after the second is
     kept, and its row."""
-
-    class Fails(train.Trainer):
-        def __init__(self, config):
-            self.config, self.run, self.clock = config, train.Run(config), train.Clock()
-            self.test = [types.SimpleNamespace(privileged={"scene_graph": {"initial_count": 1}})]  # nothing to ask
-            self.segmenter, self.user, self.expert = types.SimpleNamespace(start=lambda: None), None, None
-            self.state = train.fresh_state({"weight": jnp.ones((2, 3))}, config, teacher=False)
-
-        def step(self):
-            if int(self.state.step) == 2:
-                raise data.DataError("record 7 is damaged")
-            doubled = {"weight": self.state.params["weight"] * 2}
-            self.state = self.state.replace(step=self.state.step + 1, params=doubled)
-            told = dict.fromkeys(("reward", "success", "questions_ambiguous"), 1.0)
-            return {"step": int(self.state.step), "seconds": {}, **told}
-
-        def evaluate(self, name=None):
-            if name is None:
-                raise data.DataError("record 8 is damaged")
-            return {}
-
     every = 2 if where == "evaluation" else 0
     given = [f"run_dir={tmp_path}/run", f"evaluate.every={every}", "checkpoint.every=0"]
     config = train.load_config("experiments/embedded.yaml", given)
-    trainer = Fails(config)
+    trainer = Doubles(config)
     with pytest.raises(data.DataError):
         train.train_on(trainer, time.perf_counter(), {})
     trainer.run.close()
-    again = Fails(config)
+    again = Doubles(config)
     restored = again.run.restore(again.state)
     again.run.close()
     assert int(restored.step) == 2 and (restored.params["weight"] == 4).all()
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
-    mended = Fails(config)  # the evaluation that failed is made up for
+    mended = Doubles(config)  # the evaluation that failed is made up for
     mended.evaluate = lambda name=None: {"success": 1.0}
     with pytest.raises(data.DataError, match="record 7"):
         train.train_on(mended, time.perf_counter(), {})
@@ -292,10 +295,74 @@ def test_a_record_that_fails_later_loses_no_step(tmp_path, where):
     made_up = [row.get("evaluate") for row in rows(tmp_path / "run")]
     assert made_up == [None, {"success": 1.0} if where == "evaluation" else None]
     (tmp_path / "run" / "metrics.jsonl").unlink()  # as on a machine that has nothing but a checkpoint from a bucket
-    alone = Fails(config)
+    alone = Doubles(config)
     with pytest.raises(data.DataError, match="record 7"):
         train.train_on(alone, time.perf_counter(), {})
     alone.run.close()
+
+
+def test_who_stops_a_run_waits_for_no_evaluation(tmp_path):
+    """The step in which SIGTERM comes is saved at once; its evaluation is made up for by the next start."""
+
+    class Stopped(Doubles):
+        def step(self):
+            row = super().step()
+            self.run.stop = row["step"] == 2
+            return row
+
+    given = [f"run_dir={tmp_path}/run", "evaluate.every=2", "checkpoint.every=0"]
+    config = train.load_config("experiments/embedded.yaml", given)
+    stopped = Stopped(config)
+    train.train_on(stopped, time.perf_counter(), {"seconds": 0.0})  # an evaluation would raise
+    stopped.run.close()
+    assert [row.get("evaluate") for row in rows(tmp_path / "run")] == [None, None]
+    again = Doubles(config)
+    again.evaluate = lambda name=None: {"success": 1.0}
+    with pytest.raises(data.DataError, match="record 7"):
+        train.train_on(again, time.perf_counter(), {})
+    again.run.close()
+    assert [row.get("evaluate") for row in rows(tmp_path / "run")] == [None, {"success": 1.0}]
+
+
+def large_run(tmp_path):
+    """A run, and a state of 32 MB."""
+    run = train.Run(train.load_config("experiments/embedded.yaml", [f"run_dir={tmp_path}/run"]))
+    weight = jnp.asarray(np.random.default_rng(0).standard_normal((2**12, 2**9), np.float32))
+    return run, train.fresh_state({"weight": weight}, run.config, teacher=True)
+
+
+def test_every_checkpoint_is_written_however_slow_the_disk(tmp_path):
+    """One that comes while the one before is being written waits for it."""
+    run, state = large_run(tmp_path)
+    (tmp_path / "run/checkpoints/7.orbax-checkpoint-tmp").mkdir(parents=True)  # of a killed run
+    for step in (1, 2, 3):
+        run.save(state, step)
+    run.close()
+    assert sorted(f.name for f in (tmp_path / "run/checkpoints").iterdir() if f.is_dir()) == ["2", "3"]
+
+
+def test_a_checkpoint_that_does_not_fit_is_said_and_the_next_is_tried(tmp_path, capfd):
+    """A limit on the size of files stands for a full disk."""
+    run, state = large_run(tmp_path)
+    run.save(state, 1)
+    run.settle()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        run.save(state, 2)
+        run.settle()
+        assert "run/checkpoints: the last one was not written (" in capfd.readouterr().err
+        run.save(state, 3)
+        with pytest.raises(train.ConfigError, match="was not written .*; make room, and the same command goes on"):
+            run.settle(last=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    run.save(state, 4)
+    run.settle(last=True)
+    run.close()
+    again = train.Run(run.config)
+    assert int(again.restore(state).step) == 0 and again.checkpointer().latest.step == 4
+    again.close()
 
 
 def test_a_failed_start_binds_nobody(tmp_path):
@@ -665,8 +732,12 @@ def test_checkpoints_are_copied_to_a_bucket_and_brought_back(tmp_path):
     bucket.copy(folder, [1, 2, 3])
     bucket.close()
     assert bucket._steps() == [2, 3]
+    bucket.files.pipe_file(f"{bucket.root}/1/inner/data", b"its marker went before a kill")
+    bucket._copy(folder, [2, 3])
+    assert bucket._steps("") == [2, 3]
     bucket.files.pipe_file(f"{bucket.root}/4/inner/data", b"cut short")  # without its marker it is none
     fresh = tmp_path / "elsewhere"
+    (fresh / ".2.part").mkdir(parents=True)  # of a killed run
     train.Bucket("memory://runs/a", keep=2).fetch(fresh)
     assert [f.name for f in fresh.iterdir()] == ["3"] and (fresh / "3/inner/data").read_text() == "of 3"
     (fresh / "5").mkdir()
@@ -690,5 +761,10 @@ def test_a_failed_copy_is_said_and_tried_again(tmp_path, monkeypatch, capfd):
         bucket._copy(tmp_path / "checkpoints", [1])
     assert "runs/b: a checkpoint was not copied (gone)" in capfd.readouterr().err and bucket._steps() == []
     bucket.copy(tmp_path / "checkpoints", [1])
-    bucket.close()
+    bucket.wait()
     assert bucket._steps() == [1]
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket.files, "ls", lambda *a, **k: (_ for _ in ()).throw(OSError("no right to list")))
+        with pytest.raises(train.ConfigError, match="memory://runs/b: can not be read .no right to list"):
+            bucket.fetch(tmp_path / "elsewhere")
+    bucket.close()
