@@ -175,7 +175,8 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, Traceable]:
 
     def cache(length: int) -> train.Keys:
         longer = lambda x: jax.ShapeDtypeStruct((*x.shape[:4], length, x.shape[5]), x.dtype)  # noqa: E731
-        return abstract(jax.tree.map(longer, lanes.past), lies.past)
+        *_, k, v, _, _ = lies
+        return abstract(jax.tree.map(longer, lanes.past), [k, v])
 
     *_, before, most = (0, *sorted(c.rollout.cache_buckets))
     lanes = abstract(lanes.replace(past=cache(most)), lies)

@@ -2485,19 +2485,24 @@ class Sampler:
                 self, name, Program(name, getattr(self, f"_{name}"), static_argnames=static, donate_argnums=given_up)
             )
 
-    def layout(self, prompts: int, rollouts: int) -> Lanes:
-        """Where each part of the lanes lies: prompts over data, rollouts over fsdp, heads and words over tensor."""
+    def layout(self, prompts: int, rollouts: int) -> list[NamedSharding]:
+        """Where each part of the lanes lies, in the order of their leaves: prompts over data, rollouts over fsdp, heads
+        and words over tensor."""
         config, mesh = self.policy.config, self.mesh
         p, n, _ = row_axes(mesh, prompts, rollouts)
         heads = "tensor" if divides(mesh, "tensor", config.num_key_value_heads) else None
         words = "tensor" if divides(mesh, "tensor", config.vocab_size) else None
-        lies = lambda *axes: placement(mesh, axes)  # noqa: E731
-        prompt, past = lies(None, p, heads), lies(None, p, n, heads)
-        visual = Visual(lies(p), lies(None, p))
-        return Lanes(Keys(prompt, prompt), lies(p), visual, Keys(past, past), lies(p, n), lies(p, n, words))
+        prompt, past = (None, p, heads), (None, p, n, heads)
+        axes = [prompt, prompt, (p,), (p,), (None, p), past, past, (p, n), (p, n, words)]
+        return [placement(mesh, x) for x in axes]
 
-    def _hold(self, found: Any, layout: Any) -> Any:
-        return found if self.mesh.size == 1 else jax.lax.with_sharding_constraint(found, layout)
+    def _hold(self, found: Any, places: Sequence[NamedSharding]) -> Any:
+        """found, each of its leaves in its place."""
+        if self.mesh.size == 1:
+            return found
+        leaves, form = jax.tree.flatten(found)
+        held = [jax.lax.with_sharding_constraint(x, at) for x, at in zip(leaves, places, strict=True)]
+        return jax.tree.unflatten(form, held)
 
     # Device programs
 
@@ -2561,8 +2566,8 @@ class Sampler:
         count = (rows.segment > 0).sum(-1)
         last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[..., None, None], 2)[:, :, 0]
         logits = self.policy.apply({"params": params}, last, method=Policy.head)
-        lies = self.layout(*count.shape)
-        return self._hold((fresh, count, logits), (lies.past, lies.past_length, lies.logits))
+        *_, k, v, rows, words = self.layout(*count.shape)
+        return self._hold((fresh, count, logits), [k, v, rows, words])
 
     def _resize(self, past: Keys, length: int):
         """A cache of `length` slots; what is beyond them belongs to rows that ended."""
@@ -2571,7 +2576,8 @@ class Sampler:
             x = x[..., :length, :]
             return jnp.pad(x, ((0, 0),) * 4 + ((0, length - x.shape[4]), (0, 0)))
 
-        return self._hold(jax.tree.map(cut, past), self.layout(*past.k.shape[1:3]).past)
+        *_, k, v, _, _ = self.layout(*past.k.shape[1:3])
+        return self._hold(jax.tree.map(cut, past), [k, v])
 
     def _commit(self, past: Keys, past_length, fresh: Keys, count):
         """Lays `count` fresh keys and values of each row behind its past, in place."""
@@ -2584,8 +2590,8 @@ class Sampler:
             moved = jnp.take_along_axis(fresh, source[None, :, :, None, :, None], 4)
             return jnp.where(new[None, :, :, None, :, None], moved, past)
 
-        lies = self.layout(*count.shape)
-        return self._hold((jax.tree.map(lay, past, fresh), past_length + count), (lies.past, lies.past_length))
+        *_, k, v, rows, _ = self.layout(*count.shape)
+        return self._hold((jax.tree.map(lay, past, fresh), past_length + count), [k, v, rows])
 
     def _pick(self, lanes: Lanes, p):
         """The lanes of prompts p [P']: those whose rollouts all ended are left behind."""
