@@ -308,12 +308,12 @@ def reading(config: train.Config, batches: int = 3) -> dict[str, Any]:
     """Share of right tokens in the lists of thinking, the truth before them given; later lists can be read.
 
     more: whether another line follows; place: its number (on a first list it may be one off); fits: whether the query
-    excludes what a line of a first list said; ruled_out: whether the answer before excludes it; differ: the attributes
-    that differ among those left.
+    excludes what a line of a first list said, and misses ATTRIBUTE: of those that it excludes by this one; ruled_out:
+    whether the answer before excludes it; differ: the attributes that differ among those left.
     """
     logits_of, scenes, tokenizer = teacher_forced(config)
     hits: dict[tuple[str, str], list[bool]] = {}
-    no = tokenizer.encode(" no")[0]
+    verdicts = [tokenizer.encode(f" {word}")[0] for word in ("no", *synthetic.ASKABLE)]  # that a line does not fit
     for k in range(batches):
         batch, _ = scenes.batch(10**5 + k)
         said, tokens = np.asarray(logits_of(batch)).argmax(-1), batch.rows.tokens
@@ -330,9 +330,11 @@ def reading(config: train.Config, batches: int = 3) -> dict[str, Any]:
                 if not (thinking and batch.rows.trained[row][t]):
                     continue
                 right, kind = bool(said[row][t] == tokens[row][t]), None
-                same_no = bool((said[row][t] == no) == (word == " no"))
+                same_no = bool((said[row][t] in verdicts) == (tokens[row][t] in verdicts))
                 if not ended and before.strip() in synthetic.COLUMNS:
                     hits.setdefault(("first" if turn == 1 else "later", "fits"), []).append(same_no)
+                    if tokens[row][t] in verdicts:
+                        hits.setdefault(("first", f"misses{word}"), []).append(same_no)
                 if word in ("\n", " ;") and not ended:
                     kind, ended = "more", word == " ;"
                 elif before == "\n" and not ended and word.isdigit():
@@ -492,7 +494,7 @@ def first_list(d: train.Dialogue) -> tuple[str, float]:
     graph, fid = d.prompt.graph, d.prompt.fids[0]
     words = {o["oid"]: (o["color"], o["shape"], o["size"], o["motion"]["dir"]) for o in graph["objects"]}
     true = collections.Counter(words[oid] for oid in graph["candidates"])
-    lines = re.findall(r"\n\d+ (\w+) (\w+) (\w+) (\w+) \w+(?! no)\b", d.texts[0].partition(" ; ")[0])
+    lines = re.findall(r"\n\d+ (\w+) (\w+) (\w+) (\w+) \w+(?=\n|$)", d.texts[0].partition(" ; ")[0])
     said = collections.Counter(lines)
     missing, extra = true - said, said - true
     kind = ("wrong" if extra else "missing") if missing else "extra" if extra else "exact"

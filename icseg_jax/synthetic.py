@@ -192,8 +192,7 @@ def imagine(scene: Scene, rng: np.random.Generator, *, near: bool = False) -> Sc
     """One to six other objects in the scene's stead which the query fits, and up to two that it nearly does, for
     dialogues about a list that is given as text: what comes after a list, and what fits, is read there, not seen.
 
-    near: more near misses than objects that fit. All attributes are missed by alike: what is rare here is not looked at
-    (with nine misses in ten by motion, next to none of the wrong colors and shapes were told after 4000 steps).
+    near: more near misses than objects that fit. All attributes are missed by alike: what is rare is not looked at.
     """
     worst = math.inf
     while math.isinf(worst):  # alike in everything
@@ -576,24 +575,27 @@ def placed(obj: Object, frame: int, width: int = WIDTH) -> str:
 
 
 def think(candidates: Sequence[Object], frame: int, width: int = WIDTH, before: Sequence[Object] = (),
-          doubted: Sequence[Object] = ()) -> str:
+          doubted: Sequence[tuple[Object, str]] = ()) -> str:
     """The candidates by their left edges in `frame` (the first shown), and each attribute's number of values.
 
     One to a line, then "; differ color 2 size 2 motion 2 column 2"; after one candidate "; one left"; none: "no match".
     `before`: the candidates of the turn before; those that the answer ruled out are listed as "520 no", so that going
     through a list and comparing are two things. `doubted`: objects that the query does not fit but nearly does, listed
-    with all their attributes and then "no": what an object is must be said before it can be read whether it fits.
-    Whether another follows is one token, a new line or a semicolon: were it the next number or a word, a likeliest
-    word would win against places of which each is unlikely, and lists that are read greedily would be too short.
+    with all their attributes and then the first that it does not fit: "520 blue circle small leftward middle motion".
+    What an object is must be said before it can be read whether it fits; and "no" in the attribute's place was learned
+    for one attribute after the other, in thousands of steps where the attribute itself takes two hundred. Whether
+    another line follows is one token, a new line or a semicolon: were it the next number or a word, a likeliest word
+    would win against places of which each is unlikely, and lists that are read greedily would be too short.
     """
     kept = {o.oid for o in candidates}
 
     def line(o: Object) -> str:
         if before and o.oid not in kept:
             return f"\n{place(o, frame, width)} no"
-        return f"\n{placed(o, frame, width)}" + (" no" if o.oid not in kept else "")
+        return f"\n{placed(o, frame, width)}" + (f" {misses[o.oid]}" if o.oid in misses else "")
 
-    lines = [*(before or candidates), *doubted]
+    misses = {o.oid: attribute for o, attribute in doubted}
+    lines = [*(before or candidates), *(o for o, _ in doubted)]
     listed = "".join(line(o) for o in sorted(lines, key=lambda o: o.centers[frame, 0] - o.radius))
     if not kept:
         return f"{listed} ; no match" if doubted else "no match"
@@ -930,13 +932,15 @@ def _dialogue(scene: Scene, graph: dict, user, shown: Sequence[int], rng: np.ran
             Turn("answer", named, len(left), len(left), oid=chosen.oid)]
 
 
-def _doubted(scene: Scene, rng: np.random.Generator) -> list[Object]:
-    """Some of the objects that the query does not fit, most of them near misses, as many as a list has room for."""
+def _doubted(scene: Scene, rng: np.random.Generator) -> list[tuple[Object, str]]:
+    """Some of the objects that the query does not fit and the first attribute that it misses each by; most of them near
+    misses, as many as a list has room for."""
     found = []
     for obj in scene.objects:
-        off = sum(obj.value(a, QUERY_FRAME, scene.width) != v for a, v in scene.mentioned.items())
-        if off and rng.random() < DOUBTS[off == 1]:
-            found.append(obj)
+        is_ = attributes_of(obj, QUERY_FRAME, scene.width)
+        off = [a for a in ASKABLE if is_[a] != scene.mentioned.get(a, is_[a])]
+        if off and rng.random() < DOUBTS[len(off) == 1]:
+            found.append((obj, off[0]))
     room = max(0, LINES - len(scene.candidates))
     return [found[i] for i in sorted(rng.permutation(len(found))[:room])]
 

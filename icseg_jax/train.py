@@ -4215,9 +4215,10 @@ class SceneTeacher:
                 fits = False  # whether the line before does: then the next one begins; if not, it is said first
                 for line in lines:
                     row.add(speaker.tokenizer.encode("\n"), trained=fits)
-                    fits = not line.endswith(" no")
-                    row.add(speaker.tokenizer.encode(line.removesuffix(" no")))
-                    row.add(speaker.tokenizer.encode("" if fits else " no"), trained=True)
+                    line, misses = re.fullmatch(r"(\d+(?: \w+){5})( \w+)?", line).groups("")
+                    fits = not misses
+                    row.add(speaker.tokenizer.encode(line))
+                    row.add(speaker.tokenizer.encode(misses), trained=True)
                 row.add(speaker.tokenizer.encode(semicolon), trained=not first or fits)
                 if first:
                     break

@@ -309,7 +309,7 @@ def test_every_text_is_made_of_the_vocabulary(train, test, n_more):
 
 def undoubted(thinking):
     """A first list without the objects that it says do not fit."""
-    return re.sub(r"\n\d+( \w+){5} no(?!\w)", "", thinking)
+    return re.sub(rf"\n\d+( \w+){{5}} ({'|'.join(ASKABLE)})(?!\w)", "", thinking)
 
 
 def test_thinking_lists_candidates_from_left_to_right(train):
@@ -331,25 +331,26 @@ def test_thinking_lists_candidates_from_left_to_right(train):
     later, differ = synthetic.think(ordered[1:], 0, before=candidates).split(" ; ")
     assert later.startswith(f"\n{places[0]} no\n") and later.count("\n") == len(ordered)
     doubtful = next(o for o in scene.objects if o.oid not in scene.candidates)
-    with_doubt, counted = synthetic.think(candidates, 0, doubted=[doubtful]).split(" ; ")
-    assert counted == differ_at_first and f"\n{synthetic.placed(doubtful, 0)} no" in with_doubt
+    with_doubt, counted = synthetic.think(candidates, 0, doubted=[(doubtful, "motion")]).split(" ; ")
+    assert counted == differ_at_first and f"\n{synthetic.placed(doubtful, 0)} motion" in with_doubt
     assert undoubted(with_doubt) == "\n" + "\n".join(listed)
-    assert synthetic.think([], 0, doubted=[doubtful]) == f"\n{synthetic.placed(doubtful, 0)} no ; no match"
+    doubt = f"\n{synthetic.placed(doubtful, 0)} size ; no match"
+    assert synthetic.think([], 0, doubted=[(doubtful, "size")]) == doubt
 
 
 def test_demonstrations_doubt_near_misses_most(train):
-    """What a first list says no to does not fit, most often for one word only, and the list stays short."""
+    """What a first list doubts does not fit by what it says, most often by that alone, and the list stays short."""
     rng, near, others = np.random.default_rng(0), [], []
     for scene in train:
         first = synthetic.demonstrate(scene, SHOWN, rng, skill=1.0).turns[0].thinking
         lines = first.partition(" ; ")[0].split("\n")[1:]
         assert len(lines) <= max(synthetic.LINES, len(scene.candidates))
         for obj in scene.objects:
-            off = sum(obj.value(a) != v for a, v in scene.mentioned.items())
-            doubted = f"{synthetic.placed(obj, SHOWN[0])} no" in lines
-            assert off or not doubted
+            off = [a for a in ASKABLE if a in scene.mentioned and obj.value(a) != scene.mentioned[a]]
+            said = [line.split(" ")[-1] for line in lines if line.startswith(f"{synthetic.placed(obj, SHOWN[0])} ")]
+            assert not said or off[:1] == said
             if off:
-                (near if off == 1 else others).append(doubted)
+                (near if len(off) == 1 else others).append(bool(said))
     assert 0.4 < np.mean(near) < 0.55 and 0.05 < np.mean(others) < 0.15
 
 
