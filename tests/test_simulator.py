@@ -1102,10 +1102,10 @@ class Spoken(train.Sampler):
     def keys(self, seed, step, prompt, rollout):
         return np.zeros((len(prompt), len(rollout), 2), np.uint32)
 
-    def show(self, *_):
-        return None
+    def show(self, params, lanes, *_):
+        return lanes
 
-    def commit(self, lanes, *_, **__):
+    def append(self, lanes, *_):
         return lanes
 
     def compact(self, grid, lane_prompts, lanes, live):
