@@ -55,7 +55,11 @@ def open_topology(name: str) -> tuple[list[Any], float, str]:
         import jax
 
         jax.config.update("jax_platforms", "cpu")
-        share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))  # of a card that JAX takes
+        given = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")  # of a card that JAX takes
+        try:
+            share = float(given)
+        except ValueError:
+            raise OSError(f"XLA_PYTHON_CLIENT_MEM_FRACTION={given}: is no number; 0.9 is one") from None
         return jax.devices()[: int(shape)], GPU_GIB * share, f"{shape} forced CPU devices"
     if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise OSError(f"topology={name}: use one of {', '.join(CHIPS)} with a shape, such as v5p:4x4x4, or gpu:8")
