@@ -207,6 +207,7 @@ class WarmstartSection:
     scenes: int = 32  # scenes per step
     rows: int = 2  # packed rows per scene
     practice: int = 0  # further rows, of dialogues about lists that are given: reading, without seeing
+    reading: float = 0.0  # first share of the run, in which all rows are such practice
     row_tokens: int = 224
     keyframes: int = 2  # distinct high-resolution frames per scene
     learning_rate: float = 0.01  # of Muon with consistent RMS: updates of 0.2 times this
@@ -591,6 +592,7 @@ def check_config(c: Config) -> Config:
     rates, mix = c.warmstart.rates, c.warmstart.mix
     ok = len(rates) == len(mix) and all(math.isfinite(rate) and rate > 0 for rate in rates)
     need(ok, "warmstart.rates", rates, f"give a number above 0 for each of the {len(mix)} folders of warmstart.mix")
+    need(0 <= c.warmstart.reading <= 1, "warmstart.reading", c.warmstart.reading, "a share of the run, from 0 to 1")
     shares = c.warmstart.conversations + c.warmstart.mask_types
     need(0 <= shares <= 1, "warmstart.mask_types", c.warmstart.mask_types, "with conversations it must stay within 1")
     for key, given in (
@@ -4310,10 +4312,11 @@ class SceneTeacher:
                 rows[best].append(segment)
                 room[best] -= len(segment)
 
-        for make in queue:
+        reading = index < w.reading * w.scenes * self.c.steps
+        for make in () if reading else queue:
             if max(room[: w.rows]) >= 40 and (segment := make()) is not None:
                 put(segment, range(w.rows))
-        for row in range(w.rows, len(rows)):
+        for row in range(0 if reading else w.rows, len(rows)):
             for _ in range(8):
                 put(practice(), range(row, row + 1))
         frames = np.zeros((self.c.protocol.frames, *self._shape(speaker.frame_grid)), np.float32)
@@ -5148,6 +5151,15 @@ def ahead(make: Callable[[int], Any], start: int, stop: int, depth: int = 2) -> 
             yield waiting.pop(0).result()
 
 
+def mimetic(params: Any) -> Any:
+    """Random parameters in which keys are made as their group's first queries are: alike tokens attend to each other
+    from the first step, which is what reading compares words by (Trockman and Kolter, arXiv 2305.09828)."""
+    layers = params["layers"]
+    groups = layers["k"].shape[2]
+    first = layers["q"][:, :, :: layers["q"].shape[2] // groups]
+    return {**params, "layers": {**layers, "k": first}}
+
+
 def train_warmstart(config: Config, run: Run) -> None:
     """stage: sft. Imitates noisy askers on endless synthetic scenes, or the answers of given conversations; writes the
     policy as a Hugging Face directory."""
@@ -5159,7 +5171,7 @@ def train_warmstart(config: Config, run: Run) -> None:
         policy_config, tokenizer, source = new_policy(config, run)
         init = lambda key: nn.unbox(Policy(policy_config).init(key, example_images(policy_config.vision)))["params"]  # noqa: E731
         specs = parameter_specs(Policy(policy_config), mesh)
-        params = jax.jit(init, out_shardings=specs)(jax.random.key(config.seed))
+        params = jax.jit(lambda key: mimetic(init(key)), out_shardings=specs)(jax.random.key(config.seed))
     else:
         source = resolve_path(config.policy.path)
         policy_config, params = load_policy(source, mesh, dtype="float32")

@@ -602,6 +602,30 @@ def test_practice_gives_the_first_list_and_trains_what_follows():
     assert 0 < np.mean(whole) < 0.5
 
 
+def test_the_first_share_of_a_warm_start_is_practice_alone():
+    own = ["policy.path=asset:embedded_base", "steps=10", "warmstart.scenes=2", "warmstart.reading=0.2"]
+    config = train.load_config("experiments/embedded_base.yaml", own)
+    source = train.resolve_path(config.policy.path)
+    tokenizer = train.weights.Tokenizer(source)
+    policy_config = train.PolicyConfig.from_json(json.loads((source / "config.json").read_text()))
+    teacher = train.SceneTeacher(config, train.Speaker(config.protocol, policy_config, tokenizer))
+
+    def given(segment):
+        return tokenizer.decode(segment.tokens[: segment.trained.index(True)])
+
+    seen = [row for index in range(8) for row in teacher.scene(index)[1][: config.warmstart.rows]]
+    practised = [all(re.search(r"<thinking>\n\d+( [a-z]+){5}$", given(s)) for s in row) for row in seen]
+    assert all(practised[: 4 * config.warmstart.rows]) and not any(practised[4 * config.warmstart.rows :])
+    assert all(seen[: 4 * config.warmstart.rows])
+
+
+def test_mimetic_keys_are_their_groups_first_queries():
+    queries = np.random.default_rng(0).normal(size=(2, 6, 8, 4)).astype(np.float32)
+    made = train.mimetic({"layers": {"q": queries, "k": np.zeros((2, 6, 2, 4), np.float32), "v": queries}, "norm": 1})
+    np.testing.assert_array_equal(made["layers"]["k"], queries[:, :, [0, 4]])
+    assert made["layers"]["q"] is queries and made["norm"] == 1
+
+
 def test_learning_rate_rises_stays_and_falls():
     section = train.UpdateSection(learning_rate=1.0, warmup=4, decay=0.5)
     rates = [train.learning_rate(section, step, 20) for step in range(1, 21)]
@@ -626,6 +650,7 @@ def test_learning_rate_rises_stays_and_falls():
         (["experiments/embedded.yaml", "rollout.rollouts=1"], "2 or more"),
         (["experiments/embedded.yaml", "update.minibatches=3"], "must divide rollout.prompts=8"),
         (["experiments/embedded.yaml", "update.decay=2"], "from 0 to 1"),
+        (["experiments/embedded_base.yaml", "warmstart.reading=2"], "warmstart.reading=2.0: a share of the run"),
         (["experiments/embedded.yaml", "steps=[a"], "not YAML"),
         (["experiments/embedded.yaml", "update.minibatches=0"], "update.minibatches=0: use 1 or more"),
         (["experiments/embedded.yaml", "update.micro_prompts=3"], "one of 1, 2, 4"),
