@@ -637,7 +637,6 @@ class FixedDialogue:
                 keys = s.keys(seed, turn, np.arange(p), np.arange(n))
                 lanes, fresh, length, words, _ = s.generate(
                     params, lanes, fill(position), fill(0), fill(g["new_tokens"]), keys, fill(1.0, np.float32),
-                    s.penalty([[[]] * n] * p, fill(1.0, np.float32), fill(0.0, np.float32)),
                 )  # fmt: skip
                 assert all(len(ids) == g["new_tokens"] for line in words for ids, _ in line)
             position += g["new_tokens"]

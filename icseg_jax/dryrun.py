@@ -187,8 +187,10 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, Traceable]:
     count = small(jnp.int32)
     keys = jax.ShapeDtypeStruct((p, n, 2), jnp.uint32, sharding=whole)
     heat = small(jnp.float32)
-    heard = small(jnp.int32, width=(c.protocol.prompt_tokens + max(c.rollout.cache_buckets),))
-    penalty = train.Penalty(heat, heat, heard, count)
+    penalty = None
+    if (c.evaluate.repetition_penalty, c.evaluate.presence_penalty) != train.NO_PENALTIES:  # evaluation's decode
+        heard = small(jnp.int32, width=(c.protocol.prompt_tokens + max(c.rollout.cache_buckets),))
+        penalty = train.Penalty(heat, heat, heard, count)
     heard_most = max(*c.rollout.observation_buckets, speaker.longest_observation)
     longest = max(c.update.token_buckets)
     mini = p // c.update.minibatches

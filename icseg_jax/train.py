@@ -1330,6 +1330,7 @@ class Policy(nn.Module):
     remat: bool = False
     mesh: Mesh | None = None
     attention: str = "xla"
+    unroll: int = 1  # layers that are compiled one after the other; the others are a loop's
 
     def setup(self):
         c = self.config
@@ -1343,6 +1344,7 @@ class Policy(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
             length=c.num_hidden_layers,
+            unroll=self.unroll,
         )(c, self.mesh, self.attention)
         self.norm = _weight(self, "norm", [c.hidden_size], ["norm"], 1.0)
         if not c.tie_word_embeddings:
@@ -2427,37 +2429,43 @@ class Penalty(struct.PyTreeNode):
     since: Array  # [P,N] int32: where among them this generation begins
 
 
+NO_PENALTIES = (1.0, 0.0)  # for repetition and presence
+
+
 def first_above(weights: Array, aim: Array) -> tuple[Array, Array]:
-    """weights [...,V] from 0 up, aim [...] below their sum: the first index whose running sum exceeds it, among those
+    """weights [V,...] from 0 up, aim [...] below their sum: the first index whose running sum exceeds it, among those
     of some weight, and the sum before it."""
-    running = jnp.cumsum(weights, -1)
-    hit = (running > aim[..., None]) & (weights > 0)  # rounding may leave none
-    index = jnp.where(hit.any(-1), jnp.argmax(hit, -1), jnp.argmax(weights, -1))
-    return index, jnp.take_along_axis(running - weights, index[..., None], -1)[..., 0]
+    running = jnp.cumsum(weights, 0)
+    hit = (running > aim) & (weights > 0)  # rounding may leave none
+    index = jnp.where(hit.any(0), jnp.argmax(hit, 0), jnp.argmax(weights, 0))
+    return index, jnp.take_along_axis(running - weights, index[None], 0)[0]
 
 
 BLOCKS = 128  # of the vocabulary, in which a token is looked up; Qwen's is a multiple of it
 
 
 def draw(scores: Array, temperature: Array, chance: Array) -> Array:
-    """Tokens [P,N] int32 with probabilities softmax(scores [P,N,V] / temperature [P,N]); the likeliest where that is 0.
+    """Tokens [P,N] int32 with probabilities softmax(scores [V,P,N] / temperature [P,N]); the likeliest where that is 0.
 
     chance [P,N]: one uniform number from [0, 1) for each row. It is looked up in the sums of BLOCKS blocks and then in
     one of them: noise for every word (Gumbel) cost more than the layers did.
     """
-    p, n, words = scores.shape
-    scores = jnp.pad(scores, ((0, 0), (0, 0), (0, -words % BLOCKS)), constant_values=MASKED)
-    scores = scores.reshape(p, n, BLOCKS, -1)
-    tops = scores.max(-1)
-    weights = jnp.exp((scores - tops.max(-1)[..., None, None]) / jnp.maximum(temperature, 1e-6)[..., None, None])
-    sums = weights.sum(-1)
-    aim = chance * sums.sum(-1)
+    words, p, n = scores.shape
+    scores = jnp.pad(scores, ((0, -words % BLOCKS), (0, 0), (0, 0)), constant_values=MASKED)
+    scores = scores.reshape(BLOCKS, -1, p, n)
+    tops = scores.max(1)
+    weights = jnp.exp((scores - tops.max(0)) / jnp.maximum(temperature, 1e-6))
+    sums = weights.sum(1)
+    aim = chance * sums.sum(0)
     block, before = first_above(sums, aim)
-    block = jnp.where(temperature > 0, block, jnp.argmax(tops, -1))
-    of_block = lambda x: jnp.take_along_axis(x, block[..., None, None], 2)[:, :, 0]  # noqa: E731
+    block = jnp.where(temperature > 0, block, jnp.argmax(tops, 0))
+    of_block = lambda x: jnp.take_along_axis(x, block[None, None], 0)[0]  # noqa: E731
     place, _ = first_above(of_block(weights), aim - before)
-    place = jnp.where(temperature > 0, place, jnp.argmax(of_block(scores), -1))
-    return (block * scores.shape[-1] + place).astype(jnp.int32)
+    place = jnp.where(temperature > 0, place, jnp.argmax(of_block(scores), 0))
+    return (block * scores.shape[1] + place).astype(jnp.int32)
+
+
+UNROLLED = 8  # layers of a policy whose decoding is compiled layer by layer, at most
 
 
 class Sampler:
@@ -2614,7 +2622,7 @@ class Sampler:
         fold = jax.vmap(jax.vmap(lambda p, n: jax.random.fold_in(jax.random.fold_in(key, p), n)))
         return jax.random.key_data(fold(*jnp.broadcast_arrays(prompt[:, None], rollout)))
 
-    def _decode(self, params, lanes: Lanes, position, budget, state, keys, temperature, penalty: Penalty):
+    def _decode(self, params, lanes: Lanes, position, budget, state, keys, temperature, penalty: Penalty | None):
         """One stretch of a turn: samples until every row stopped, spent its budget or said rollout.decode_tokens.
 
         position [P,N]: M-RoPE position of the next token; budget [P,N]: tokens a row may still say, 0 for rows that
@@ -2629,31 +2637,46 @@ class Sampler:
         recent = jax.tree.map(lambda x: jnp.zeros((*x.shape[:4], most, x.shape[5]), x.dtype), lanes.past)
         one = jnp.ones((p, n, 1, 1), bool)
         row, lane = jnp.arange(p)[:, None, None], jnp.arange(n)[:, None]
-        unheard = jnp.zeros(lanes.logits.shape, bool)
-        ours = jnp.arange(penalty.heard.shape[-1]) >= penalty.since[..., None]  # of this generation
-        heard = unheard.at[row, lane, penalty.heard].set(True, mode="drop")
-        spoken = unheard.at[row, lane, jnp.where(ours, penalty.heard, unheard.shape[-1])].set(True, mode="drop")
-        harder, off = penalty.repetition[..., None], penalty.presence[..., None]
-        penalised = (penalty.repetition != 1).any() | (penalty.presence != 0).any()
+        policy, together, layers = self.policy, lambda: (params, context), self.policy.config.num_hidden_layers
+        if jax.default_backend() == "cpu" and layers <= UNROLLED:  # there a layer's part is a copy: not for each token
+            policy = policy.clone(unroll=layers)
+            stacked = (params["layers"], context)
+            apart = [jax.tree.map(operator.itemgetter(i), stacked) for i in range(layers)]
 
-        def less(logits, heard, spoken):
+            def together():
+                joined, context = jax.tree.map(lambda *x: jnp.stack(x), *apart)
+                return {**params, "layers": joined}, context
+
+        # A product with few rows comes words first, and it stays so: turned around it would be copied for each token.
+        first = jnp.moveaxis(lanes.logits, -1, 0)
+        said = None  # which words were heard in the row, and which this generation spoke: two of [V,P,N]
+        if penalty is not None:
+            ours = jnp.arange(penalty.heard.shape[-1]) >= penalty.since[..., None]  # of this generation
+            spoken = jnp.where(ours, penalty.heard, first.shape[0])
+            unheard = jnp.zeros(first.shape, bool)
+            said = [unheard.at[x, row, lane].set(True, mode="drop") for x in (penalty.heard, spoken)]
+
+        def less(logits, said):
+            if penalty is None:
+                return logits
+            (heard, spoken), harder = said, penalty.repetition
             scores = jnp.where(heard, jnp.where(logits > 0, logits / harder, logits * harder), logits)
-            return scores - jnp.where(spoken, off, 0.0)
+            return scores - jnp.where(spoken, penalty.presence, 0.0)
 
         def go_on(carry):
             at, _, live, *_ = carry
             return live.any() & (at < most)
 
         def body(carry):
-            at, logits, live, state, tokens, logp, length, finished, recent, heard, spoken = carry
-            scores = jax.lax.cond(penalised, less, lambda logits, *_: logits, logits, heard, spoken)
+            at, logits, live, state, tokens, logp, length, finished, recent, said = carry
+            scores = less(logits, said)
             chance = jax.vmap(jax.vmap(lambda k, i: jax.random.uniform(jax.random.fold_in(k, i))))(
                 jax.random.wrap_key_data(keys), lanes.past_length + at
             )
-            token = draw(jnp.where(self.allowed, scores, MASKED), temperature, chance)
-            likely = jnp.take_along_axis(logits, token[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
+            token = draw(jnp.where(self.allowed[:, None, None], scores, MASKED), temperature, chance)
+            likely = jnp.take_along_axis(logits, token[None], 0)[0] - jax.nn.logsumexp(logits, 0)
             token = jnp.where(live, token, self.speaker.tokenizer.end_of_text)
-            heard, spoken = (x.at[row[..., 0], lane[:, 0], token].set(True) for x in (heard, spoken))
+            said = jax.tree.map(lambda x: x.at[token, row[..., 0], lane[:, 0]].set(True), said)
             tokens = tokens.at[:, :, at].set(token)
             logp = logp.at[:, :, at].set(jnp.where(live, likely, 0.0))
             length = length + live
@@ -2662,24 +2685,26 @@ class Sampler:
             finished = finished | (live & stopped)
             live = live & ~stopped & (length < budget)
             place = jnp.broadcast_to((position + at)[..., None, None], (p, n, 1, 3))
-            hidden, fresh = self._run(
-                params, token[..., None], place, one,
+            params, context = together()
+            hidden, fresh = policy.apply(
+                {"params": params}, token[..., None], place, one, method=Policy.run,
                 context=(*context, recent), context_masks=(*masks, (jnp.arange(most) < at)[None, None, None, :]),
             )  # fmt: skip
             recent = jax.tree.map(
                 lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, at, 4), recent, fresh
             )
             logits = self.policy.apply({"params": params}, hidden[:, :, 0], method=Policy.head)
-            return at + 1, logits, live, state, tokens, logp, length, finished, recent, heard, spoken
+            logits = jnp.moveaxis(logits, -1, 0)
+            return at + 1, logits, live, state, tokens, logp, length, finished, recent, said
 
         blank = jnp.zeros((p, n), jnp.int32)
         start = (
-            jnp.int32(0), lanes.logits, budget > 0, state, jnp.zeros((p, n, most), jnp.int32),
-            jnp.zeros((p, n, most), jnp.float32), blank, jnp.zeros((p, n), bool), recent, heard, spoken,
+            jnp.int32(0), first, budget > 0, state, jnp.zeros((p, n, most), jnp.int32),
+            jnp.zeros((p, n, most), jnp.float32), blank, jnp.zeros((p, n), bool), recent, said,
         )  # fmt: skip
-        _, logits, _, state, *said, recent, _, _ = jax.lax.while_loop(go_on, body, start)
-        tokens, logp, length, finished = (laid(x, self.mesh) for x in said)
-        return tokens, logp, length, laid(state, self.mesh), finished, recent, logits
+        _, logits, _, state, *whole, recent, _ = jax.lax.while_loop(go_on, body, start)
+        tokens, logp, length, finished = (laid(x, self.mesh) for x in whole)
+        return tokens, logp, length, laid(state, self.mesh), finished, recent, jnp.moveaxis(logits, 0, -1)
 
     # Host side
 
@@ -2731,7 +2756,7 @@ class Sampler:
 
     def play(
         self, params: Any, prompts: Sequence[Prompt], temperatures: Sequence[float], user: Any, *, seed: int, step: int,
-        clock: Clock, max_turns: int | None = None, penalties: tuple[float, float] = (1.0, 0.0),
+        clock: Clock, max_turns: int | None = None, penalties: tuple[float, float] = NO_PENALTIES,
     ) -> list[list[Dialogue]]:  # fmt: skip
         """Dialogues [P][N], rollout n at temperatures[n]. A dialogue depends on (seed, step, sample, rollout) only.
 
@@ -2763,9 +2788,11 @@ class Sampler:
                 own = per_row(lambda d: keys[number[id(d)]], keys[0, 0], np.uint32)
                 heat = per_row(lambda d: temperatures[number[id(d)][1]], 0.0, np.float32)
                 place, held = per_row(lambda d: d.row.position, 0, np.int32), per_row(lambda d: len(d.row), 0, np.int32)
-                before = [[d.prompt.row.tokens + d.row.tokens if live(d) else [] for d in row] for row in grid]
-                penalty = self.penalty(before, *(np.where(heat > 0, off, on) for off, on in
-                                                 zip((1.0, 0.0), penalties, strict=True)))  # fmt: skip
+                penalty = None
+                if tuple(penalties) != NO_PENALTIES:
+                    before = [[d.prompt.row.tokens + d.row.tokens if live(d) else [] for d in row] for row in grid]
+                    greedy = (np.where(heat > 0, off, on) for off, on in zip(NO_PENALTIES, penalties, strict=True))
+                    penalty = self.penalty(before, *greedy)
                 lanes, fresh, length, words, finished = self.generate(
                     params, lanes, place, held, budget, own, heat, penalty
                 )
@@ -2826,7 +2853,7 @@ class Sampler:
         since = np.array([[len(tokens) for tokens in row] for row in before], np.int32)
         return Penalty(np.asarray(repetition, np.float32), np.asarray(presence, np.float32), heard, since)
 
-    def generate(self, params, lanes: Lanes, position, held, budget, keys, temperature, penalty: Penalty):
+    def generate(self, params, lanes: Lanes, position, held, budget, keys, temperature, penalty: Penalty | None = None):
         """One turn of all rows, in stretches of rollout.decode_tokens, each laid into the cache before the next.
 
         held [P,N]: tokens of each row so far. Returns the lanes, the fresh Keys and lengths of the last stretch, which
@@ -2845,8 +2872,9 @@ class Sampler:
                 for j in range(n):
                     words[i][j][0].extend(tokens[i, j, : length[i, j]].tolist())
                     words[i][j][1].extend(logp[i, j, : length[i, j]].tolist())
-                    at = penalty.since[i, j] + said[i, j]
-                    penalty.heard[i, j, at : at + length[i, j]] = tokens[i, j, : length[i, j]]
+                    if penalty is not None:
+                        at = penalty.since[i, j] + said[i, j]
+                        penalty.heard[i, j, at : at + length[i, j]] = tokens[i, j, : length[i, j]]
             finished |= ended
             if not ((length == left) | finished).all():
                 said += length
@@ -2934,8 +2962,7 @@ def frozen_generator(c: Config, path: str, mesh: Mesh) -> Callable[[str, list[li
             lanes = there.prefill(params, stacked, Visual(*there.encode(params, images)), rollouts=1)
             position = np.array([[row.position] for row in rows], np.int32)
             keys, heat = there.keys(0, 0, none[:, 0], none[0]), none.astype(np.float32)
-            penalty = there.penalty([[[]]] * batch, heat + 1, heat)
-            *_, words, _ = there.generate(params, lanes, position, none, none + most, keys, heat, penalty)
+            *_, words, _ = there.generate(params, lanes, position, none, none + most, keys, heat)
             for i in range(len(part)):
                 text = tokenizer.decode(words[i][0][0])
                 texts.append(text.removesuffix("<|im_end|>").removesuffix("<|endoftext|>"))

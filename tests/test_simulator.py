@@ -1088,10 +1088,7 @@ class Spoken(train.Sampler):
         self.lines = iter(self.LINES)
         return self.lanes
 
-    def penalty(self, *_):
-        return None
-
-    def generate(self, params, lanes, position, held, budget, keys, temperature, penalty):
+    def generate(self, params, lanes, position, held, budget, keys, temperature, penalty=None):
         ids = self.speaker.tokenizer.encode(next(self.lines))
         words = [[(ids if most > 0 else [], [0.0] * len(ids)) for most in row] for row in budget]
         return lanes, None, np.where(budget > 0, len(ids), 0), words, budget > 0
