@@ -5178,13 +5178,17 @@ def ahead(make: Callable[[int], Any], start: int, stop: int, depth: int = 2) -> 
             yield waiting.pop(0).result()
 
 
-def mimetic(params: Any) -> Any:
-    """Random parameters in which keys are made as their group's first queries are: alike tokens attend to each other
-    from the first step, which is what reading compares words by (Trockman and Kolter, arXiv 2305.09828)."""
+def comparing(params: Any) -> Any:
+    """Random parameters that learn sooner to compare words, by which lists are read.
+
+    Keys start as their group's first queries: alike tokens attend to each other from the first step (Trockman and Kolter,
+    arXiv 2305.09828). Embeddings start ten times as long: what all seldom said words get in common outgrows a standard
+    deviation of 0.02 within some thirty steps, and then hides for thousands which of them one is.
+    """
     layers = params["layers"]
     groups = layers["k"].shape[2]
     first = layers["q"][:, :, :: layers["q"].shape[2] // groups]
-    return {**params, "layers": {**layers, "k": first}}
+    return {**params, "embedding": 10 * params["embedding"], "layers": {**layers, "k": first}}
 
 
 def train_warmstart(config: Config, run: Run) -> None:
@@ -5198,7 +5202,7 @@ def train_warmstart(config: Config, run: Run) -> None:
         policy_config, tokenizer, source = new_policy(config, run)
         init = lambda key: nn.unbox(Policy(policy_config).init(key, example_images(policy_config.vision)))["params"]  # noqa: E731
         specs = parameter_specs(Policy(policy_config), mesh)
-        params = jax.jit(lambda key: mimetic(init(key)), out_shardings=specs)(jax.random.key(config.seed))
+        params = jax.jit(lambda key: comparing(init(key)), out_shardings=specs)(jax.random.key(config.seed))
     else:
         source = resolve_path(config.policy.path)
         policy_config, params = load_policy(source, mesh, dtype="float32")

@@ -619,11 +619,13 @@ def test_the_first_share_of_a_warm_start_is_practice_alone():
     assert all(seen[: 4 * config.warmstart.rows])
 
 
-def test_mimetic_keys_are_their_groups_first_queries():
+def test_random_parameters_start_with_keys_like_queries_and_words_apart():
     queries = np.random.default_rng(0).normal(size=(2, 6, 8, 4)).astype(np.float32)
-    made = train.mimetic({"layers": {"q": queries, "k": np.zeros((2, 6, 2, 4), np.float32), "v": queries}, "norm": 1})
+    given = {"layers": {"q": queries, "k": np.zeros((2, 6, 2, 4), np.float32), "v": queries}, "embedding": queries[0]}
+    made = train.comparing(given)
     np.testing.assert_array_equal(made["layers"]["k"], queries[:, :, [0, 4]])
-    assert made["layers"]["q"] is queries and made["norm"] == 1
+    np.testing.assert_array_equal(made["embedding"], 10 * queries[0])
+    assert made["layers"]["q"] is queries and made["layers"]["v"] is queries
 
 
 def test_learning_rate_rises_stays_and_falls():
