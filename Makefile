@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 help:
 	@echo "make demo       set up if needed, train the small policy on this machine, write runs/embedded/report.html"
 	@echo "make test       set up if needed, lint, run the tests"
-	@echo "make test-slow  the long tests too"
+	@echo "make test-slow  the long tests, which make test leaves out"
 	@echo "make setup      .venv with everything in it (see the variables at the top of the Makefile)"
 	@echo "make clean      remove .venv and caches; runs/ stays"
 

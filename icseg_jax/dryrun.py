@@ -188,7 +188,8 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, Traceable]:
     keys = jax.ShapeDtypeStruct((p, n, 2), jnp.uint32, sharding=whole)
     heat = small(jnp.float32)
     penalty = None
-    if (c.evaluate.repetition_penalty, c.evaluate.presence_penalty) != train.NO_PENALTIES:  # evaluation's decode
+    penalties = (c.evaluate.repetition_penalty, c.evaluate.presence_penalty)
+    if c.evaluate.every and penalties != train.NO_PENALTIES:  # an evaluation's decode, which keeps two flags a word
         heard = small(jnp.int32, width=(c.protocol.prompt_tokens + max(c.rollout.cache_buckets),))
         penalty = train.Penalty(heat, heat, heard, count)
     heard_most = max(*c.rollout.observation_buckets, speaker.longest_observation)

@@ -590,6 +590,8 @@ def check_config(c: Config) -> Config:
     need(0 < c.reward.iou < 1, "reward.iou", c.reward.iou, "use a number between 0 and 1 (0.5 in the paper)")
     need(0 < c.reward.success <= 1, "reward.success", c.reward.success, "use a share of the maximum (0.7 in the paper)")
     rates, mix = c.warmstart.rates, c.warmstart.mix
+    alone = "random weights and the synthetic world's words cannot be taught these; null starts from policy.path"
+    need(not (c.stage == "sft" and mix and c.policy.shape), "policy.shape", c.policy.shape, f"{alone} (warmstart.mix)")
     ok = len(rates) == len(mix) and all(math.isfinite(rate) and rate > 0 for rate in rates)
     need(ok, "warmstart.rates", rates, f"give a number above 0 for each of the {len(mix)} folders of warmstart.mix")
     need(0 <= c.warmstart.reading <= 1, "warmstart.reading", c.warmstart.reading, "a share of the run, from 0 to 1")
@@ -1195,10 +1197,7 @@ class Layer(nn.Module):
 
 def project(hidden: Array, kernel: Array) -> Array:
     """hidden [..., D], kernel [D, V] -> logits [..., V] in fp32."""
-    kernel = kernel.astype(hidden.dtype)
-    if math.prod(hidden.shape[:-1]) < hidden.shape[-1]:  # few rows, as in decoding: the kernel stays as it is
-        return jnp.moveaxis(jnp.einsum("dv,...d->v...", kernel, hidden, preferred_element_type=jnp.float32), 0, -1)
-    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def look_up(bank: Array, slots: Array) -> Array:
@@ -1330,7 +1329,7 @@ class Policy(nn.Module):
     remat: bool = False
     mesh: Mesh | None = None
     attention: str = "xla"
-    unroll: int = 1  # layers that are compiled one after the other; the others are a loop's
+    unroll: int = 1  # layers in one step of the loop over them
 
     def setup(self):
         c = self.config
@@ -1386,6 +1385,11 @@ class Policy(nn.Module):
     def head(self, hidden: Array) -> Array:
         """hidden [..., D] -> logits [..., V] in fp32."""
         return project(hidden, self.kernel())
+
+    def next_words(self, hidden: Array) -> Array:
+        """hidden [P,N,D] of one token a row -> logits [V,P,N] in fp32: words first, so that the kernel, which is larger
+        than all else here, is multiplied as it lies."""
+        return jnp.einsum("dv,pnd->vpn", self.kernel().astype(hidden.dtype), hidden, preferred_element_type=jnp.float32)
 
     def kernel(self) -> Array:
         """The output matrix [D, V]: read once by those who use it often."""
@@ -2472,7 +2476,7 @@ class Sampler:
     """Plays dialogues: encode and prefill once per prompt, then turns of decode, act, observe, extend.
 
     The prompt's keys and values stay [P]; a rollout's own grow in place across turns. During a turn the past is only
-    read, new tokens collect in a small buffer and are laid behind the past once, at the turn's end.
+    read, new tokens collect in a small buffer and are laid behind the past once for each rollout.decode_tokens of them.
     """
 
     def __init__(self, config: Config, policy: Policy, speaker: Speaker, mesh: Mesh, stops: Sequence[str] = STOPS):
@@ -2626,10 +2630,10 @@ class Sampler:
         """One stretch of a turn: samples until every row stopped, spent its budget or said rollout.decode_tokens.
 
         position [P,N]: M-RoPE position of the next token; budget [P,N]: tokens a row may still say, 0 for rows that
-        are out; state [P,N]: of the stop automaton; keys [P,N,2]; temperature [P,N], 0 takes the likeliest; logp is
-        that of the plain logits, whatever the temperature and the penalty. Returns tokens and logp [P,N,R], length and
-        state [P,N], finished [P,N] (a stop string or the end of the turn was said), all of them whole on every device,
-        then the fresh Keys and the logits [P,N,V] of the next token.
+        are out; state [P,N]: of the stop automaton; keys [P,N,2]; temperature [P,N], 0 takes the likeliest; penalty:
+        None where no row has one; logp is that of the plain logits, whatever the temperature and the penalty. Returns
+        tokens and logp [P,N,R], length and state [P,N], finished [P,N] (a stop string or the end of the turn was said),
+        all of them whole on every device, then the fresh Keys and the logits [P,N,V] of the next token.
         """
         p, n = budget.shape
         most = min(self.c.protocol.action_tokens, self.c.rollout.decode_tokens)
@@ -2638,7 +2642,8 @@ class Sampler:
         one = jnp.ones((p, n, 1, 1), bool)
         row, lane = jnp.arange(p)[:, None, None], jnp.arange(n)[:, None]
         policy, together, layers = self.policy, lambda: (params, context), self.policy.config.num_hidden_layers
-        if jax.default_backend() == "cpu" and layers <= UNROLLED:  # there a layer's part is a copy: not for each token
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        if on_cpu and layers <= UNROLLED:  # there a layer's part is a copy: one of all now, not one for each token
             policy = policy.clone(unroll=layers)
             stacked = (params["layers"], context)
             apart = [jax.tree.map(operator.itemgetter(i), stacked) for i in range(layers)]
@@ -2647,8 +2652,10 @@ class Sampler:
                 joined, context = jax.tree.map(lambda *x: jnp.stack(x), *apart)
                 return {**params, "layers": joined}, context
 
-        # A product with few rows comes words first, and it stays so: turned around it would be copied for each token.
-        first = jnp.moveaxis(lanes.logits, -1, 0)
+        # Logits stay words first, as their product comes: turned around they would be copied for each token.
+        words = "tensor" if divides(self.mesh, "tensor", lanes.logits.shape[-1]) else None
+        words_first = lambda x: laid(x, self.mesh, words, *row_axes(self.mesh, p, n)[:2])  # noqa: E731
+        first = words_first(jnp.moveaxis(lanes.logits, -1, 0))
         said = None  # which words were heard in the row, and which this generation spoke: two of [V,P,N]
         if penalty is not None:
             ours = jnp.arange(penalty.heard.shape[-1]) >= penalty.since[..., None]  # of this generation
@@ -2693,8 +2700,7 @@ class Sampler:
             recent = jax.tree.map(
                 lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, at, 4), recent, fresh
             )
-            logits = self.policy.apply({"params": params}, hidden[:, :, 0], method=Policy.head)
-            logits = jnp.moveaxis(logits, -1, 0)
+            logits = words_first(self.policy.apply({"params": params}, hidden[:, :, 0], method=Policy.next_words))
             return at + 1, logits, live, state, tokens, logp, length, finished, recent, said
 
         blank = jnp.zeros((p, n), jnp.int32)
@@ -2704,7 +2710,9 @@ class Sampler:
         )  # fmt: skip
         _, logits, _, state, *whole, recent, _ = jax.lax.while_loop(go_on, body, start)
         tokens, logp, length, finished = (laid(x, self.mesh) for x in whole)
-        return tokens, logp, length, laid(state, self.mesh), finished, recent, jnp.moveaxis(logits, 0, -1)
+        *_, k, v, _, places = self.layout(p, n)
+        recent, logits = self._hold((recent, jnp.moveaxis(logits, 0, -1)), [k, v, places])
+        return tokens, logp, length, laid(state, self.mesh), finished, recent, logits
 
     # Host side
 
@@ -5181,9 +5189,9 @@ def ahead(make: Callable[[int], Any], start: int, stop: int, depth: int = 2) -> 
 def comparing(params: Any) -> Any:
     """Random parameters that learn sooner to compare words, by which lists are read.
 
-    Keys start as their group's first queries: alike tokens attend to each other from the first step (Trockman and Kolter,
-    arXiv 2305.09828). Embeddings start ten times as long: what all seldom said words get in common outgrows a standard
-    deviation of 0.02 within some thirty steps, and then hides for thousands which of them one is.
+    Keys start as their group's first queries: alike tokens attend to each other from the first step (Trockman and
+    Kolter, arXiv 2305.09828). Embeddings start ten times as long: what all seldom said words get in common outgrows a
+    standard deviation of 0.02 within some thirty steps, and then hides for thousands which of them one is.
     """
     layers = params["layers"]
     groups = layers["k"].shape[2]

@@ -652,6 +652,7 @@ def test_learning_rate_rises_stays_and_falls():
         (["experiments/embedded.yaml", "rollout.rollouts=1"], "2 or more"),
         (["experiments/embedded.yaml", "update.minibatches=3"], "must divide rollout.prompts=8"),
         (["experiments/embedded.yaml", "update.decay=2"], "from 0 to 1"),
+        (["experiments/qwen3vl_4b.yaml", "stage=sft", "warmstart.mix=[a]", "warmstart.rates=[1]"], "policy.shape="),
         (["experiments/embedded_base.yaml", "warmstart.reading=2"], "warmstart.reading=2.0: a share of the run"),
         (["experiments/embedded.yaml", "steps=[a"], "not YAML"),
         (["experiments/embedded.yaml", "update.minibatches=0"], "update.minibatches=0: use 1 or more"),
