@@ -309,7 +309,8 @@ def reading(config: train.Config, batches: int = 3) -> dict[str, Any]:
 
     more: whether another line follows; place: its number (on a first list it may be one off); fits: whether the query
     excludes what a line of a first list said, and misses ATTRIBUTE: of those that it excludes by this one; ruled_out:
-    whether the answer before excludes it; differ: the attributes that differ among those left.
+    whether the answer before excludes it; differ: the attributes that differ among those left; named: what the answer
+    says of the one that is left.
     """
     logits_of, scenes, tokenizer = teacher_forced(config)
     hits: dict[tuple[str, str], list[bool]] = {}
@@ -319,11 +320,12 @@ def reading(config: train.Config, batches: int = 3) -> dict[str, Any]:
         said, tokens = np.asarray(logits_of(batch)).argmax(-1), batch.rows.tokens
         for row in np.ndindex(tokens.shape[:2]):
             words = [tokenizer.decode([t]) for t in tokens[row]]
-            turn, thinking, ended = 0, False, False
+            turn, thinking, ended, answering = 0, False, False, False
             for t in range(2, len(words)):
                 word, before = words[t], words[t - 1]
                 if batch.rows.segment[row][t] != batch.rows.segment[row][t - 1]:
-                    turn, thinking = 0, False
+                    turn, thinking, answering = 0, False, False
+                answering |= word == "<|vision_end|>"  # of the key frame
                 if word in ("<thinking>", " </thinking>"):
                     thinking, ended = word == "<thinking>", False
                     turn += thinking
@@ -335,7 +337,9 @@ def reading(config: train.Config, batches: int = 3) -> dict[str, Any]:
                     hits.setdefault(("first" if turn == 1 else "later", "fits"), []).append(same_no)
                     if tokens[row][t] in verdicts:
                         hits.setdefault(("first", f"misses{word}"), []).append(same_no)
-                if word in ("\n", " ;") and not ended:
+                if answering:
+                    kind = "named"
+                elif word in ("\n", " ;") and not ended:
                     kind, ended = "more", word == " ;"
                 elif before == "\n" and not ended and word.isdigit():
                     kind = "place"

@@ -925,11 +925,10 @@ def _dialogue(scene: Scene, graph: dict, user, shown: Sequence[int], rng: np.ran
     chosen = scene.object(int(rng.choice(left)))
     if len(left) > 1:
         thinking += " ; guess\n" + placed(chosen, shown[0], scene.width)
-    named = " ".join(chosen.value(attribute) for attribute in ("color", "shape", "size"))
     return [*turns,
-            Turn("keyframe", thinking, len(left), len(left), frame=_key_frame(scene, chosen, shown, rng),
+            Turn("keyframe", thinking, len(left), len(left), frame=key_frame(scene, chosen, shown, rng),
                  oid=chosen.oid),
-            Turn("answer", named, len(left), len(left), oid=chosen.oid)]
+            Turn("answer", "\n" + placed(chosen, shown[0], scene.width), len(left), len(left), oid=chosen.oid)]
 
 
 def _doubted(scene: Scene, rng: np.random.Generator) -> list[tuple[Object, str]]:
@@ -964,7 +963,8 @@ def _decide(scene: Scene, left: Sequence[int], frame: int, rng: np.random.Genera
     return _pick(rng, [a for a in ASKABLE if len({row[a] for row in rows}) > 1])
 
 
-def _key_frame(scene: Scene, obj: Object, shown: Sequence[int], rng: np.random.Generator) -> int:
+def key_frame(scene: Scene, obj: Object, shown: Sequence[int], rng: np.random.Generator) -> int:
+    """The shown frame that a demonstration takes: mostly the first in which most of the object is visible."""
     seen = scene.visible[obj.oid - 1, list(shown)]
     good = np.flatnonzero(seen >= 0.3)
     if rng.random() < BEST_FRAME or not len(good):

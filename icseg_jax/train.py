@@ -4171,9 +4171,12 @@ class SceneTeacher:
         count = 1 if kind == "talk" and rng.random() < 0.5 else self.c.protocol.frames
         shown = data.sample_frames(scene.n_frames, count, anchor=int(rng.integers(scene.n_frames)))
         pictures = synthetic.render(scene, shown)
-        keyed = sorted(
-            rng.choice(count, min(w.keyframes, count), replace=False).tolist()
-        )  # positions that get a high-res copy
+        # Positions that get a high-res copy: of the frame that a demonstration about this scene takes, and of others.
+        # Were all drawn alike, a key frame would be as good as another, and which a greedy policy took were chance.
+        about = scene.object(scene.target or int(rng.integers(len(scene.objects))) + 1)
+        wanted = shown.index(synthetic.key_frame(scene, about, shown, rng))
+        others = rng.permutation([i for i in range(count) if i != wanted])[: w.keyframes - 1]
+        keyed = sorted([wanted, *others.tolist()])
         slots = {shown[position]: slot for slot, position in enumerate(keyed)}
         truths = {}
 
@@ -4235,15 +4238,16 @@ class SceneTeacher:
             """A dialogue of a good asker about objects that are not in the picture.
 
             The first list is given but for what does not fit in it, and so is what is asked: only reading is taught
-            here, habits of asking are not. Most end with that list: what does not fit is the harder to learn.
+            here, habits of asking are not. Most end with that list: what does not fit is the harder to learn. Where one
+            is left, it is named after the key frame as an answer does, which is read from the list as well.
             """
             first = bool(rng.random() < 0.9)
             demo = synthetic.demonstrate(synthetic.imagine(scene, rng, near=first), shown, rng, skill=1.0)
             row = Transcript(prefix.position)
             speaker.query(row, demo.query, demo.guidance)
-            *calls, keyframe, _ = demo.turns
+            *calls, keyframe, answer = demo.turns
             spoken = [speaker.call(turn.thinking, turn.question) for turn in calls]
-            spoken.append(speaker.keyframe(keyframe.thinking, -1))
+            spoken.append(speaker.keyframe(keyframe.thinking, shown[keyed[0]]))
             for number, text in enumerate(spoken):
                 thought, end, act = text.partition(" </thinking>")
                 given, semicolon, thought = thought.partition(" ;") if number == 0 else ("", "", thought)
@@ -4257,12 +4261,16 @@ class SceneTeacher:
                     row.add(speaker.tokenizer.encode(line))
                     row.add(speaker.tokenizer.encode(misses), trained=True)
                 row.add(speaker.tokenizer.encode(semicolon), trained=not first or fits)
-                if first:
-                    break
+                if first and calls:
+                    return row
                 row.add(speaker.tokenizer.encode(thought), trained=True)
+                row.add(speaker.tokenizer.encode(end + act))
                 if number < len(calls):
-                    row.add(speaker.tokenizer.encode(end + act))
                     speaker.observe(row, information(calls[number].reply))
+            speaker.observe(row, KEYFRAME_REPLY, 0)
+            opened, named, _ = speaker.thought(answer.thinking).partition(answer.thinking)
+            row.add(speaker.tokenizer.encode(opened))
+            row.add(speaker.tokenizer.encode(named), trained=True)
             return row
 
         def talk() -> Transcript | None:
@@ -4278,7 +4286,7 @@ class SceneTeacher:
                 if number < len(rounds) - 1:
                     row.add([*speaker.tokenizer.encode(reply), speaker.tokenizer.end_of_turn], trained=True)
                     speaker.observe(row, rounds[number + 1][0], ended=True)
-            named = " ".join(scene.object(oid).value(a, shown[0], scene.width) for a in ("color", "shape", "size"))
+            named = "\n" + synthetic.placed(scene.object(oid), shown[0], scene.width)
             finish(row, synthetic.think([scene.object(oid)], shown[0], scene.width), named, oid, fid)
             return row
 

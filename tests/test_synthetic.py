@@ -371,7 +371,7 @@ def test_a_skilled_demonstration_is_optimal(test):
         else:
             assert keyframe.thinking.endswith("one left") and keyframe.frame in SHOWN
             assert scene.visible[scene.target - 1, keyframe.frame] >= 0.3
-            assert answer.thinking == " ".join(synthetic.describe(scene.object(scene.target), 0).split()[:3])
+            assert answer.thinking == "\n" + synthetic.placed(scene.object(scene.target), SHOWN[0], scene.width)
         asked.append(len(calls))
         optimum.append(scene.optimal_expected)
     assert abs(np.mean(asked) - np.mean(optimum)) < 0.05
