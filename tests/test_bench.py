@@ -43,7 +43,7 @@ def test_the_shipped_base_reads_its_lists(capsys):
     assert set(told) == {"first", "later"}
     for kinds in told.values():
         kept = {name for name in kinds if not name.startswith("misses ")}
-        assert kept <= {"more", "place", "fits", "ruled_out", "differ"} and "more" in kinds
+        assert kept <= {"more", "place", "fits", "ruled_out", "differ", "named"} and "more" in kinds
         assert all(kind["right"] > 0.8 and kind["of"] > 0 for name, kind in kinds.items() if name != "place")
     assert told["later"]["place"]["of"] == told["later"]["ruled_out"]["of"] > 20
     assert told["later"]["place"]["right"] > 0.95
