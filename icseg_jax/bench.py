@@ -310,7 +310,7 @@ def reading(config: train.Config, batches: int = 3) -> dict[str, Any]:
     more: whether another line follows; place: its number (on a first list it may be one off); fits: whether the query
     excludes what a line of a first list said, and misses ATTRIBUTE: of those that it excludes by this one; ruled_out:
     whether the answer before excludes it; differ: the attributes that differ among those left; named: what the answer
-    says of the one that is left.
+    says of the one that is left, or guessed.
     """
     logits_of, scenes, tokenizer = teacher_forced(config)
     hits: dict[tuple[str, str], list[bool]] = {}
@@ -338,7 +338,7 @@ def reading(config: train.Config, batches: int = 3) -> dict[str, Any]:
                     if tokens[row][t] in verdicts:
                         hits.setdefault(("first", f"misses{word}"), []).append(same_no)
                 if answering:
-                    kind = "named"
+                    kind = "named" if word != "<thinking>" else None
                 elif word in ("\n", " ;") and not ended:
                     kind, ended = "more", word == " ;"
                 elif before == "\n" and not ended and word.isdigit():

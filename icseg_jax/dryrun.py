@@ -159,9 +159,6 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, Traceable]:
         visual = jax.eval_shape(functools.partial(train.encode_bank, encode, prompts=prompts), shown)
         return train.Batch(*words, None, None, abstract(visual, train.batch_placements(mesh, visual)))
 
-    def small(kind: Any, *axes: Any, width: tuple[int, ...] = ()) -> Any:
-        return jax.ShapeDtypeStruct((p, n, *width), kind, sharding=train.placement(mesh, axes))
-
     shown = images(p * frames, speaker.frame_grid)
     # Key frames are encoded by the same program: up to 16 at a time, all of a step's for its update where the tower is
     # frozen. Whichever attends more is the one to compile.
@@ -184,14 +181,8 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, Traceable]:
 
     *_, before, most = (0, *sorted(c.rollout.cache_buckets))
     lanes = abstract(lanes.replace(past=cache(most)), lies)
-    count = small(jnp.int32)
+    count, heat = (jax.ShapeDtypeStruct((p, n), kind, sharding=whole) for kind in (jnp.int32, jnp.float32))
     keys = jax.ShapeDtypeStruct((p, n, 2), jnp.uint32, sharding=whole)
-    heat = small(jnp.float32)
-    penalty = None
-    penalties = (c.evaluate.repetition_penalty, c.evaluate.presence_penalty)
-    if c.evaluate.every and penalties != train.NO_PENALTIES:  # an evaluation's decode, which keeps two flags a word
-        heard = small(jnp.int32, width=(c.protocol.prompt_tokens + max(c.rollout.cache_buckets),))
-        penalty = train.Penalty(heat, heat, heard, count)
     heard_most = max(*c.rollout.observation_buckets, speaker.longest_observation)
     longest = max(c.update.token_buckets)
     mini = p // c.update.minibatches
@@ -216,7 +207,7 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, Traceable]:
         "encode": Traceable(sampler.encode.jitted, (reading, largest), (state, lanes)),
         "prefill": Traceable(sampler.prefill.jitted, (reading, prompts, encoded), (state,), {"rollouts": n}),
         "decode": Traceable(
-            sampler.decode.jitted, (reading, lanes, count, count, count, keys, heat, penalty), (state,)
+            sampler.decode.jitted, (reading, lanes, count, count, count, keys, heat, None), (state,)
         ),
         "extend": Traceable(sampler.extend.jitted, (reading, lanes, heard_rows), (state,)),
         "resize": Traceable(sampler.resize.jitted, (cache(before or most),), (*playing, fresh), {"length": most}),

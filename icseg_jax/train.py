@@ -1323,7 +1323,7 @@ class Vision(nn.Module):
 
 
 class Policy(nn.Module):
-    """Qwen3-VL as three pure functions of its parameters: `encode`, `run` (hidden states), `head` (logits)."""
+    """Qwen3-VL as pure functions of its parameters: `encode`, `run` (hidden states), `head`, `next_words` (logits)."""
 
     config: PolicyConfig
     remat: bool = False
@@ -2660,7 +2660,7 @@ class Sampler:
         if penalty is not None:
             ours = jnp.arange(penalty.heard.shape[-1]) >= penalty.since[..., None]  # of this generation
             spoken = jnp.where(ours, penalty.heard, first.shape[0])
-            unheard = jnp.zeros(first.shape, bool)
+            unheard = words_first(jnp.zeros(first.shape, bool))
             said = [unheard.at[x, row, lane].set(True, mode="drop") for x in (penalty.heard, spoken)]
 
         def less(logits, said):
@@ -4171,8 +4171,8 @@ class SceneTeacher:
         count = 1 if kind == "talk" and rng.random() < 0.5 else self.c.protocol.frames
         shown = data.sample_frames(scene.n_frames, count, anchor=int(rng.integers(scene.n_frames)))
         pictures = synthetic.render(scene, shown)
-        # Positions that get a high-res copy: of the frame that a demonstration about this scene takes, and of others.
-        # Were all drawn alike, a key frame would be as good as another, and which a greedy policy took were chance.
+        # Positions that get a high-res copy: of the frame that a demonstration about this scene takes, mostly the
+        # first, and of others. Were all drawn alike, any key frame would do, and a greedy policy's were chance.
         about = scene.object(scene.target or int(rng.integers(len(scene.objects))) + 1)
         wanted = shown.index(synthetic.key_frame(scene, about, shown, rng))
         others = rng.permutation([i for i in range(count) if i != wanted])[: w.keyframes - 1]

@@ -152,6 +152,7 @@ def main(folder: str, size: str, *overrides: str) -> None:
         config = train.load_config("experiments/embedded.yaml", small + override.split() * ("=" in override))
         mesh = train.make_mesh(config.mesh, None if "=" in override else jax.devices()[:1])
         train.check_mesh(config, mesh)
+        train.UNROLLED = 0 if "=" in override else 8  # meshes loop over the layers, as on an accelerator
         source = train.resolve_path(config.policy.path)
         policy_config, params = train.load_policy(source, mesh, dtype="float32")
         policy = train.Policy(policy_config, config.policy.remat, mesh)
@@ -161,8 +162,9 @@ def main(folder: str, size: str, *overrides: str) -> None:
         prompts = [train.Prompt(sample, shown, speaker) for sample in samples]
         reading = train.reading_copy(policy, mesh, "float32")(params)
         dialogues = sampler.play(
-            reading, prompts, [1.0] * n, simulator.OracleUser(), seed=7, step=0, clock=train.Clock()
-        )
+            reading, prompts, [0.0] + [1.0] * (n - 1), simulator.OracleUser(), seed=7, step=0, clock=train.Clock(),
+            penalties=(1.1, 1.0),
+        )  # fmt: skip
         assert len({len(d.texts) for row in dialogues for d in row}) > 1  # they end at different turns
         batch, _ = train.pack(dialogues, config, speaker)
         state = train.fresh_state(params, config, teacher=False)

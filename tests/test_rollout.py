@@ -322,6 +322,13 @@ def test_penalties_of_greedy_decoding(world):
             assert not heard if strengths[0] > 1 else heard
 
 
+def test_layers_in_a_loop_say_what_layers_apart_do(world, played, monkeypatch):
+    """An accelerator's form of decoding, and any deeper policy's; a small one's on CPU is played elsewhere here."""
+    monkeypatch.setattr(train, "UNROLLED", 0)
+    sampler = train.Sampler(world.config, world.policy, world.speaker, world.mesh)
+    assert told(world.play(range(PROMPTS), sampler=sampler)) == told(played)
+
+
 def test_fewer_turns_at_test(world):
     """evaluate.max_turns: with one tool call a question is the last thing that can be said."""
     rows = world.sampler.play(
@@ -1057,7 +1064,8 @@ def test_tokens_are_drawn_as_likely_as_they_are(words):
     scores[..., 3] = 0.0
     heat = np.array([[1.0, 0.5]], np.float32)
     grid = (np.arange(20_000, dtype=np.float32) + 0.5) / 20_000
-    drawn = jax.vmap(lambda chance: train.draw(scores, heat, jnp.full((1, 2), chance)))(grid)
+    words_first = jnp.moveaxis(scores, -1, 0)
+    drawn = jax.vmap(lambda chance: train.draw(words_first, heat, jnp.full((1, 2), chance)))(grid)
     for row in (0, 1):
         wanted = np.exp(scores[0, row].astype(np.float64) / heat[0, row])
         found = np.bincount(np.asarray(drawn)[:, 0, row], minlength=words) / len(grid)
@@ -1071,6 +1079,6 @@ def test_draws_at_the_ends_are_of_what_may_be_said(chance):
     scores = np.where(rng.random((64, 4, 300)) < 0.9, train.MASKED, rng.normal(0, 30, (64, 4, 300))).astype(np.float32)
     scores[..., 17] = 0.0
     heat = np.broadcast_to(np.array([0.0, 0.3, 1.0, 5.0], np.float32), (64, 4))
-    token = np.asarray(train.draw(scores, heat, np.full((64, 4), chance, np.float32)))
+    token = np.asarray(train.draw(np.moveaxis(scores, -1, 0), heat, np.full((64, 4), chance, np.float32)))
     assert (np.take_along_axis(scores, token[..., None], -1) > train.MASKED).all()
     np.testing.assert_array_equal(token[:, 0], scores[:, 0].argmax(-1))
