@@ -10,10 +10,10 @@
     Synthetic videos a minute of one core: written to disk in Ambi-RVOS's layout, and drawn in memory.
 `python -m icseg_jax.bench perception [CONFIG] policy.path=DIR [key=value ...]`
     What a warm-started policy sees in 60 scenes that it was not trained on: words and boxes of demonstrations, each
-    token predicted after the true ones. CONFIG defaults to experiments/embedded_warmstart_12.yaml.
+    token predicted after the true ones. CONFIG defaults to experiments/embedded_warmstart.yaml.
 `python -m icseg_jax.bench reading [CONFIG] policy.path=DIR [key=value ...]`
     How it writes lists of candidates: first ones, which must be seen, and later ones, which follow from the list
-    before and the answer. CONFIG defaults to experiments/embedded_warmstart_12.yaml.
+    before and the answer. CONFIG defaults to experiments/embedded_warmstart.yaml.
 `python -m icseg_jax.bench lists [CONFIG] policy.path=DIR [key=value ...]`
     What becomes of dialogues about test queries, greedy, by what their first list of candidates looks like, and how
     crowding spoils such lists. CONFIG defaults to experiments/embedded.yaml.
@@ -896,8 +896,8 @@ MEASUREMENTS = {
     "frozen": (frozen, "experiments/embedded.yaml"),
     "lists": (lists, "experiments/embedded.yaml"),
     "metrics": (metrics_speed, None),  # of no config
-    "perception": (perception, "experiments/embedded_warmstart_12.yaml"),
-    "reading": (reading, "experiments/embedded_warmstart_12.yaml"),
+    "perception": (perception, "experiments/embedded_warmstart.yaml"),
+    "reading": (reading, "experiments/embedded_warmstart.yaml"),
     "rows": (rows, "experiments/embedded_long.yaml"),
     "world": (world_speed, None),
 }

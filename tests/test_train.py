@@ -579,12 +579,12 @@ def test_a_lesson_teaches_the_answers_and_then_the_place(talks):
 
 
 def test_practice_gives_the_first_list_and_trains_what_follows():
-    config = train.load_config("experiments/embedded_warmstart_5.yaml", ["policy.path=asset:embedded_base"])
+    config = train.load_config("experiments/embedded_warmstart.yaml", ["policy.path=asset:embedded_base"])
     source = train.resolve_path(config.policy.path)
     tokenizer = train.weights.Tokenizer(source)
     policy_config = train.PolicyConfig.from_json(json.loads((source / "config.json").read_text()))
     teacher = train.SceneTeacher(config, train.Speaker(config.protocol, policy_config, tokenizer))
-    rows = [row for scene in range(4) for row in teacher.scene(scene)[1][1:]]
+    rows = [row for scene in range(8) for row in teacher.scene(scene)[1][config.warmstart.rows :]]
     assert len(rows) == 8 and all(rows)
     whole = []
     for row in rows:
@@ -609,7 +609,7 @@ def test_practice_gives_the_first_list_and_trains_what_follows():
 
 def test_the_first_share_of_a_warm_start_is_practice_alone():
     own = ["policy.path=asset:embedded_base", "steps=10", "warmstart.scenes=2", "warmstart.reading=0.2"]
-    config = train.load_config("experiments/embedded_base.yaml", own)
+    config = train.load_config("experiments/embedded_warmstart.yaml", own)
     source = train.resolve_path(config.policy.path)
     tokenizer = train.weights.Tokenizer(source)
     policy_config = train.PolicyConfig.from_json(json.loads((source / "config.json").read_text()))
@@ -658,7 +658,7 @@ def test_learning_rate_rises_stays_and_falls():
         (["experiments/embedded.yaml", "update.minibatches=3"], "must divide rollout.prompts=8"),
         (["experiments/embedded.yaml", "update.decay=2"], "from 0 to 1"),
         (["experiments/qwen3vl_4b.yaml", "stage=sft", "warmstart.mix=[a]", "warmstart.rates=[1]"], "policy.shape="),
-        (["experiments/embedded_base.yaml", "warmstart.reading=2"], "warmstart.reading=2.0: a share of the run"),
+        (["experiments/embedded_warmstart.yaml", "warmstart.reading=2"], "warmstart.reading=2.0: a share of the run"),
         (["experiments/embedded.yaml", "steps=[a"], "not YAML"),
         (["experiments/embedded.yaml", "update.minibatches=0"], "update.minibatches=0: use 1 or more"),
         (["experiments/embedded.yaml", "update.micro_prompts=3"], "one of 1, 2, 4"),
