@@ -69,7 +69,8 @@ def open_topology(name: str) -> tuple[list[Any], float, str]:
             f"topology={name}: libtpu is missing; `make setup` installs it, or "
             f"`pip install --no-deps --target {sys.prefix}/libtpu libtpu`"
         )
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_LIBRARY_PATH=str(library))
+    # No device is opened, so several of these may run side by side; libtpu would let one process load it at a time.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_LIBRARY_PATH=str(library), ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     import jax

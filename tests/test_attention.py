@@ -1,11 +1,18 @@
 """Attention (train.py section 2): in blocks of queries, and by fused kernels, it is the same softmax."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from icseg_jax import train
+
+ROOT = Path(__file__).parents[1]
 
 
 def case(t, *, groups=2, heads=4, size=128, prompt=96, past=None, seed=0):
@@ -50,7 +57,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch, t, block):
 
 @pytest.mark.parametrize("t, past", [(130, None), (128, 40)])
 def test_splash_is_the_same_softmax(t, past):
-    """In plain JAX: the kernel itself compiles in the dry run for TPUs."""
+    """In plain JAX: that the kernel itself compiles for a TPU is in test_dryrun.py."""
     q, parts, valid = case(t, past=past)
     splash = lambda q, parts: train.fused_attend(q, parts, "splash", interpret=True)  # noqa: E731
     same(value_and_slopes(splash, q, parts, valid), value_and_slopes(train.attend, q, parts, valid))
@@ -59,3 +66,29 @@ def test_splash_is_the_same_softmax(t, past):
 def test_few_queries_are_left_to_xla():
     q, parts, _ = case(1)
     np.testing.assert_array_equal(train.attend_by("splash", None, q, parts), train.attend(q, parts))
+
+
+ON_HARDWARE = """
+import sys
+sys.path.insert(0, "tests")
+import jax, jax.numpy as jnp
+import test_attention as tests
+from icseg_jax import train
+kind = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend())
+for t, past in ((130, None), (640, 384)) if kind else ():
+    q, parts, valid = tests.case(t, past=past)
+    less = lambda tree: jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.bfloat16), tree)
+    fused = lambda q, parts: train.fused_attend(*less((q, parts)), kind).astype(jnp.float32)
+    here, there = (tests.value_and_slopes(f, q, parts, valid) for f in (fused, train.attend))
+    tests.same(here, there, rtol=0.05, atol=0.02)
+print(kind)
+"""
+
+
+@pytest.mark.slow
+def test_the_fused_kernel_of_the_accelerator_that_is_here():
+    env = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    done = subprocess.run([sys.executable, "-c", ON_HARDWARE], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    if done.stdout.split()[-1] == "None":
+        pytest.skip("no accelerator here")

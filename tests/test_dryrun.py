@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,33 @@ def test_operations_of_loops_and_sizes_of_collectives():
     found = dryrun.collectives(text)
     assert found["all-gather"] == {"count": 2, "mib": 2.0, "largest_mib": 1.0, "largest": "f32[256,1024]"}
     assert found["all-reduce"]["count"] == 1 and found["all-reduce"]["mib"] == 1.0
+
+
+SPLASH = """
+import jax, jax.numpy as jnp, numpy as np
+from icseg_jax import dryrun, train
+devices, _, _ = dryrun.open_topology("v5e:2x2")
+mesh = jax.sharding.Mesh(np.reshape(devices, (1, 2, 2)), train.AXES)
+p, n, t, heads, groups, size, past = 1, 2, 640, 8, 4, 128, 384
+whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+of = lambda kind, *shape: jax.ShapeDtypeStruct(shape, kind, sharding=whole)
+words, yes = (lambda *shape: of(jnp.bfloat16, *shape)), (lambda *shape: of(jnp.bool_, *shape))
+q, shared, own = words(p, n, t, heads, size), [words(p, groups, past, size)] * 2, [words(p, n, groups, t, size)] * 2
+def loss(q, shared, own, there, causal):
+    parts = [(*shared, there), (*own, causal)]
+    return train.attend_by("splash", mesh, q, parts).astype(jnp.float32).sum()
+both = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+print(both.lower(q, shared, own, yes(p, 1, 1, past), yes(p, n, t, t)).compile().as_text())
+"""
+
+
+@pytest.mark.skipif(dryrun.find_libtpu() is None, reason="libtpu is for Linux only")
+def test_splash_compiles_for_a_tpu():
+    """Forward and backward, a shared context before each row's own keys, rows and heads on two chips each."""
+    done = subprocess.run([sys.executable, "-c", SPLASH], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kernel in ("splash_mqa_fwd", "splash_mqa_dq", "splash_mqa_dkv"):
+        assert re.search(rf"%{kernel}\S* = .*tpu_custom_call", done.stdout), kernel
 
 
 @pytest.mark.slow
