@@ -166,10 +166,10 @@ def metrics_speed(repeats: int = 25) -> dict[str, Any]:
     return out | {"least_ratio": min(out[kind]["ratio"] for kind in kinds)}
 
 
-def encoded(config: train.Config, policy: train.Policy, params: Any, batch: train.Batch) -> dict[str, Any]:
-    """What a step replaces in its batch before anyone reads it: with a frozen tower, images by what they encode to."""
+def encoded(config: train.Config, policy: train.Policy, params: Any, batch: train.Batch) -> train.Batch:
+    """A step's batch as it is read: with a frozen tower, images are replaced by what they encode to."""
     if not config.policy.freeze_vision:
-        return {}
+        return batch
     encode = train.Program("encode", lambda params, x: policy.apply({"params": params}, x, method=train.Policy.encode))
     mesh = policy.mesh or train.make_mesh(train.MeshSection())
     return train.encode_once(encode, params, batch, mesh)
@@ -218,7 +218,7 @@ def advantages(config: train.Config) -> dict[str, Any]:
     policy_config, params = train.load_policy(source, dtype="float32")
     policy, questions = train.Policy(policy_config, c.policy.remat), c.protocol.max_turns
     batch = random_batch(c, train.Speaker(c.protocol, policy_config, weights.Tokenizer(source)))
-    batch = batch.replace(**encoded(c, policy, params, batch))
+    batch = encoded(c, policy, params, batch)
     p, n, t = batch.rows.tokens.shape
     logp = -np.random.default_rng(0).random((2, p, n, t), np.float32)
     scores, nobody = random_scores(p, n, questions), np.zeros((p, n), bool)
@@ -307,14 +307,14 @@ def perception(config: train.Config, batches: int = 3) -> dict[str, Any]:
 def reading(config: train.Config, batches: int = 3) -> dict[str, Any]:
     """Share of right tokens in the lists of thinking, the truth before them given; later lists can be read.
 
-    more: whether another line follows; place: its number (on a first list it may be one off); fits: whether the query
-    excludes what a line of a first list said, and misses ATTRIBUTE: of those that it excludes by this one; ruled_out:
-    whether the answer before excludes it; differ: the attributes that differ among those left; named: what the answer
-    says of the one that is left, or guessed.
+    more: whether another line follows; place: its number (on a first list it may be one off); fits: whether the query,
+    or the answer before, excludes what a line said, and misses ATTRIBUTE: of those that are excluded by this one;
+    differ: the attributes that differ among those left; named: what the answer says of the one that is left, or
+    guessed.
     """
     logits_of, scenes, tokenizer = teacher_forced(config)
     hits: dict[tuple[str, str], list[bool]] = {}
-    verdicts = [tokenizer.encode(f" {word}")[0] for word in ("no", *synthetic.ASKABLE)]  # that a line does not fit
+    verdicts = [tokenizer.encode(f" {word}")[0] for word in synthetic.ASKABLE]  # that a line does not fit
     for k in range(batches):
         batch, _ = scenes.batch(10**5 + k)
         said, tokens = np.asarray(logits_of(batch)).argmax(-1), batch.rows.tokens
@@ -331,24 +331,21 @@ def reading(config: train.Config, batches: int = 3) -> dict[str, Any]:
                     turn += thinking
                 if not (thinking and batch.rows.trained[row][t]):
                     continue
-                right, kind = bool(said[row][t] == tokens[row][t]), None
-                same_no = bool((said[row][t] in verdicts) == (tokens[row][t] in verdicts))
+                right, kind, where = bool(said[row][t] == tokens[row][t]), None, "first" if turn == 1 else "later"
                 if not ended and before.strip() in synthetic.COLUMNS:
-                    hits.setdefault(("first" if turn == 1 else "later", "fits"), []).append(same_no)
-                    if tokens[row][t] in verdicts:
-                        hits.setdefault(("first", f"misses{word}"), []).append(same_no)
+                    verdict = f"misses{word}" if tokens[row][t] in verdicts else "fits"
+                    same = bool((said[row][t] in verdicts) == (tokens[row][t] in verdicts))
+                    hits.setdefault((where, verdict), []).append(same)
                 if answering:
                     kind = "named" if word != "<thinking>" else None
                 elif word in ("\n", " ;") and not ended:
                     kind, ended = "more", word == " ;"
                 elif before == "\n" and not ended and word.isdigit():
                     kind = "place"
-                elif turn > 1 and words[t - 2] == "\n" and before.isdigit() and not ended:
-                    kind, right = "ruled_out", same_no
                 elif ended and word.strip() in synthetic.ASKABLE:
                     kind = "differ"
                 if kind:
-                    hits.setdefault(("first" if turn == 1 else "later", kind), []).append(right)
+                    hits.setdefault((where, kind), []).append(right)
     out: dict[str, Any] = {}
     for (where, kind), values in sorted(hits.items()):
         out.setdefault(where, {})[kind] = {"right": round(float(np.mean(values)), 3), "of": len(values)}
@@ -389,7 +386,7 @@ def rows(config: train.Config, repeats: int = 7) -> dict[str, Any]:
     stage = Stage(c)
     samples = [stage.train[int(i)] for i in data.order(c.seed, 0, 0, len(stage.train), c.rollout.prompts)]
     batch, _ = train.pack(stage.play(samples, [c.rollout.temperature] * c.rollout.rollouts), c, stage.speaker)
-    batch = batch.replace(**encoded(c, stage.policy, stage.params, batch))
+    batch = encoded(c, stage.policy, stage.params, batch)
     state = train.fresh_state(stage.params, c, teacher=False)
     logprob, update = train.make_programs(stage.policy, c, state)
     parts = c.update.minibatches
@@ -446,7 +443,7 @@ def frozen(config: train.Config, repeats: int = 5) -> dict[str, Any]:
         return stats
 
     out: dict[str, Any] = {"device": jax.devices()[0].device_kind, "devices": len(jax.devices())}
-    batches = {"images": plain, "encoded": plain.replace(**encoded(c, policy, params, plain))}
+    batches = {"images": plain, "encoded": encoded(c, policy, params, plain)}
     for name, call in {"logprob": read, "update": learn}.items():
         told = in_turn({kind: functools.partial(call, batch) for kind, batch in batches.items()}, repeats)
         out[name] = told | {"ratio": told["encoded"]["run"] / told["images"]["run"]}

@@ -574,32 +574,25 @@ def placed(obj: Object, frame: int, width: int = WIDTH) -> str:
     return f"{place(obj, frame, width)} {describe(obj, frame, width)}"
 
 
-def think(candidates: Sequence[Object], frame: int, width: int = WIDTH, before: Sequence[Object] = (),
+def think(candidates: Sequence[Object], frame: int, width: int = WIDTH,
           doubted: Sequence[tuple[Object, str]] = ()) -> str:
     """The candidates by their left edges in `frame` (the first shown), and each attribute's number of values.
 
     One to a line, then "; differ color 2 size 2 motion 2 column 2"; after one candidate "; one left"; none: "no match".
-    `before`: the candidates of the turn before; those that the answer ruled out are listed as "520 no", so that going
-    through a list and comparing are two things. `doubted`: objects that the query does not fit but nearly does, listed
-    with all their attributes and then the first that it does not fit: "520 blue circle small leftward middle motion".
-    What an object is must be said before it can be read whether it fits; and "no" in the attribute's place was learned
-    for one attribute after the other, in thousands of steps where the attribute itself takes two hundred. Whether
-    another line follows is one token, a new line or a semicolon: were it the next number or a word, a likeliest word
-    would win against places of which each is unlikely, and lists that are read greedily would be too short.
+    `doubted`: objects that do not fit, listed with all their attributes and then the one by which they do not: at first
+    those that the query nearly fits, after an answer those that it rules out: "520 blue circle small leftward middle
+    motion". What an object is must be said before it can be read whether it fits; and with a plain "no", in the
+    attribute's place or right behind the left edge, one attribute was learned after the other, in thousands of steps,
+    where naming it takes two hundred. Whether another line follows is one token, a new line or a semicolon: were it
+    the next number or a word, a likeliest word would win against places of which each is unlikely, and lists that are
+    read greedily would be too short.
     """
-    kept = {o.oid for o in candidates}
-
-    def line(o: Object) -> str:
-        if before and o.oid not in kept:
-            return f"\n{place(o, frame, width)} no"
-        return f"\n{placed(o, frame, width)}" + (f" {misses[o.oid]}" if o.oid in misses else "")
-
-    misses = {o.oid: attribute for o, attribute in doubted}
-    lines = [*(before or candidates), *(o for o, _ in doubted)]
-    listed = "".join(line(o) for o in sorted(lines, key=lambda o: o.centers[frame, 0] - o.radius))
-    if not kept:
+    misses = {o.oid: f" {attribute}" for o, attribute in doubted}
+    lines = sorted([*candidates, *(o for o, _ in doubted)], key=lambda o: o.centers[frame, 0] - o.radius)
+    listed = "".join(f"\n{placed(o, frame, width)}{misses.get(o.oid, '')}" for o in lines)
+    if not candidates:
         return f"{listed} ; no match" if doubted else "no match"
-    if len(kept) == 1:
+    if len(candidates) == 1:
         return f"{listed} ; one left"
     kinds = {a: len({o.value(a, frame, width) for o in candidates}) for a in ASKABLE}
     return f"{listed} ; differ " + " ".join(f"{a} {n}" for a, n in kinds.items() if n > 1)
@@ -877,18 +870,19 @@ GUIDED_SKILL = 0.95
 
 
 def demonstrate(scene: Scene, shown: Sequence[int], rng: np.random.Generator, *, skill: float,
-                guided: bool = False) -> Demonstration:
+                guided: bool = False, curious: bool = False) -> Demonstration:
     """A dialogue about the scene by an asker who sees perfectly and decides well with probability `skill`.
 
     Skill 1 always asks a best attribute and stops when one candidate is left; skill 0 guesses, repeats and
     asks needlessly (the constants above). With `guided`, the expert's guidance on a skill-0 dialogue about
-    the same scene is given and followed. Columns refer to the first shown frame.
+    the same scene is given and followed. Columns refer to the first shown frame. A curious one asks about any
+    attribute that differs in place of a best one, all of them alike often.
     """
     from icseg_jax import simulator  # here, since the simulator reads this module's constants
 
     graph, user = scene_graph(scene), simulator.OracleUser()
     if not guided:
-        return Demonstration(scene.query, None, _dialogue(scene, graph, user, shown, rng, skill, ()))
+        return Demonstration(scene.query, None, _dialogue(scene, graph, user, shown, rng, skill, (), curious))
     rehearsal = _dialogue(scene, graph, user, shown, rng, 0.0, ())
     asked = [(turn.question, turn.reply) for turn in rehearsal if turn.kind == "call"]
     diagnosis = simulator.OracleExpert().diagnose(graph, shown, asked)
@@ -897,20 +891,18 @@ def demonstrate(scene: Scene, shown: Sequence[int], rng: np.random.Generator, *,
 
 
 def _dialogue(scene: Scene, graph: dict, user, shown: Sequence[int], rng: np.random.Generator, skill: float,
-              plan: Sequence[str]) -> list[Turn]:
+              plan: Sequence[str], curious: bool = False) -> list[Turn]:
     from icseg_jax import simulator
 
     turns: list[Turn] = []
     left, needless = list(scene.candidates), 0
-    before: list[int] = []
     doubted = _doubted(scene, rng)
 
     def thought() -> str:
-        now, earlier = ([scene.object(oid) for oid in oids] for oids in (left, before))
-        return think(now, shown[0], scene.width, earlier, () if earlier else doubted)
+        return think([scene.object(oid) for oid in left], shown[0], scene.width, doubted)
 
     while len(turns) < BUDGET and left:
-        attribute = _decide(scene, left, shown[0], rng, skill, plan, needless)
+        attribute = _decide(scene, left, shown[0], rng, skill, plan, needless, curious)
         if attribute is None:
             break
         needless += len(left) == 1
@@ -918,7 +910,8 @@ def _dialogue(scene: Scene, graph: dict, user, shown: Sequence[int], rng: np.ran
         reply = user.answer(graph, shown, question)
         after = simulator.consistent(graph, shown, left, question, reply)
         turns.append(Turn("call", thought(), len(left), len(after), question=question, reply=reply))
-        before, left = left, after
+        doubted = [(scene.object(oid), attribute) for oid in left if oid not in after]
+        left = after
     thinking = thought()
     if not left:
         return [Turn("keyframe", thinking, 0, 0, frame=-1), Turn("answer", thinking, 0, 0)]
@@ -945,11 +938,12 @@ def _doubted(scene: Scene, rng: np.random.Generator) -> list[tuple[Object, str]]
 
 
 def _decide(scene: Scene, left: Sequence[int], frame: int, rng: np.random.Generator, skill: float,
-            plan: Sequence[str], needless: int) -> str | None:
+            plan: Sequence[str], needless: int, curious: bool) -> str | None:
     """The attribute to ask, or None to commit."""
     rows = [attributes_of(scene.object(oid), frame, scene.width) for oid in left]
+    differ = [a for a in ASKABLE if len({row[a] for row in rows}) > 1]
     if rng.random() < skill:
-        best = optimal_questions(rows)[2]
+        best = differ if curious else optimal_questions(rows)[2]
         return next((a for a in plan if a in best), None) or (_pick(rng, best) if best else None)
     if len(left) == 1:
         return _pick(rng, ASKABLE) if needless < MAX_NEEDLESS and rng.random() < NEEDLESS else None
@@ -960,7 +954,7 @@ def _decide(scene: Scene, left: Sequence[int], frame: int, rng: np.random.Genera
         return _pick(rng, ASKABLE)
     if habit < HABITS["any"] + HABITS["color"]:
         return "color"
-    return _pick(rng, [a for a in ASKABLE if len({row[a] for row in rows}) > 1])
+    return _pick(rng, differ)
 
 
 def key_frame(scene: Scene, obj: Object, shown: Sequence[int], rng: np.random.Generator) -> int:

@@ -88,6 +88,10 @@ class ConfigError(ValueError):
     """Something from outside is wrong. One line: what, where, and what would work."""
 
 
+class PromptTooLong(ConfigError):
+    """A sample's prompt has more than protocol.prompt_tokens; training leaves it out (METHOD.md 1.3)."""
+
+
 # ======================================================================================================
 # 1  Config
 # ======================================================================================================
@@ -208,6 +212,9 @@ class WarmstartSection:
     rows: int = 2  # packed rows per scene
     practice: int = 0  # further rows, of dialogues about lists that are given: reading, without seeing
     reading: float = 0.0  # first share of the run, in which all rows are such practice
+    review: int = 0  # last steps, which no other share counts: whole dialogues are practised, no longer first lists
+    review_alone: float = 0.0  # first share of the review, in which all rows are practice again
+    review_rate: float = 0.005  # the learning rate begins there anew
     row_tokens: int = 224
     keyframes: int = 2  # distinct high-resolution frames per scene
     learning_rate: float = 0.01  # of Muon with consistent RMS: updates of 0.2 times this
@@ -345,7 +352,7 @@ WHOLE = {
     "rollout": {"prompts": 1, "refills": 0, "cache_buckets": 1, "observation_buckets": 1, "decode_tokens": 1}
     | {"least_prompts": 1},
     "update": {"warmup": 0, "minibatches": 1, "micro_prompts": 0, "token_buckets": 1, "row_buckets": 1},
-    "warmstart": {"scenes": 1, "rows": 1, "practice": 0, "row_tokens": 1, "keyframes": 1, "warmup": 0},
+    "warmstart": {"scenes": 1, "rows": 1, "practice": 0, "review": 0, "row_tokens": 1, "keyframes": 1, "warmup": 0},
     "sidecar": {"threads": 1},
     "simulator": {"max_in_flight": 1},
     "expert": {"max_in_flight": 1},
@@ -355,7 +362,7 @@ WHOLE = {
 POSITIVE = {
     "reward": ("box_l1", "point_l2"),
     "update": ("learning_rate", "clip_norm", "clip_high"),
-    "warmstart": ("learning_rate",),
+    "warmstart": ("learning_rate", "review_rate"),
     "sidecar": ("timeout",),
     "simulator": ("timeout",),
     "expert": ("timeout",),
@@ -463,6 +470,7 @@ def check_config(c: Config) -> Config:
 
     need(c.stage in ("rl", "sft"), "stage", c.stage, "use rl or sft")
     need(c.steps >= 1, "steps", c.steps, "use 1 or more")
+    need(c.seed < 2**31, "seed", c.seed, "use a number below 2147483648")
     need(c.policy.dtype in ("float32", "bfloat16"), "policy.dtype", c.policy.dtype, "use float32 or bfloat16")
     kinds = ("xla", "splash", "cudnn")
     need(c.policy.attention in kinds, "policy.attention", c.policy.attention, f"use one of {', '.join(kinds)}")
@@ -596,7 +604,14 @@ def check_config(c: Config) -> Config:
     need(ok, "warmstart.rates", rates, f"give a number above 0 for each of the {len(mix)} folders of warmstart.mix")
     need(0 <= c.warmstart.reading <= 1, "warmstart.reading", c.warmstart.reading, "a share of the run, from 0 to 1")
     shares = c.warmstart.conversations + c.warmstart.mask_types
-    need(0 <= shares <= 1, "warmstart.mask_types", c.warmstart.mask_types, "with conversations it must stay within 1")
+    need(shares <= 1, "warmstart.mask_types", c.warmstart.mask_types, "with conversations it must stay within 1")
+    for name in ("conversations", "mask_types", "skill", "guided", "dialogues_start", "dialogues", "decay"):
+        given = getattr(c.warmstart, name)
+        need(0 <= given <= 1, f"warmstart.{name}", given, "use a share, from 0 to 1")
+    need(0 <= c.warmstart.review_alone <= 1, "warmstart.review_alone", c.warmstart.review_alone, "use a share, to 1")
+    need(c.warmstart.review < c.steps, "warmstart.review", c.warmstart.review, f"use less than steps={c.steps}")
+    given = c.warmstart.patch_words
+    need(math.isfinite(given) and given >= 0, "warmstart.patch_words", given, "use a weight from 0 up")
     for key, given in (
         ("simulator.flip", c.simulator.flip),
         ("simulator.refuse", c.simulator.refuse),
@@ -2233,7 +2248,7 @@ class Prompt:
         self.query_position = self.row.position
         self.row.add(speaker.closing())
         if len(self.row) > speaker.config.prompt_tokens:
-            raise ConfigError(
+            raise PromptTooLong(
                 f"protocol.prompt_tokens={speaker.config.prompt_tokens}: the prompt of {sample.id} has {len(self.row)} "
                 "tokens; give at least that, or fewer or smaller frames"
             )
@@ -2298,8 +2313,8 @@ class Dialogue:
         self.texts.append(text)
         self.actions.append(action)
         self.replies.append("")
-        if action.kind == "answer":
-            self.answer, self.end = action, "answered"
+        if action.kind == "answer":  # one that goes on until its tokens are spent ended by length, not by itself
+            self.answer, self.end = action, "answered" if finished else "overlong"
         elif not finished:
             self.end = "overlong"
         elif action.kind == "talk":
@@ -2345,7 +2360,9 @@ class Dialogue:
         said = len(self.row)
         speaker.observe(self.row, text, slot, ended=action.kind == "talk" and self.closed)
         if len(self.row) >= speaker.config.response_tokens:  # nothing can follow: the row ends with what was said
-            self.end, self.row = "overlong", _cut(self.row, said)
+            self.end, self.row, self.replies[-1] = "overlong", _cut(self.row, said), ""
+            if action.kind == "call":  # whoever was not told knows no more than before
+                self.questions[-1] = (action.question, "")
 
     @property
     def well_formed(self) -> bool:
@@ -3748,11 +3765,13 @@ def pack(
     speaker: Speaker,
     *,
     contexts: list[list[str]] | None = None,
+    seen: Batch | None = None,
 ) -> tuple[Batch, np.ndarray]:
     """Dialogues [P][N] as one batch, and where each rollout's own tokens begin in its row [P,N].
 
     With `contexts` it is the teacher's view: the prompt ends with the query, and the context and the rest of the
-    prompt stand at the head of each rollout's part. The tokens that follow are exactly the student's.
+    prompt stand at the head of each rollout's part. The tokens that follow are exactly the student's. `seen`: a batch
+    of the same dialogues, whose images are taken over.
     """
     frames = config.protocol.frames
     prompts = [row[0].prompt for row in dialogues]
@@ -3780,6 +3799,9 @@ def pack(
     pad = speaker.tokenizer.end_of_text
     buckets = [b + (0 if contexts is None else config.credit.guidance_tokens) for b in config.update.token_buckets]
     length = bucket(max(len(x[0]) for line in rows for x in line), buckets)
+    words = stack_rows([[[head]] for head in heads], config.protocol.prompt_tokens, pad), stack_rows(rows, length, pad)
+    if seen is not None:
+        return seen.replace(prompts=words[0], rows=words[1]), starts
     keyframes = np.zeros(
         (
             len(prompts),
@@ -3793,8 +3815,7 @@ def pack(
         for fid, slot in prompt.keyframes.items():
             keyframes[i, slot] = speaker.keyframe_patches(prompt.image_of(fid))
     batch = Batch(
-        stack_rows([[[head]] for head in heads], config.protocol.prompt_tokens, pad),
-        stack_rows(rows, length, pad),
+        *words,
         speaker.images(np.concatenate([p.patches(speaker) for p in prompts]), speaker.frame_grid),
         speaker.images(keyframes.reshape(-1, *keyframes.shape[2:]), speaker.keyframe_grid),
     )
@@ -4000,8 +4021,8 @@ def make_programs(policy: Policy, config: Config, state: TrainState | None = Non
     return Program("logprob", logprob), Program("update", update, donate_argnums=0, out_shardings=kept)
 
 
-def encode_once(encode: Callable, params: Any, batch: Batch, mesh: Mesh) -> dict[str, Any]:
-    """What to replace in a batch, and in other views of its dialogues, so that its images are not encoded again.
+def encode_once(encode: Callable, params: Any, batch: Batch, mesh: Mesh) -> Batch:
+    """The batch with its images encoded, so that those who read it do not encode them again.
 
     encode, params: of a rollout, so that frames need no program of their own.
     """
@@ -4010,7 +4031,7 @@ def encode_once(encode: Callable, params: Any, batch: Batch, mesh: Mesh) -> dict
         return jax.tree.map(to_host, encode(params, shard_batch(mesh, images)))
 
     visual = encode_bank(see, [batch.frames, batch.keyframes], len(batch.rows.tokens))
-    return {"frames": None, "keyframes": None, "visual": jax.tree.map(np.asarray, visual)}
+    return batch.replace(frames=None, keyframes=None, visual=jax.tree.map(np.asarray, visual))
 
 
 def needs_teacher(c: Config) -> bool:
@@ -4161,8 +4182,9 @@ class SceneTeacher:
 
     def scene(self, index: int) -> tuple[Transcript, list[list[Transcript]], np.ndarray, np.ndarray, np.ndarray]:
         """Prompt, rows of segments, patches of the shown frames and of the key frames, words of each image token."""
-        w, speaker = self.w, self.speaker
+        w, speaker, steps = self.w, self.speaker, self.c.steps - self.w.review
         rng = np.random.default_rng([self.c.seed, 7, index])
+        review = index >= w.scenes * steps
         kind = rng.choice(
             ["talk", "mask", "plain"], p=[w.conversations, w.mask_types, 1 - w.conversations - w.mask_types]
         )
@@ -4238,11 +4260,13 @@ class SceneTeacher:
             """A dialogue of a good asker about objects that are not in the picture.
 
             The first list is given but for what does not fit in it, and so is what is asked: only reading is taught
-            here, habits of asking are not. Most end with that list: what does not fit is the harder to learn. Where one
-            is left, it is named after the key frame as an answer does, which is read from the list as well.
+            here, habits of asking are not. Most end with that list, until the review: what does not fit is the harder
+            to learn. Where one is left, it is named after the key frame as an answer does, which is read from the list
+            as well.
             """
-            first = bool(rng.random() < 0.9)
-            demo = synthetic.demonstrate(synthetic.imagine(scene, rng, near=first), shown, rng, skill=1.0)
+            first = bool(rng.random() < (0.2 if review else 0.9))
+            others = synthetic.imagine(scene, rng, near=first)
+            demo = synthetic.demonstrate(others, shown, rng, skill=1.0, curious=review)
             row = Transcript(prefix.position)
             speaker.query(row, demo.query, demo.guidance)
             *calls, keyframe, answer = demo.turns
@@ -4339,7 +4363,7 @@ class SceneTeacher:
             makers += [lambda: dialogue(synthetic.requery(scene, rng))] * 6
         # Its own dialogue and the short segments first, then further dialogues until the rows are full.
         shorts = [lambda: grounding(0), listing, lambda: grounding(None), lambda: grounding(len(keyed) - 1)]
-        share = w.dialogues_start + (w.dialogues - w.dialogues_start) * min(1.0, 2 * index / (w.scenes * self.c.steps))
+        share = w.dialogues_start + (w.dialogues - w.dialogues_start) * min(1.0, 2 * index / (w.scenes * steps))
         if kind == "plain" and rng.random() >= share:
             queue = [*shorts, *makers]
         else:
@@ -4355,7 +4379,8 @@ class SceneTeacher:
                 rows[best].append(segment)
                 room[best] -= len(segment)
 
-        reading = index < w.reading * w.scenes * self.c.steps
+        alone = index - w.scenes * steps < w.review_alone * w.scenes * w.review if review else False
+        reading = index < w.reading * w.scenes * steps or alone
         for make in () if reading else queue:
             if max(room[: w.rows]) >= 40 and (segment := make()) is not None:
                 put(segment, range(w.rows))
@@ -5126,7 +5151,7 @@ def warmstart_sigma(config: Config, step: int) -> float:
     """Coordinate targets sharpen over the first four fifths of the run."""
     w = config.warmstart
     return w.coordinate_sigma_end + (w.coordinate_sigma - w.coordinate_sigma_end) * max(
-        0.0, 1 - step / (0.8 * config.steps)
+        0.0, 1 - step / (0.8 * (config.steps - w.review))
     )
 
 
@@ -5232,15 +5257,17 @@ def train_warmstart(config: Config, run: Run) -> None:
         run.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)) or state
     )
     step = make_warmstart_step(policy, config, teacher)
-    clock, begun = Clock(), int(state.step)
+    clock, begun, until = Clock(), int(state.step), config.steps - config.warmstart.review
+    again = dataclasses.replace(config.warmstart, learning_rate=config.warmstart.review_rate)
     quiet = None if run.writes else True
     bar = tqdm(total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True, disable=quiet)
     with contextlib.closing(ahead(teacher.batch, begun, config.steps)) as batches:
         for number, (batch, words) in enumerate(clocked(batches, clock, "data"), start=begun + 1):
             with clock("update"):
-                patch_weight = config.warmstart.patch_words * max(0.0, 1 - 2 * (number - 1) / config.steps)
+                patch_weight = config.warmstart.patch_words * max(0.0, 1 - 2 * (number - 1) / until)
                 spread = coordinate_spread(tokenizer, policy_config.vocab_size, warmstart_sigma(config, number - 1))
-                rate = learning_rate(config.warmstart, number, config.steps)
+                part = (config.warmstart, number, until) if number <= until else (again, number - until, again.review)
+                rate = learning_rate(*part)
                 state, stats = step(state, *shard_batch(mesh, (batch, words)), spread, rate, patch_weight)
                 stats = {k: float(v) for k, v in stats.items()}
             run.log({"step": number, **stats, "learning_rate": rate, "seconds": clock.take()})
@@ -5363,15 +5390,28 @@ class Trainer:
 
     def training_prompts(self, step: int, refill: int) -> list[Prompt]:
         """The prompts of a step: a function of (seed, step, refill). One shown frame surely holds the target; without
-        one a frame is chosen as well, so that frame numbers do not tell."""
+        one a frame is chosen as well, so that frame numbers do not tell. In the place of a prompt that is too long
+        comes one of others, drawn as a further refill would be."""
         c = self.config
-        prompts = []
-        for index in self.pool[data.order(c.seed, step, refill, len(self.pool), c.rollout.prompts)]:
-            sample = self.train[int(index)]
-            rng = np.random.default_rng([c.seed, step, refill, int(index)])
+
+        def drawn(refill: int) -> Iterator[int]:
+            return iter(self.pool[data.order(c.seed, step, refill, len(self.pool), c.rollout.prompts)].tolist())
+
+        def prompt(index: int) -> Prompt:
+            sample = self.train[index]
+            rng = np.random.default_rng([c.seed, step, refill, index])
             seen = [i for i in range(len(sample.frames)) if sample.masks is not None and sample.truth(i).any()]
-            prompts.append(self.prompt(sample, int(rng.choice(seen or range(len(sample.frames))))))
-        return prompts
+            try:
+                return self.prompt(sample, int(rng.choice(seen or range(len(sample.frames)))))
+            except PromptTooLong as error:
+                instead = next(others, None)
+                if instead is None:
+                    raise
+                print(f"left out of step {step + 1}: {error}", file=sys.stderr)
+                return prompt(instead)
+
+        others = drawn(c.rollout.refills + 1 + refill)
+        return [prompt(index) for index in drawn(refill)]
 
     def collect(self, step: int) -> tuple[list[list[Dialogue]], Scores, list[list[str]], dict[str, float]]:
         """Rollouts and scores of a step; groups without spread are replaced by new prompts, at most `refills` times."""
@@ -5420,20 +5460,18 @@ class Trainer:
         with clock("pack"):
             batch, _ = pack(dialogues, c, self.speaker)
         lam = float(step_strength(c.credit, number))
-        room = reading_room(c)
+        room = reading_room(c) if lam > 0 else 0
         with clock("logprob"):
-            once: dict[str, Any] = {}
             if c.policy.freeze_vision:  # student, teacher and update see the same
-                once = encode_once(self.sampler.encode, self.cast(self.state.params), batch, self.mesh)
-            batch = batch.replace(**once)
+                batch = encode_once(self.sampler.encode, self.cast(self.state.params), batch, self.mesh)
             old_logp = self.read(self.state.params, batch, room)
 
         contexts = teacher_contexts(dialogues, total_return(scores, c), guidance, c)
 
         def teacher_logp() -> tuple[np.ndarray, np.ndarray]:
             with clock("teacher"):
-                view, starts = pack(dialogues, c, self.speaker, contexts=contexts)
-                logp, plain = self.read(self.state.teacher, view.replace(**once)), old_logp
+                view, starts = pack(dialogues, c, self.speaker, contexts=contexts, seen=batch)
+                logp, plain = self.read(self.state.teacher, view), old_logp
                 if c.credit.delta_baseline == "teacher_plain":
                     plain = self.read(self.state.teacher, batch, room)
                 return np.asarray(own_tokens(logp, starts, batch.rows.tokens.shape[-1])), plain
@@ -5449,8 +5487,8 @@ class Trainer:
         guided: Guided | None = None
         if c.update.loss == "sdpo":
             with clock("pack"):
-                view, starts = pack(dialogues, c, self.speaker, contexts=contexts)
-                guided = Guided(view.replace(**once), starts)
+                view, starts = pack(dialogues, c, self.speaker, contexts=contexts, seen=batch)
+                guided = Guided(view, starts)
         rate = learning_rate(c.update, number, c.steps)
         with clock("update"):
             parts = []
@@ -5843,7 +5881,7 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
             if due(step) and not stop:  # who stops it may not wait so long; it is made up for
                 row["evaluate"] = trainer.evaluate()
                 book(trainer.clock.take(), "evaluate/")
-        except (data.DataError, SidecarError):
+        except (ConfigError, data.DataError, SidecarError):  # the first: a sample with too long a prompt
             if step > begun and jax.process_count() == 1:  # what was learned so far is kept
                 if row is not None:
                     run.log(row)

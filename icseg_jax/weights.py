@@ -752,6 +752,9 @@ def import_policy(source: str | Path, path: str | Path) -> None:
         raise ValueError(f"{source}: no such directory; a Hugging Face Qwen3-VL directory works")
     if path.exists():
         raise ValueError(f"{path}: is there already; give a new directory")
+    kind = _read_config(source, "config.json").get("model_type")
+    if kind != "qwen3_vl":
+        raise ValueError(f"{source / 'config.json'}: model_type is {kind!r}; this policy reads 'qwen3_vl' (dense) only")
     params = read_params(source, shapes_in(source))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

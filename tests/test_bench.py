@@ -32,7 +32,8 @@ def test_the_shipped_base_sees(capsys):
     assert bench.main(["perception", "policy.path=asset:embedded_base"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["boxes"] > 0.85 and min(told["words"].values()) > 0.9
-    assert told["counted"]["boxes"] > 100 and max(told["corner_errors"].values()) < 30
+    errors = told["corner_errors"]  # which of several objects it is shows in the first of them alone
+    assert told["counted"]["boxes"] > 100 and errors.pop("x1") < 60 and max(errors.values()) < 10
 
 
 @pytest.mark.slow

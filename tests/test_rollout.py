@@ -235,6 +235,31 @@ def test_a_tool_that_is_not_offered_is_no_tool(world):
         assert d.replies == [train.information("red") if asks else train.TOOL_ERRORS["nothing"]]
 
 
+def test_who_answers_and_does_not_stop_ran_out_of_tokens(world):
+    """METHOD.md 4.8: what ended by length is overlong, though its answer counts."""
+    said = world.speaker.answer("one left", [0, 0, 500, 500], [100, 100])
+    for finished, end in ((True, "answered"), (False, "overlong")):
+        d = train.Dialogue(world.prompts([0])[0])
+        d.say([5, 6], [-1.0, -1.0], speaking(world.speaker, said), finished=finished, last=False)
+        assert d.end == end and d.answer.box == (0, 0, 500, 500)
+
+
+def test_an_answer_without_room_was_not_heard(world):
+    """Nothing that the policy could not read counts for it."""
+    call = '<thinking> two fit </thinking><call> {"name": "vlm_tool", "query": "What color is the target?"} </call>'
+    prompt, room = world.prompts([0])[0], world.config.protocol.response_tokens
+    graph = prompt.graph
+    told = next(o["color"] for o in graph["objects"] if o["oid"] == graph["target"])
+    for said, heard in ((2, True), (room - 4, False)):
+        d, speaker = train.Dialogue(prompt), speaking(world.speaker, call)
+        d.say([5] * said, [-1.0] * said, speaker, finished=True, last=False)
+        d.observe(speaker, told)
+        assert (d.end is None) == heard and len(d.row) <= room and bool(d.replies[-1]) == heard
+        assert d.questions == [("What color is the target?", told if heard else "")]
+        counts = world.expert.diagnose(graph, prompt.fids, d.questions).counts
+        assert heard or counts == [prompt.initial_count] * 2
+
+
 def test_only_sampled_tokens_are_trained(world, played):
     for d in itertools.chain(*played):
         row = d.row
@@ -472,8 +497,8 @@ def test_a_frozen_tower_sees_once_and_does_not_decay(world, scored, whole_update
     """Images encoded before the update or in it: the same step. Weight decay moves all weights but the tower's."""
     batch, credit = scored[2:]
     once = train.encode_once(world.sampler.encode, world.params, batch, world.mesh)
-    assert once["frames"] is None and once["visual"].tokens.shape[0] == len(batch.rows.tokens)
-    loss, slope, _ = slope_of(world, world.config, batch.replace(**once), credit)
+    assert once.frames is None and once.visual.tokens.shape[0] == len(batch.rows.tokens)
+    loss, slope, _ = slope_of(world, world.config, once, credit)
     assert world.config.policy.freeze_vision and loss == pytest.approx(whole_update[0], abs=1e-6)
     for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(whole_update[1]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
@@ -685,6 +710,29 @@ def test_groups_without_spread_are_replaced(world, played, scored, monkeypatch, 
     assert (np.asarray(scores.terms["iou"]).std(-1) > 0).sum() == lively
 
 
+def test_a_prompt_that_is_too_long_is_left_out(world, capsys):
+    """METHOD.md 1.3: training goes on with another sample, the same each time; the rest of the step is as it was."""
+
+    class Drawing(train.Trainer):
+        def __init__(self, samples):
+            self.config, self.speaker, self.train = world.config, world.speaker, samples
+            self.pool = np.arange(len(samples))
+
+    def ids(samples, step):
+        return [p.sample.id for p in Drawing(samples).training_prompts(step, 0)]
+
+    before = ids(world.samples, 0)
+    long = [dataclasses.replace(s, query="the cross " * 300) if s.id == before[1] else s for s in world.samples]
+    assert not capsys.readouterr().err
+    after = ids(long, 0)
+    assert after == ids(long, 0) and before[1] not in after
+    assert [a == b for a, b in zip(after, before, strict=True)] == [i != 1 for i in range(PROMPTS)]
+    line, again = capsys.readouterr().err.splitlines()
+    assert line == again and line.startswith("left out of step 1: protocol.prompt_tokens=") and before[1] in line
+    with pytest.raises(train.PromptTooLong, match="give at least that"):
+        ids([dataclasses.replace(s, query="the cross " * 300) for s in world.samples], 0)
+
+
 def test_the_baseline_may_be_the_teacher_without_context(world, played, scored):
     """credit.delta_baseline: what the guided teacher is compared with decides the weights, whoever it is."""
     scores, _, batch, _ = scored
@@ -738,8 +786,7 @@ def test_what_a_step_hands_to_the_update(world, played, scored):
         back = [jax.tree.map(lambda x, at=at: train.put_back(x, at, ROLLOUTS), credit)
                 for credit, at in zip(once.handed, sources, strict=True)]  # fmt: skip
         made[baseline] = jax.tree.map(lambda *x: np.concatenate(x), *back)
-    seen = train.encode_once(world.sampler.encode, world.params, batch, world.mesh)
-    batch = batch.replace(**seen)
+    batch = train.encode_once(world.sampler.encode, world.params, batch, world.mesh)
     room = train.reading_room(once.config)
     assert room == once.config.credit.guidance_tokens > 0
     own = once.read(world.params, batch, room)
@@ -749,8 +796,8 @@ def test_what_a_step_hands_to_the_update(world, played, scored):
     np.testing.assert_array_equal(old, own)
     assert not np.array_equal(old[batch.rows.trained], batch.rows.logp[batch.rows.trained])
     contexts = train.teacher_contexts(played, train.total_return(scores, once.config), guidance, once.config)
-    view, starts = train.pack(played, once.config, world.speaker, contexts=contexts)
-    told = np.asarray(train.own_tokens(once.read(stale, view.replace(**seen)), starts, batch.rows.tokens.shape[-1]))
+    view, starts = train.pack(played, once.config, world.speaker, contexts=contexts, seen=batch)
+    told = np.asarray(train.own_tokens(once.read(stale, view), starts, batch.rows.tokens.shape[-1]))
     overlong = np.array([[d.end == "overlong" for d in row] for row in played])
     for baseline, plain in (("student", own), ("teacher_plain", once.read(stale, batch, room))):
         want, stats = train.token_credit(

@@ -580,18 +580,21 @@ def test_the_command_refuses_in_one_line(arguments, says, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("change", ["heads", "no_heads", "taps", "no_numbers"])
+@pytest.mark.parametrize("change", ["kind", "heads", "no_heads", "taps", "no_numbers"])
 def test_a_config_of_other_weights_is_not_imported(policy, tmp_path, change):
     path, _, _ = policy
     raw = json.loads((path / "config.json").read_text())
-    if change == "heads":
+    if change == "kind":
+        raw["model_type"] = "qwen3_vl_moe"
+    elif change == "heads":
         raw["text_config"]["num_attention_heads"] = 5
     elif change == "no_heads":
         del raw["text_config"]["num_attention_heads"]
     else:
         raw["vision_config"]["deepstack_visual_indexes"] = [2, 0] if change == "taps" else ["a", "b"]
     (path / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match="heads" if change == "heads" else "not those of a Qwen3-VL") as error:
+    says = {"heads": "heads", "kind": "model_type is 'qwen3_vl_moe'"}.get(change, "not those of a Qwen3-VL")
+    with pytest.raises(ValueError, match=says) as error:
         weights.import_policy(path, tmp_path / "new")
     one_line(error)
     assert not (tmp_path / "new").exists()
