@@ -4184,7 +4184,8 @@ class SceneTeacher:
         """Prompt, rows of segments, patches of the shown frames and of the key frames, words of each image token."""
         w, speaker, steps = self.w, self.speaker, self.c.steps - self.w.review
         rng = np.random.default_rng([self.c.seed, 7, index])
-        review = index >= w.scenes * steps
+        reviewed = index - w.scenes * steps  # scenes of the review before this one
+        review = reviewed >= 0
         kind = rng.choice(
             ["talk", "mask", "plain"], p=[w.conversations, w.mask_types, 1 - w.conversations - w.mask_types]
         )
@@ -4379,8 +4380,7 @@ class SceneTeacher:
                 rows[best].append(segment)
                 room[best] -= len(segment)
 
-        alone = index - w.scenes * steps < w.review_alone * w.scenes * w.review if review else False
-        reading = index < w.reading * w.scenes * steps or alone
+        reading = index < w.reading * w.scenes * steps or 0 <= reviewed < w.review_alone * w.review * w.scenes
         for make in () if reading else queue:
             if max(room[: w.rows]) >= 40 and (segment := make()) is not None:
                 put(segment, range(w.rows))
