@@ -212,7 +212,7 @@ class WarmstartSection:
     rows: int = 2  # packed rows per scene
     practice: int = 0  # further rows, of dialogues about lists that are given: reading, without seeing
     reading: float = 0.0  # first share of the run, in which all rows are such practice
-    review: int = 0  # last steps, which no other share counts: whole dialogues are practised, no longer first lists
+    review: int = 0  # last steps, which no other share counts: whole dialogues are practised, first lists seldom
     review_alone: float = 0.0  # first share of the review, in which all rows are practice again
     review_rate: float = 0.005  # the learning rate begins there anew
     row_tokens: int = 224
@@ -605,10 +605,10 @@ def check_config(c: Config) -> Config:
     need(0 <= c.warmstart.reading <= 1, "warmstart.reading", c.warmstart.reading, "a share of the run, from 0 to 1")
     shares = c.warmstart.conversations + c.warmstart.mask_types
     need(shares <= 1, "warmstart.mask_types", c.warmstart.mask_types, "with conversations it must stay within 1")
-    for name in ("conversations", "mask_types", "skill", "guided", "dialogues_start", "dialogues", "decay"):
+    for name in ("conversations", "mask_types", "skill", "guided", "dialogues_start", "dialogues", "decay",
+                 "review_alone"):  # fmt: skip
         given = getattr(c.warmstart, name)
         need(0 <= given <= 1, f"warmstart.{name}", given, "use a share, from 0 to 1")
-    need(0 <= c.warmstart.review_alone <= 1, "warmstart.review_alone", c.warmstart.review_alone, "use a share, to 1")
     need(c.warmstart.review < c.steps, "warmstart.review", c.warmstart.review, f"use less than steps={c.steps}")
     given = c.warmstart.patch_words
     need(math.isfinite(given) and given >= 0, "warmstart.patch_words", given, "use a weight from 0 up")
