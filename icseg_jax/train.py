@@ -2412,7 +2412,8 @@ class Program:
         # The first argument is the parameters or what holds them: the same in every call.
         leaves = jax.tree.leaves(args[1:] if isinstance(args[0], (Mapping, TrainState)) else args)
         shapes = tuple((str(getattr(x, "dtype", type(x).__name__)), np.shape(x)) for x in leaves)
-        key = (shapes, *static.items())
+        # Another layout on the devices is another program; what the host holds has none.
+        key = (shapes, *(getattr(x, "sharding", None) for x in leaves), *static.items())
         if key not in self.known:
             self.known.add(key)
             text = [f"{kind}{list(shape)}" for kind, shape in shapes]
@@ -4676,6 +4677,8 @@ class Run:
             ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.config.checkpoint.bucket and not self.finished:
+                self._bucket = Bucket(self.config.checkpoint.bucket, self.config.checkpoint.keep)
             self._same_config()
         except BaseException as error:
             self._lock.close()
@@ -4686,19 +4689,24 @@ class Run:
             ) from None
 
     def _same_config(self) -> None:
+        """Raises ConfigError where the directory or the bucket holds a run of another config."""
         from omegaconf import OmegaConf
 
         new = OmegaConf.to_container(OmegaConf.structured(dataclasses.replace(self.config, run_dir=None)))
         file = self.path / "config.yaml"
+        kept = []  # where it stands, how to read it, the key that would lead elsewhere
         if file.exists() and self.begun:  # a start that failed binds nobody
+            kept.append((file, file.read_bytes, f"run_dir={self.path}"))
+        if self._bucket is not None and (told := self._bucket.config()):
+            kept.append((f"{self._bucket.url}/config.yaml", lambda: told, f"checkpoint.bucket={self._bucket.url}"))
+        for where, read, place in kept:
+            other = f"give another {place.split('=')[0]}="
             try:
-                old = OmegaConf.to_container(OmegaConf.load(file))
+                old = OmegaConf.to_container(OmegaConf.create(read().decode()))
                 if not isinstance(old, Mapping):
                     raise ValueError("not a mapping of keys")
             except Exception as error:
-                raise ConfigError(
-                    f"{file}: damaged ({_first_line(error)}); remove it or give another run_dir="
-                ) from None
+                raise ConfigError(f"{where}: damaged ({_first_line(error)}); remove it or {other}") from None
             # A key that is younger than the run had its default then.
             was, now = _flat(OmegaConf.to_container(OmegaConf.structured(settled(Config())))) | _flat(old), _flat(new)
             levels = {k for k in was if k.startswith("data.repeat.")}  # one that is gone differs too
@@ -4708,7 +4716,7 @@ class Run:
             )  # fmt: skip
             if differing:
                 shown = ", ".join(f"{k} ({was.get(k)} -> {now.get(k)})" for k in differing[:5])
-                raise ConfigError(f"run_dir={self.path} belongs to another config: {shown}; give another run_dir=")
+                raise ConfigError(f"{place} belongs to another config: {shown}; {other}")
         if not self.finished:
             write_atomically(file, OmegaConf.to_yaml(OmegaConf.create(new)))
 
@@ -4743,8 +4751,7 @@ class Run:
 
         if not hasattr(self, "_checkpointer"):
             folder = (self.path / "checkpoints").resolve()
-            if self.config.checkpoint.bucket and self.writes:
-                self._bucket = Bucket(self.config.checkpoint.bucket, self.config.checkpoint.keep)
+            if self._bucket is not None:
                 self._bucket.fetch(folder)
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices("checkpoints")
@@ -4819,18 +4826,21 @@ class Run:
 
         last: no other comes after it. Raises ConfigError, then, in all processes where one failed.
         """
-        problem = ""
+        problem, works = "", "make room, and the same command goes on from the one before"
         try:
             self.checkpointer().wait()
         except Exception as error:  # a full disk is a ValueError here
             problem = f"{self.path}/checkpoints: the last one was not written ({_first_line(error)})"
-        if last and agreed(bool(problem)):
-            problem = problem or "a checkpoint was not written by another process"
-            raise ConfigError(f"{problem}; make room, and the same command goes on from the one before")
-        if problem:
+        if problem and not last:
             print(f"{problem}; the next one is tried", file=sys.stderr)
         if self._bucket is not None:
-            self._bucket.copy(self.path / "checkpoints", [c.step for c in self._checkpointer.checkpoints])
+            # First what is under way: the checkpoint that it reads goes when the next but one is there.
+            self._bucket.wait()
+            self._bucket.copy(self.path, [c.step for c in self._checkpointer.checkpoints])
+            if last and not problem and (problem := self._bucket.wait()):
+                works = "the same command tries again"
+        if last and agreed(bool(problem)):
+            raise ConfigError(f"{problem or 'a checkpoint was not written by another process'}; {works}")
 
     def leave_together(self) -> None:
         """Holds all processes until the first has written everything: five minutes after one has left, JAX ends it."""
@@ -4897,7 +4907,7 @@ class Bucket:
     """Copies of finished checkpoints in a bucket: the run goes on from there on a machine that has nothing of it.
 
     A checkpoint counts once its marker is there, which is written last. Copying happens beside the training; one that
-    fails is said and tried again with the next.
+    fails is said and tried again with the next. The run's config lies beside them.
     """
 
     def __init__(self, url: str, keep: int):
@@ -4914,6 +4924,17 @@ class Bucket:
                 "such as gs://BUCKET/RUN with gcsfs installed"
             ) from None
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._problem = ""
+
+    def config(self) -> bytes:
+        """The config.yaml of the run whose checkpoints these are; empty when there is none. Raises ConfigError."""
+        try:
+            file = f"{self.root}/config.yaml"
+            return self.files.cat_file(file) if self.files.exists(file) else b""
+        except Exception as error:
+            raise ConfigError(
+                f"checkpoint.bucket={self.url}/config.yaml: can not be read ({_first_line(error)})"
+            ) from None
 
     def _steps(self, ending: str = ".complete") -> list[int]:
         names = [name.rstrip("/").rsplit("/", 1)[-1] for name in self.files.ls(self.root, detail=False)]
@@ -4940,14 +4961,17 @@ class Bucket:
             raise ConfigError(f"checkpoint.bucket={where}: can not be read ({_first_line(error)})") from None
         os.replace(partial, folder / str(step))
 
-    def copy(self, folder: Path, steps: Sequence[int]) -> None:
-        """Begins to copy those of `steps` that are not there yet."""
-        self._pool.submit(self._copy, folder, sorted(steps)[-self.keep :])
+    def copy(self, run: Path, steps: Sequence[int]) -> None:
+        """Begins to copy those of a run's checkpoints `steps` that are not there yet."""
+        self._pool.submit(self._copy, run, sorted(steps)[-self.keep :])
 
-    def _copy(self, folder: Path, steps: Sequence[int]) -> None:
+    def _copy(self, run: Path, steps: Sequence[int]) -> None:
         try:
-            for step in sorted(set(steps) - set(self._steps())):
-                self.files.put(f"{folder / str(step)}/", f"{self.root}/{step}/", recursive=True)
+            missing = sorted(set(steps) - set(self._steps()))
+            if missing:
+                self.files.put_file(str(run / "config.yaml"), f"{self.root}/config.yaml")
+            for step in missing:
+                self.files.put(f"{run / 'checkpoints' / str(step)}/", f"{self.root}/{step}/", recursive=True)
                 self.files.pipe_file(f"{self.root}/{step}.complete", b"")
             for step in self._steps()[: -self.keep]:
                 self.files.rm(f"{self.root}/{step}.complete")
@@ -4955,12 +4979,15 @@ class Bucket:
             for step in self._steps(""):
                 if step < min(kept, default=0):  # also what a kill has left without a marker
                     self.files.rm(f"{self.root}/{step}", recursive=True)
+            self._problem = ""
         except Exception as error:
-            print(f"{self.url}: a checkpoint was not copied ({_first_line(error)})", file=sys.stderr)
+            self._problem = f"{self.url}: a checkpoint was not copied ({_first_line(error)})"
+            print(self._problem, file=sys.stderr)
 
-    def wait(self) -> None:
-        """Until what is under way has ended."""
+    def wait(self) -> str:
+        """Until what is under way has ended. Returns what was wrong with it, empty when nothing was."""
         self._pool.submit(lambda: None).result()
+        return self._problem
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)

@@ -785,19 +785,24 @@ def test_every_experiment_loads():
         assert yaml.safe_load(file.read_text())["name"] == config.name
 
 
+def checkpoints_of_text(run: Path, *steps: int) -> None:
+    (run / "config.yaml").write_text("name: a\n")
+    for step in steps:
+        (run / "checkpoints" / str(step) / "inner").mkdir(parents=True)
+        (run / "checkpoints" / str(step) / "inner" / "data").write_text(f"of {step}")
+
+
 def test_checkpoints_are_copied_to_a_bucket_and_brought_back(tmp_path):
     """fsspec's in-memory file system stands for a bucket."""
-    folder = tmp_path / "checkpoints"
-    for step in (1, 2, 3):
-        (folder / str(step) / "inner").mkdir(parents=True)
-        (folder / str(step) / "inner" / "data").write_text(f"of {step}")
+    checkpoints_of_text(tmp_path, 1, 2, 3)
     bucket = train.Bucket("memory://runs/a", keep=2)
-    bucket.copy(folder, [1, 2])
-    bucket.copy(folder, [1, 2, 3])
+    assert bucket.config() == b""
+    bucket.copy(tmp_path, [1, 2])
+    bucket.copy(tmp_path, [1, 2, 3])
     bucket.close()
-    assert bucket._steps() == [2, 3]
+    assert bucket._steps() == [2, 3] and bucket.config() == b"name: a\n"
     bucket.files.pipe_file(f"{bucket.root}/1/inner/data", b"its marker went before a kill")
-    bucket._copy(folder, [2, 3])
+    bucket._copy(tmp_path, [2, 3])
     assert bucket._steps("") == [2, 3]
     bucket.files.pipe_file(f"{bucket.root}/4/inner/data", b"cut short")  # without its marker it is none
     fresh = tmp_path / "elsewhere"
@@ -809,6 +814,37 @@ def test_checkpoints_are_copied_to_a_bucket_and_brought_back(tmp_path):
     assert sorted(f.name for f in fresh.iterdir()) == ["3", "5"]
 
 
+def test_a_run_goes_on_from_its_bucket_on_a_machine_that_has_nothing_of_it(tmp_path, monkeypatch, capfd):
+    """A bucket so slow that a checkpoint would go while it is copied; one that fails at the end; another config's."""
+    given = ["checkpoint.bucket=memory://runs/c", "checkpoint.keep=1"]
+    config = lambda name, *more: train.load_config(  # noqa: E731
+        "experiments/embedded.yaml", [*given, *more, f"run_dir={tmp_path}/{name}"]
+    )
+    run = train.Run(config("first"))
+    state = train.fresh_state({"weight": jnp.arange(12.0).reshape(3, 4)}, run.config, teacher=True)
+    put = run._bucket.files.put
+    monkeypatch.setattr(run._bucket.files, "put", lambda *a, **k: (time.sleep(0.3), put(*a, **k)))
+    for step in range(1, 5):
+        state = state.replace(params={"weight": state.params["weight"] + 1}, step=jnp.asarray(step))
+        run.save(state, step)
+    monkeypatch.setattr(run._bucket.files, "put", lambda *a, **k: (_ for _ in ()).throw(OSError("gone")))
+    with pytest.raises(train.ConfigError, match="runs/c: a checkpoint was not copied .gone.; the same command tries"):
+        run.settle(last=True)
+    assert run._bucket._steps() == [3]  # each before the last was copied
+    monkeypatch.setattr(run._bucket.files, "put", put)
+    run.settle(last=True)
+    run.close()
+    assert capfd.readouterr().err.count("\n") == 1 and run._bucket._steps() == [4]
+    with pytest.raises(train.ConfigError, match=r"bucket=memory://runs/c belongs to another config: seed \(0 -> 3\)"):
+        train.Run(config("other", "seed=3"))
+    again = train.Run(config("elsewhere"))
+    blank = jax.tree.map(jnp.zeros_like, state)
+    restored = again.restore(blank)
+    again.close()
+    for kept, had in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        assert np.array_equal(kept, had)
+
+
 def test_a_bucket_that_can_not_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for url in (f"{tmp_path}/file/bucket", "nosuch://bucket"):
@@ -817,15 +853,14 @@ def test_a_bucket_that_can_not_be_written_is_one_line(tmp_path):
 
 
 def test_a_failed_copy_is_said_and_tried_again(tmp_path, monkeypatch, capfd):
-    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "1" / "data").write_text("x")
+    checkpoints_of_text(tmp_path, 1)
     bucket = train.Bucket("memory://runs/b", keep=2)
     with monkeypatch.context() as patch:
         patch.setattr(bucket.files, "put", lambda *a, **k: (_ for _ in ()).throw(OSError("gone")))
-        bucket._copy(tmp_path / "checkpoints", [1])
+        bucket._copy(tmp_path, [1])
     assert "runs/b: a checkpoint was not copied (gone)" in capfd.readouterr().err and bucket._steps() == []
-    bucket.copy(tmp_path / "checkpoints", [1])
-    bucket.wait()
+    bucket.copy(tmp_path, [1])
+    assert bucket.wait() == ""
     assert bucket._steps() == [1]
     with monkeypatch.context() as patch:
         patch.setattr(bucket.files, "ls", lambda *a, **k: (_ for _ in ()).throw(OSError("no right to list")))
