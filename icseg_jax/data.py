@@ -235,10 +235,10 @@ def _opened(source: Path | bytes) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise DataError(f"{name} is missing") from None
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        raise DataError(f"{name} cannot be read as an image ({_first_line(error)})") from None
+        raise DataError(f"{name} cannot be read as an image ({first_line(error)})") from None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     text = str(error).strip() or type(error).__name__
@@ -489,7 +489,7 @@ def _parquet(path: Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no parquet file ({_first_line(error)})") from None
+        raise DataError(f"{path} is no parquet file ({first_line(error)})") from None
 
 
 def _parquet_rows(path: Path, required: Sequence[str]) -> Iterator[dict]:
@@ -506,7 +506,7 @@ def _parquet_rows(path: Path, required: Sequence[str]) -> Iterator[dict]:
             for batch in table.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path} is damaged ({_first_line(error)})") from None
+            raise DataError(f"{path} is damaged ({first_line(error)})") from None
 
     return rows()
 
@@ -559,7 +559,7 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON ({_first_line(error)})") from None
+        raise DataError(f"{path} is no JSON ({first_line(error)})") from None
 
 
 def _json_object(path: Path) -> dict:
@@ -970,7 +970,7 @@ class PreparedDataset(Sequence):
             raise self._damaged(f"record {index} of {self.split}", error) from None
 
     def _damaged(self, what: str, error: Exception) -> DataError:
-        return DataError(f"{what} in {self.folder} cannot be read ({_first_line(error)}); "
+        return DataError(f"{what} in {self.folder} cannot be read ({first_line(error)}); "
                          f"make it again with: rm -r {self.folder} && {self._command}")
 
 
@@ -1337,7 +1337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _parse(argv)()
     except (ValueError, OSError) as error:
-        print(f"error: {_first_line(error)}", file=sys.stderr)
+        print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

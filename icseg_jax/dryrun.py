@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from icseg_jax import data
+
 # Memory of a chip that programs can use, GiB, and its peak TFLOP/s in bfloat16 (FIELD.md D.2; what XLA allots).
 CHIPS = {"v4": (31.25, 275), "v5e": (15.75, 197), "v5p": (95.74, 459), "v6e": (31.25, 918)}
 GPU_GIB = 80 * 1e9 / 2**30  # of the released recipe's cards (METHOD.md 5.1)
@@ -80,7 +82,7 @@ def open_topology(name: str) -> tuple[list[Any], float, str]:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:
-        raise OSError(f"topology={name}: libtpu does not know it ({str(error).splitlines()[0][:200]})") from None
+        raise OSError(f"topology={name}: libtpu does not know it ({data.first_line(error)})") from None
     return list(found.devices), CHIPS[chip][0], f"{name}, ahead of time by libtpu"
 
 
@@ -272,7 +274,8 @@ def dot_flops(jaxpr: Any) -> float:
 
 def compile_one(program: Traceable, chips: int, hbm_gib: float) -> dict[str, Any]:
     """One program's report; `fits` counts what waits in memory beside it. tflops: of the matrix products, a chip's
-    share; bytes_gib: as XLA counts them, a loop's body once."""
+    share; bytes_gib: as XLA counts them, a loop's body once. Raises OSError when XLA has no program for that machine.
+    """
     waiting = per_chip(program.beside) / GIB
     begun = time.perf_counter()
     traced = program.jitted.trace(*program.arguments, **program.static)
@@ -280,9 +283,9 @@ def compile_one(program: Traceable, chips: int, hbm_gib: float) -> dict[str, Any
         compiled = traced.lower().compile()
     except Exception as error:  # XLA has no class of its own for it
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            raise OSError(f"can not be compiled ({data.first_line(error)})") from error
         needed = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT])", str(error))
-        told = needed.group(0) if needed else str(error).splitlines()[0][:200]
+        told = needed.group(0) if needed else data.first_line(error)
         spent = round(time.perf_counter() - begun, 1)
         unknown = ("argument_gib", "temp_gib", "peak_gib", "tflops", "bytes_gib", "collectives")
         return {"fits": False, "error": told, **dict.fromkeys(unknown), "beside_gib": round(waiting, 3),
@@ -327,6 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = train.load_config(arguments[0], rest)
         if config.topology is None:
             raise train.ConfigError("topology= is missing, for example topology=v5p:4x4x4 or gpu:8")
+        if config.stage != "rl":
+            raise train.ConfigError(f"stage={config.stage}: a dry run compiles the programs of stage=rl")
         devices, hbm, target = open_topology(config.topology)
         mesh = train.make_mesh(config.mesh, devices)
         programs = trace_programs(config, mesh)
@@ -339,7 +344,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     for name in names:
         print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
-        told = compile_one(programs[name], len(devices), hbm)
+        try:
+            told = compile_one(programs[name], len(devices), hbm)
+        except OSError as error:
+            print(f"\nerror: {config.topology}: {name} {error}", file=sys.stderr)
+            return 2
         report["programs"][name] = told
         report["fits"] &= told["fits"]
         short = told.get("error") or f"{told['peak_gib']} GiB and {told['beside_gib']} beside it of {hbm:.2f}"

@@ -1072,7 +1072,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps(told, indent=1))
             return int(any(told.get(name, {}).get("without_answer") for name in ("simulator", "expert")))
     except (train.ConfigError, data.DataError, SidecarError, OSError) as error:
-        print(f"error: {data._first_line(error)}", file=sys.stderr)
+        print(f"error: {data.first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from there", file=sys.stderr)

@@ -266,7 +266,7 @@ def davis_statistics(values: Float[np.ndarray, " t"]) -> dict[str, float]:
             "decay": float(first.mean() - last.mean())}
 
 
-def merge_objects(masks: Shaped[np.ndarray, "o *thw"]) -> Int[np.ndarray, "*thw"]:
+def merge_objects(masks: Shaped[np.ndarray, "o *thw"]) -> Int[np.ndarray, "*thw"]:  # noqa: F821
     """Masks (or probabilities) of the objects 1 to o as one map of indices, 0 where none is above 0.5.
 
     Protocol A of Ref-DAVIS17 (DATA.md 4.2): the largest wins, the first of equals.

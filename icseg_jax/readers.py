@@ -165,7 +165,7 @@ def _json(path: Path) -> Any:
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON ({data._first_line(error)})") from None
+        raise DataError(f"{path} is no JSON ({data.first_line(error)})") from None
 
 
 def _table(root: Path, *parts: str, kind: type = dict) -> Any:
@@ -198,7 +198,7 @@ def plain_pickle(root: Path, *parts: str) -> Any:
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise DataError(f"{path} cannot be read ({data._first_line(error)})") from None
+        raise DataError(f"{path} cannot be read ({data.first_line(error)})") from None
 
 
 def _bad(reason: str) -> Callable[[], Sample]:

@@ -387,7 +387,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         except FileNotFoundError:
             raise ConfigError(f"{file}: no such config; ready ones are in experiments/") from None
         except Exception as error:  # yaml's and OmegaConf's own errors
-            raise ConfigError(f"{file}: not a YAML mapping ({str(error).splitlines()[0]})") from None
+            raise ConfigError(f"{file}: not a YAML mapping ({data.first_line(error)})") from None
         if not OmegaConf.is_dict(raw):
             raise ConfigError(f"{file}: a config is a mapping of keys, this is a list or a single value")
         base = raw.pop("base", None)
@@ -433,7 +433,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             except OmegaConfBaseException:
                 raise
             except Exception as error:  # yaml's own errors
-                raise ConfigError(f"override {item!r} is not YAML ({_first_line(error)}); such as steps=4") from None
+                reason = data.first_line(error)
+                raise ConfigError(f"override {item!r} is not YAML ({reason}); such as steps=4") from None
             known(OmegaConf.to_container(given), Config, "command line")
             told = OmegaConf.merge(told, given)
         raw = OmegaConf.merge(on_topology(raw, told.get("topology", raw.get("topology"))), told)
@@ -444,7 +445,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
                 OmegaConf.set_readonly(node, False)
         config = OmegaConf.to_object(OmegaConf.merge(schema, raw))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{path}: {getattr(error, 'full_key', '')}: {data.first_line(error)}") from None
     return check_config(settled(config))
 
 
@@ -1069,7 +1070,7 @@ def fused_attend(q: Array, parts: Sequence[tuple[Array, Array, Array]], kind: st
 
     The last part holds the rows' own keys, in which a query sees itself and what came before; the parts before it are
     seen whole, as far as they are valid. Shared parts are laid beside each row's own: where these kernels pay, a device
-    has few rows. What a padded query gets is undefined. interpret: splash in plain JAX, for tests.
+    has few rows. What a padded query gets is undefined. interpret: without the hardware's kernel, for tests.
     """
     p, n, t, heads, size = q.shape
     groups = parts[0][0].shape[-3]
@@ -1077,6 +1078,8 @@ def fused_attend(q: Array, parts: Sequence[tuple[Array, Array, Array]], kind: st
     def of_row(x):
         return jnp.broadcast_to(x[:, None] if x.ndim == 4 else x, (p, n, *x.shape[-3:])).astype(q.dtype)
 
+    up = lambda length, to: -(-length // to) * to  # noqa: E731
+    fill = lambda x, axis, to: jnp.pad(x, [(0, to - d if i == axis else 0) for i, d in enumerate(x.shape)])  # noqa: E731
     k, v = (jnp.concatenate([of_row(part[i]) for part in parts], 3) for i in (0, 1))  # [P,N,K,S,h]
     # Validity of each key: of a context it is the same for all queries, of the own part it is the diagonal.
     valid = [jnp.broadcast_to(mask[:, :, 0], (p, n, mask.shape[-1])) for _, _, mask in parts[:-1]]
@@ -1084,17 +1087,17 @@ def fused_attend(q: Array, parts: Sequence[tuple[Array, Array, Array]], kind: st
     valid = jnp.concatenate([*valid, jnp.diagonal(own, axis1=-2, axis2=-1)], -1)
     before = k.shape[3] - t
     if kind == "cudnn":
-        causal = jnp.arange(before + t) <= before + jnp.arange(t)[:, None]
-        mask = (valid[:, :, None] & causal).reshape(p * n, 1, t, before + t)
-        flat = lambda x: x.reshape(p * n, *x.shape[2:])  # noqa: E731
-        k, v = (flat(x).swapaxes(1, 2) for x in (k, v))  # tokens before heads
-        out = jax.nn.dot_product_attention(flat(q), k, v, mask=mask, implementation="cudnn")
-        return out.reshape(q.shape)
+        queries, total = up(t, 2), up(before + t, 2)  # its backward pass knows even lengths only
+        causal = jnp.arange(total) <= before + jnp.arange(queries)[:, None]
+        mask = (fill(valid, 2, total)[:, :, None] & causal).reshape(p * n, 1, queries, total)
+        flat = lambda x, axis, to: fill(x, axis, to).reshape(p * n, *x.shape[2:axis], to, *x.shape[axis + 1 :])  # noqa: E731
+        k, v = (flat(x, 3, total).swapaxes(1, 2) for x in (k, v))  # tokens before heads
+        by = "xla" if interpret else "cudnn"
+        out = jax.nn.dot_product_attention(flat(q, 2, queries), k, v, mask=mask, implementation=by)
+        return out[:, :t].reshape(q.shape)
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    up = lambda length, to: -(-length // to) * to  # noqa: E731
     queries, total = up(t, 512 if t > 512 else 128), up(k.shape[3], 512)  # blocks of 128 are several times slower
-    fill = lambda x, axis, to: jnp.pad(x, [(0, to - d if i == axis else 0) for i, d in enumerate(x.shape)])  # noqa: E731
     block = lambda length: next(b for b in (512, 256, 128) if length % b == 0)  # noqa: E731
     bq, bk = block(queries), block(total)
     kernel = splash_attention_kernel.make_splash_mqa_single_device(
@@ -1125,8 +1128,7 @@ def attend_by(kind: str, mesh: Mesh | None, q: Array, parts: Sequence[tuple[Arra
     whole = mesh is None or mesh.size == 1
     if kind == "xla" or q.shape[2] < 128 or t is not None or not (whole or divides(mesh, "tensor", groups)):
         heads = "tensor" if mesh is not None and divides(mesh, "tensor", q.shape[3]) else None
-        cut = [a for axis in (p, n, t, heads) for a in each_axis(axis)]
-        return attend(q, parts, 1 if whole else math.prod(mesh.shape[a] for a in cut))
+        return attend(q, parts, shares(mesh, p, n, t, heads))
     if whole:
         return fused_attend(q, parts, kind)
     spec = lambda x, *axes: Spec(*(a if x.shape[i] > 1 else None for i, a in enumerate(axes)))  # noqa: E731
@@ -1265,7 +1267,8 @@ class VisionBlock(nn.Module):
         qkv = qkv + _weight(self, "qkv_bias", [3, heads, size], [None, "heads", None], 0.0).astype(x.dtype)
         q, k, v = (qkv[:, None, :, j] for j in range(3))  # one "rollout" per image
         k, v = (x.swapaxes(2, 3) for x in (rotate(k, *rope), v))  # [I,1,H,M,e]
-        out = attend(rotate(q, *rope), [(k, v, valid[:, None, None, :])])[:, 0]
+        cut = shares(self.mesh, image_axis(self.mesh, len(x)), "tensor")
+        out = attend(rotate(q, *rope), [(k, v, valid[:, None, None, :])], cut)[:, 0]
         x = x + jnp.einsum(
             "imhe,hed->imd",
             out,
@@ -1627,7 +1630,7 @@ def join_processes() -> None:
         jax.distributed.initialize(**own)
     except Exception as error:
         raise ConfigError(
-            f"mesh.distributed=true: the processes did not find each other ({_first_line(error)}); on a machine of "
+            f"mesh.distributed=true: the processes did not find each other ({data.first_line(error)}); on a machine of "
             "your own set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from None
 
@@ -1749,6 +1752,11 @@ def divides(mesh: Mesh | None, axis: str, size: int) -> bool:
     return mesh is None or size % mesh.shape[axis] == 0
 
 
+def shares(mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> int:
+    """Devices among which an array with these mesh axes is divided."""
+    return 1 if mesh is None else math.prod(mesh.shape[a] for axis in axes for a in each_axis(axis))
+
+
 def mesh_axes(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int], *kinds: str) -> list[str | None]:
     """Mesh axes of a parameter by the rules table, those of `kinds` only; what does not divide is replicated."""
     out: list[str | None] = []
@@ -1770,6 +1778,13 @@ def row_axes(mesh: Mesh | None, prompts: int, rollouts: int, tokens: int = 1) ->
     if prompts % (mesh.shape["data"] * fsdp) == 0:
         return (("data", "fsdp"), None, None)
     return (p, None, "fsdp" if tokens % fsdp == 0 else None)
+
+
+def image_axis(mesh: Mesh | None, count: int) -> str | tuple[str, ...] | None:
+    """Mesh axes of images [I, ...]: all that rows are spread over, where they divide."""
+    if mesh is None or count % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
+        return ("data", "fsdp")
+    return "data" if divides(mesh, "data", count) else None
 
 
 def laid(x: Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> Array:
@@ -1817,14 +1832,11 @@ def parameter_shapes(config: PolicyConfig) -> Any:
 
 def batch_placements(mesh: Mesh, tree: Any) -> list[NamedSharding]:
     """Where each array of a batch lies, in the order of its leaves: rows [P, ...] and [P, N, ...] as `row_axes` says,
-    images [I, ...] over all that rows are spread over, where they divide."""
+    images as `image_axis` does."""
 
     def of(x: Any) -> list[NamedSharding]:
         if isinstance(x, Images):
-            size = len(x.patches)
-            both = size % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
-            axis = ("data", "fsdp") if both else "data" if divides(mesh, "data", size) else None
-            return [placement(mesh, [axis])] * len(jax.tree.leaves(x))
+            return [placement(mesh, [image_axis(mesh, len(x.patches))])] * len(jax.tree.leaves(x))
         p, n, _ = row_axes(mesh, *(*np.shape(x), 1)[:2]) if np.ndim(x) else (None, None, None)
         return [placement(mesh, [p, n][: np.ndim(x)])]
 
@@ -4706,7 +4718,7 @@ class Run:
                 if not isinstance(old, Mapping):
                     raise ValueError("not a mapping of keys")
             except Exception as error:
-                raise ConfigError(f"{where}: damaged ({_first_line(error)}); remove it or {other}") from None
+                raise ConfigError(f"{where}: damaged ({data.first_line(error)}); remove it or {other}") from None
             # A key that is younger than the run had its default then.
             was, now = _flat(OmegaConf.to_container(OmegaConf.structured(settled(Config())))) | _flat(old), _flat(new)
             levels = {k for k in was if k.startswith("data.repeat.")}  # one that is gone differs too
@@ -4808,8 +4820,8 @@ class Run:
             parts = keeper.load_checkpointables(step, _parts(abstract))
         except Exception as error:
             raise ConfigError(
-                f"{self.path}/checkpoints/{step}: can not be restored ({_first_line(error)}); remove that directory to "
-                "go on from the one before"
+                f"{self.path}/checkpoints/{step}: can not be restored ({data.first_line(error)}); remove that "
+                "directory to go on from the one before"
             ) from None
         self.keep_rows(step)
         return state.replace(params=parts["params"], **parts["rest"])
@@ -4830,7 +4842,7 @@ class Run:
         try:
             self.checkpointer().wait()
         except Exception as error:  # a full disk is a ValueError here
-            problem = f"{self.path}/checkpoints: the last one was not written ({_first_line(error)})"
+            problem = f"{self.path}/checkpoints: the last one was not written ({data.first_line(error)})"
         if problem and not last:
             print(f"{problem}; the next one is tried", file=sys.stderr)
         if self._bucket is not None:
@@ -4920,8 +4932,8 @@ class Bucket:
             self.files.pipe_file(f"{self.root}/.writable", b"")
         except Exception as error:  # every file system has its own
             raise ConfigError(
-                f"checkpoint.bucket={url}: can not be written ({_first_line(error)}); give a URL that fsspec knows, "
-                "such as gs://BUCKET/RUN with gcsfs installed"
+                f"checkpoint.bucket={url}: can not be written ({data.first_line(error)}); give a URL that fsspec "
+                "knows, such as gs://BUCKET/RUN with gcsfs installed"
             ) from None
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._problem = ""
@@ -4933,7 +4945,7 @@ class Bucket:
             return self.files.cat_file(file) if self.files.exists(file) else b""
         except Exception as error:
             raise ConfigError(
-                f"checkpoint.bucket={self.url}/config.yaml: can not be read ({_first_line(error)})"
+                f"checkpoint.bucket={self.url}/config.yaml: can not be read ({data.first_line(error)})"
             ) from None
 
     def _steps(self, ending: str = ".complete") -> list[int]:
@@ -4958,7 +4970,7 @@ class Bucket:
             if step is not None:
                 shutil.rmtree(folder / f".{step}.part", ignore_errors=True)
             where = self.url if step is None else f"{self.url}/{step}"
-            raise ConfigError(f"checkpoint.bucket={where}: can not be read ({_first_line(error)})") from None
+            raise ConfigError(f"checkpoint.bucket={where}: can not be read ({data.first_line(error)})") from None
         os.replace(partial, folder / str(step))
 
     def copy(self, run: Path, steps: Sequence[int]) -> None:
@@ -4981,7 +4993,7 @@ class Bucket:
                     self.files.rm(f"{self.root}/{step}", recursive=True)
             self._problem = ""
         except Exception as error:
-            self._problem = f"{self.url}: a checkpoint was not copied ({_first_line(error)})"
+            self._problem = f"{self.url}: a checkpoint was not copied ({data.first_line(error)})"
             print(self._problem, file=sys.stderr)
 
     def wait(self) -> str:
@@ -5003,10 +5015,6 @@ def _flat(tree: Mapping, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return out
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -5095,7 +5103,7 @@ def load_tokenizer(path: Path, policy: PolicyConfig) -> weights.Tokenizer:
     try:
         tokenizer = weights.Tokenizer(path)
     except Exception as error:  # tokenizers has no error class of its own
-        raise ConfigError(f"{path}: no usable tokenizer.json ({_first_line(error)})") from None
+        raise ConfigError(f"{path}: no usable tokenizer.json ({data.first_line(error)})") from None
     if len(tokenizer) > policy.vocab_size:
         raise ConfigError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the policy {policy.vocab_size}")
     return tokenizer
@@ -5780,7 +5788,7 @@ def open_data(config: Config) -> tuple[data.PreparedDataset, data.PreparedDatase
         if not generated:
             raise
         raise ConfigError(
-            f"data.path={path}: damaged ({_first_line(error)}); remove that folder, and this command makes it again"
+            f"data.path={path}: damaged ({data.first_line(error)}); remove that folder, and this command makes it again"
         ) from None
     if generated and Path(train.source).name.startswith(f".{path.name}.raw."):  # it was made here
         works = "remove that folder or give another data.path="
@@ -6011,7 +6019,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         {"sft": train_warmstart, "rl": train_policy}[config.stage](config, run)
         return 0
     except (ConfigError, data.DataError, SidecarError) as error:
-        print(f"error: {_first_line(error)}", file=sys.stderr)
+        print(f"error: {data.first_line(error)}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in MACHINE | {errno.EACCES, errno.EPERM}:

@@ -63,6 +63,18 @@ def test_splash_is_the_same_softmax(t, past):
     same(value_and_slopes(splash, q, parts, valid), value_and_slopes(train.attend, q, parts, valid))
 
 
+@pytest.mark.parametrize("t, past", [(130, 41), (129, None)])
+def test_cudnn_gets_the_same_softmax_at_even_lengths(monkeypatch, t, past):
+    """By XLA with what the kernel would be given: that runs where the hardware is."""
+    q, parts, valid = case(t, past=past, size=16, prompt=33)
+    given, softmax = [], jax.nn.dot_product_attention
+    note = lambda q, k, v, **more: given.append((q.shape[1], k.shape[1])) or softmax(q, k, v, **more)  # noqa: E731
+    monkeypatch.setattr(jax.nn, "dot_product_attention", note)
+    fused = lambda q, parts: train.fused_attend(q, parts, "cudnn", interpret=True)  # noqa: E731
+    same(value_and_slopes(fused, q, parts, valid), value_and_slopes(train.attend, q, parts, valid))
+    assert given and all(length % 2 == 0 for lengths in given for length in lengths)
+
+
 def test_few_queries_are_left_to_xla():
     q, parts, _ = case(1)
     np.testing.assert_array_equal(train.attend_by("splash", None, q, parts), train.attend(q, parts))
@@ -75,7 +87,7 @@ import jax, jax.numpy as jnp
 import test_attention as tests
 from icseg_jax import train
 kind = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend())
-for t, past in ((130, None), (640, 384)) if kind else ():
+for t, past in ((130, None), (131, 40), (640, 384)) if kind else ():
     q, parts, valid = tests.case(t, past=past)
     less = lambda tree: jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.bfloat16), tree)
     fused = lambda q, parts: train.fused_attend(*less((q, parts)), kind).astype(jnp.float32)

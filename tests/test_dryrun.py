@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from icseg_jax import dryrun
@@ -44,10 +46,10 @@ def check(program: dict) -> None:
 
 def test_a_dry_run_says_what_fits_and_what_does_not():
     small = ["experiments/embedded.yaml", *SIZES]
-    fits, tight, moon, program, alone = dry_run(
+    fits, tight, moon, program, alone, supervised = dry_run(
         ([*small, "programs=encode,decode,resize,commit"], None), ([*small, "programs=encode"], 1e-3),
         (["experiments/embedded.yaml", "topology=moon:3"], None), ([*small, "programs=all"], None),
-        (["experiments/embedded.yaml"], None),
+        (["experiments/embedded.yaml"], None), (["experiments/embedded_warmstart.yaml", *SIZES], None),
     )  # fmt: skip
     assert fits[0] == 0, fits
     report = json.loads(fits[1])
@@ -61,15 +63,27 @@ def test_a_dry_run_says_what_fits_and_what_does_not():
     assert report["programs"]["decode"]["collectives"].get("all-gather", {"largest_mib": 0})["largest_mib"] < 0.06
     assert tight[0] == 1 and "DOES NOT FIT" in tight[2] and json.loads(tight[1])["fits"] is False
     assert fits[1].count("\n") == 1  # one object on one line
-    for told, words in ((moon, "topology=moon:3"), (program, "programs=all"), (alone, "topology= is missing")):
+    for told, words in ((moon, "topology=moon:3"), (program, "programs=all"), (alone, "topology= is missing"),
+                        (supervised, "stage=sft")):  # fmt: skip
         assert told[0] == 2 and told[1] == "" and told[2].startswith("error: ") and words in told[2]
         assert told[2].count("\n") == 1
 
 
-def test_operations_of_loops_and_sizes_of_collectives():
-    import jax
-    import jax.numpy as jnp
+def test_a_program_that_xla_can_not_make_is_one_line(monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("INTERNAL: Mosaic failed\nwith much beside it")
 
+    monkeypatch.setattr(dryrun, "open_topology", lambda name: (jax.devices()[:1], 1.0, name))
+    one = dryrun.Traceable(jax.jit(lambda: 1.0), (), ())
+    monkeypatch.setattr(dryrun, "trace_programs", lambda config, mesh: {"encode": one})
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fails)
+    assert dryrun.main(["experiments/embedded.yaml", "topology=cpu:1", "programs=encode"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err == "encode ... \nerror: cpu:1: encode can not be compiled (INTERNAL: Mosaic failed)\n"
+
+
+def test_operations_of_loops_and_sizes_of_collectives():
     def program(x, w):
         return jax.lax.scan(lambda y, _: (jnp.tanh(y @ w), None), x, length=3)[0] @ w
 
@@ -119,5 +133,5 @@ def test_the_update_gathers_no_activations():
     programs = json.loads(told[1])["programs"]
     for program in programs.values():
         check(program)
-    activations = 4 * 8 * 416 * 128 * 4 / 2**20  # of a minibatch, in float32
+    activations = 4 * 8 * 416 * 128 * 4 / 2**20 / 2  # of a minibatch's share of `data`, in float32
     assert programs["update"]["collectives"]["all-gather"]["largest_mib"] < activations
