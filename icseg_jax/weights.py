@@ -829,6 +829,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     name, places = arguments[0], [a for a in arguments[1:] if not a.startswith("tokenizer=")]
     tokenizers_from = [a.removeprefix("tokenizer=") for a in arguments if a.startswith("tokenizer=")]
+    # Nothing is computed: parameters need the memory of the host, and an accelerator may be busy with the run.
+    jax.config.update("jax_platforms", "cpu")
     try:
         known = {"import": len(places) == 2, "export": len(places) == 2, "average": len(places) >= 2}
         if not known.get(name) or len(tokenizers_from) > (name == "export"):
