@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -82,19 +83,31 @@ def test_two_processes_are_one_of_eight_devices(tmp_path, sizes):
     """SAM2's rewards included, each process with a sidecar of its own; the second layout splits each group."""
     subprocess.run(train_command(tmp_path, "one", *sizes), env=environment(8), cwd=ROOT, check=True, timeout=900)
     together([train_command(tmp_path, "two", *sizes, "mesh.distributed=true")] * 2, tmp_path)
-    rows = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    ]
-    assert len(rows[0]) == len(rows[1]) == 2
-    for one, two in zip(*rows, strict=True):
-        assert one.keys() == two.keys()
-        for key in one.keys() - {"seconds"}:
-            if isinstance(one[key], float):
-                assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-5), key
-            else:
-                assert one[key] == two[key], key
-    assert rows[0][0]["reward/mask"] > 0 and (tmp_path / "two" / "1.sidecar.log").exists()
+    one, two = (rows_of(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two) == 2
+    for pair in zip(one, two, strict=True):
+        check_rows(*pair)
+    assert one[0]["reward/mask"] > 0 and (tmp_path / "two" / "1.sidecar.log").exists()
+    # One process goes on from what two have written.
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "2")
+    (tmp_path / "two" / "summary.json").unlink()
+    subprocess.run(train_command(tmp_path, "two", *sizes), env=environment(8), cwd=ROOT, check=True, timeout=900)
+    again = rows_of(tmp_path / "two")
+    assert again[0] == two[0] and len(again) == 2
+    check_rows(one[1], again[1])
+
+
+def rows_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_rows(one: dict, two: dict) -> None:
+    assert one.keys() == two.keys()
+    for key in one.keys() - {"seconds"}:
+        if isinstance(one[key], float):
+            assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-5), key
+        else:
+            assert one[key] == two[key], key
 
 
 @pytest.mark.slow

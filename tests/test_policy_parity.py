@@ -245,8 +245,14 @@ def test_images_are_what_the_pil_processor_makes_of_them(kind):
     told = processor(images=[theirs.resize((frame, frame), Image.Resampling.BICUBIC)], return_tensors="np")
     assert told["image_grid_thw"].tolist() == [[1, 4, 4]]
     vision = tiny_vision(patch_size=16)
-    ours = train.patchify(vision, data.resize(data.decode_image(file.getvalue()), frame, frame))
+    image = data.decode_image(file.getvalue())
+    ours = train.patchify(vision, data.resize(image, frame, frame))
     np.testing.assert_allclose(ours, told["pixel_values"], atol=1e-6)
+    for method in Image.Resampling.BICUBIC, Image.Resampling.LANCZOS:  # at the size that the processor would choose
+        told = processor(images=[theirs], resample=method, return_tensors="np")
+        (_, rows, columns), *_ = told["image_grid_thw"].tolist()
+        ours = train.patchify(vision, data.resize(image, rows * 16, columns * 16, method=method.name.lower()))
+        np.testing.assert_allclose(ours, told["pixel_values"], atol=1e-6)
 
 
 def tiny_vision(**changes):
