@@ -797,7 +797,8 @@ def update(arguments: Sequence[str]) -> dict[str, Any]:
         state = train.fresh_state(jax.tree.map(jax.numpy.asarray, params), config, teacher=False)
         old = np.asarray(logprob(state.params, batch))
         credit = train.Credit(advantages, old, batch.rows.trained)
-        memory = step.jitted.lower(state, batch, credit, None, np.float32(0)).compile().memory_analysis()
+        step = step.jitted.lower(state, batch, credit, None, np.float32(0)).compile()  # once: it tells its memory too
+        memory = step.memory_analysis()
         after, stats = step(state, batch, credit, None, np.float32(0))
         held = [after]
 

@@ -2424,8 +2424,9 @@ class Program:
         # The first argument is the parameters or what holds them: the same in every call.
         leaves = jax.tree.leaves(args[1:] if isinstance(args[0], (Mapping, TrainState)) else args)
         shapes = tuple((str(getattr(x, "dtype", type(x).__name__)), np.shape(x)) for x in leaves)
-        # Another layout on the devices is another program; what the host holds has none.
-        key = (shapes, *(getattr(x, "sharding", None) for x in leaves), *static.items())
+        # Another layout on the devices is another program, too; what the host holds has none.
+        layouts = [x.sharding if getattr(x, "committed", False) else None for x in leaves]
+        key = (shapes, *layouts, *static.items())
         if key not in self.known:
             self.known.add(key)
             text = [f"{kind}{list(shape)}" for kind, shape in shapes]

@@ -119,8 +119,7 @@ def test_supervised_training_on_a_mesh_is_that_of_one_device(tmp_path, processes
     subprocess.run([*command, f"run_dir={tmp_path}/one"], env=environment(1), cwd=ROOT, check=True, timeout=900)
     mesh = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", f"mesh.distributed={str(processes > 1).lower()}"]
     together([[*command, *mesh, f"run_dir={tmp_path}/two"]] * processes, tmp_path)
-    rows = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-            for name in ("one", "two")]  # fmt: skip
+    rows = [rows_of(tmp_path / name) for name in ("one", "two")]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == [1, 2]
     for one, two in zip(*rows, strict=True):
         for key in one.keys() - {"seconds"}:
