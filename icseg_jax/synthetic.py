@@ -188,11 +188,14 @@ def requery(scene: Scene, rng: np.random.Generator) -> Scene:
         initial_count=len(candidates), max_count=int(worst), optimal_expected=expected, best_first=best)
 
 
+MISSES = 0.2  # an imagined object that the query does not fit misses it by two attributes
+
+
 def imagine(scene: Scene, rng: np.random.Generator, *, near: bool = False) -> Scene:
     """One to six other objects in the scene's stead which the query fits, and up to two that it nearly does, for
     dialogues about a list that is given as text: what comes after a list, and what fits, is read there, not seen.
 
-    near: more near misses than objects that fit. All attributes are missed by alike: what is rare is not looked at.
+    near: more of those than objects that fit. All attributes are missed by alike: what is rare is not looked at.
     """
     worst = math.inf
     while math.isinf(worst):  # alike in everything
@@ -205,8 +208,7 @@ def imagine(scene: Scene, rng: np.random.Generator, *, near: bool = False) -> Sc
         objects = []
         for oid in range(1, n + others + 1):
             row = {a: VALUES[a][int(rng.choice(values[a]))] for a in ASKABLE if a != "column"}
-            if oid > n:
-                off = _pick(rng, kinds)
+            for off in rng.permutation(kinds)[: 1 + (rng.random() < MISSES) if oid > n else 0].tolist():
                 row[off] = _pick(rng, [v for v in VALUES[off] if v != row[off]])
             radius = int(rng.integers(SIZES[row["size"]][0], SIZES[row["size"]][1] + 1))
             center = rng.integers(radius, scene.width - radius, 2).astype(float)
@@ -580,7 +582,7 @@ def think(candidates: Sequence[Object], frame: int, width: int = WIDTH,
 
     One to a line, then "; differ color 2 size 2 motion 2 column 2"; after one candidate "; one left"; none: "no match".
     `doubted`: objects that do not fit, listed with all their attributes and then the one by which they do not: at first
-    those that the query nearly fits, after an answer those that it rules out: "520 blue circle small leftward middle
+    all that the query does not fit, after an answer those that it rules out: "520 blue circle small leftward middle
     motion". What an object is must be said before it can be read whether it fits; and with a plain "no", in the
     attribute's place or right behind the left edge, one attribute was learned after the other, in thousands of steps,
     where naming it takes two hundred. Whether another line follows is one token, a new line or a semicolon: were it
@@ -863,8 +865,6 @@ GUESSES = 0.35  # commits although several are left
 NEEDLESS = 0.25  # asks although one is left
 MAX_NEEDLESS = 3
 HABITS = {"any": 0.55, "color": 0.25, "differing": 0.20}  # which attribute it asks
-DOUBTS = (0.1, 0.5)  # lists an object that the query does not fit, and says so: any, one that a single word excludes
-LINES = 6  # of a list with such objects
 BEST_FRAME = 0.6  # takes the shown frame with the largest visible area, else any good one
 GUIDED_SKILL = 0.95
 
@@ -896,7 +896,7 @@ def _dialogue(scene: Scene, graph: dict, user, shown: Sequence[int], rng: np.ran
 
     turns: list[Turn] = []
     left, needless = list(scene.candidates), 0
-    doubted = _doubted(scene, rng)
+    doubted = _doubted(scene)
 
     def thought() -> str:
         return think([scene.object(oid) for oid in left], shown[0], scene.width, doubted)
@@ -924,17 +924,19 @@ def _dialogue(scene: Scene, graph: dict, user, shown: Sequence[int], rng: np.ran
             Turn("answer", "\n" + placed(chosen, shown[0], scene.width), len(left), len(left), oid=chosen.oid)]
 
 
-def _doubted(scene: Scene, rng: np.random.Generator) -> list[tuple[Object, str]]:
-    """Some of the objects that the query does not fit and the first attribute that it misses each by; most of them near
-    misses, as many as a list has room for."""
+def _doubted(scene: Scene) -> list[tuple[Object, str]]:
+    """The objects that the query does not fit and the first attribute that it misses each by.
+
+    All of them: were only some listed, the place of the next line would depend on what fits, which can be read only
+    once the line is there.
+    """
     found = []
     for obj in scene.objects:
         is_ = attributes_of(obj, QUERY_FRAME, scene.width)
-        off = [a for a in ASKABLE if is_[a] != scene.mentioned.get(a, is_[a])]
-        if off and rng.random() < DOUBTS[len(off) == 1]:
-            found.append((obj, off[0]))
-    room = max(0, LINES - len(scene.candidates))
-    return [found[i] for i in sorted(rng.permutation(len(found))[:room])]
+        off = next((a for a in ASKABLE if is_[a] != scene.mentioned.get(a, is_[a])), None)
+        if off:
+            found.append((obj, off))
+    return found
 
 
 def _decide(scene: Scene, left: Sequence[int], frame: int, rng: np.random.Generator, skill: float,

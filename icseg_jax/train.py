@@ -4279,9 +4279,9 @@ class SceneTeacher:
             to learn. Where one is left, it is named after the key frame as an answer does, which is read from the list
             as well.
             """
-            first = bool(rng.random() < (0.2 if review else 0.9))
+            first = bool(rng.random() < (0.2 if review else 0.6))
             others = synthetic.imagine(scene, rng, near=first)
-            demo = synthetic.demonstrate(others, shown, rng, skill=1.0, curious=review)
+            demo = synthetic.demonstrate(others, shown, rng, skill=1.0, curious=True)
             row = Transcript(prefix.position)
             speaker.query(row, demo.query, demo.guidance)
             *calls, keyframe, answer = demo.turns

@@ -335,20 +335,17 @@ def test_thinking_lists_candidates_from_left_to_right(train):
     assert synthetic.think([], 0, doubted=[(doubtful, "size")]) == doubt
 
 
-def test_demonstrations_doubt_near_misses_most(train):
-    """What a first list doubts does not fit by what it says, most often by that alone, and the list stays short."""
-    rng, near, others = np.random.default_rng(0), [], []
+def test_first_lists_hold_every_object_and_what_it_misses(train):
+    rng = np.random.default_rng(0)
     for scene in train:
         first = synthetic.demonstrate(scene, SHOWN, rng, skill=1.0).turns[0].thinking
         lines = first.partition(" ; ")[0].split("\n")[1:]
-        assert len(lines) <= max(synthetic.LINES, len(scene.candidates))
+        assert len(lines) == len(scene.objects)
         for obj in scene.objects:
             off = [a for a in ASKABLE if a in scene.mentioned and obj.value(a) != scene.mentioned[a]]
-            said = [line.split(" ")[-1] for line in lines if line.startswith(f"{synthetic.placed(obj, SHOWN[0])} ")]
-            assert not said or off[:1] == said
-            if off:
-                (near if len(off) == 1 else others).append(bool(said))
-    assert 0.4 < np.mean(near) < 0.55 and 0.05 < np.mean(others) < 0.15
+            placed = synthetic.placed(obj, SHOWN[0])
+            assert any(line in (placed, f"{placed} {off[0]}" if off else placed) for line in lines)
+            assert bool(off) == (placed not in lines) == (obj.oid not in scene.candidates)
 
 
 def test_a_skilled_demonstration_is_optimal(test):
@@ -383,7 +380,8 @@ def test_imagined_objects_fit_their_query_and_can_be_told_apart(train):
         others = [o for o in about.objects if o.oid not in fitting]
         assert about.candidates == tuple(fitting) and 1 <= len(fitting) <= (3 if near else 6)
         assert len(others) in (range(2, 7) if near else range(3))
-        assert all(sum(o.value(a) != v for a, v in about.mentioned.items()) == 1 for o in others)
+        misses = {sum(o.value(a) != v for a, v in about.mentioned.items()) for o in others}
+        assert misses <= {1, 2}
         demonstration = synthetic.demonstrate(about, SHOWN, rng, skill=1.0)
         assert demonstration.turns[-1].oid == about.target
         assert set(words(" ".join(turn.thinking for turn in demonstration.turns))) <= known
@@ -392,7 +390,7 @@ def test_imagined_objects_fit_their_query_and_can_be_told_apart(train):
 def test_imagined_objects_miss_their_query_by_every_attribute(train):
     """Alike: what is rare is not looked at."""
     rng, missed = np.random.default_rng(0), Counter()
-    for scene in train[:200]:
+    for scene in train[:500]:
         about = synthetic.imagine(scene, rng, near=True)
         missed.update(a for o in about.objects for a, v in about.mentioned.items() if o.value(a) != v)
     shares = {a: n / missed.total() for a, n in missed.items()}
