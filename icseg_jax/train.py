@@ -4400,7 +4400,8 @@ class SceneTeacher:
                 put(segment, range(w.rows))
         for row in range(0 if reading else w.rows, len(rows)):
             for _ in range(8):
-                put(practice(), range(row, row + 1))
+                if room[row] >= 40:
+                    put(practice(), range(row, row + 1))
         frames = np.zeros((self.c.protocol.frames, *self._shape(speaker.frame_grid)), np.float32)
         for i, picture in enumerate(pictures):
             frames[i] = speaker.frame_patches(picture)
