@@ -212,9 +212,6 @@ class WarmstartSection:
     rows: int = 2  # packed rows per scene
     practice: int = 0  # further rows, of dialogues about lists that are given: reading, without seeing
     reading: float = 0.0  # first share of the run, in which all rows are such practice
-    review: int = 0  # last steps, which no other share counts: whole dialogues are practised, first lists seldom
-    review_alone: float = 0.0  # first share of the review, in which all rows are practice again
-    review_rate: float = 0.005  # the learning rate begins there anew
     row_tokens: int = 224
     keyframes: int = 2  # distinct high-resolution frames per scene
     learning_rate: float = 0.01  # of Muon with consistent RMS: updates of 0.2 times this
@@ -352,7 +349,7 @@ WHOLE = {
     "rollout": {"prompts": 1, "refills": 0, "cache_buckets": 1, "observation_buckets": 1, "decode_tokens": 1}
     | {"least_prompts": 1},
     "update": {"warmup": 0, "minibatches": 1, "micro_prompts": 0, "token_buckets": 1, "row_buckets": 1},
-    "warmstart": {"scenes": 1, "rows": 1, "practice": 0, "review": 0, "row_tokens": 1, "keyframes": 1, "warmup": 0},
+    "warmstart": {"scenes": 1, "rows": 1, "practice": 0, "row_tokens": 1, "keyframes": 1, "warmup": 0},
     "sidecar": {"threads": 1},
     "simulator": {"max_in_flight": 1},
     "expert": {"max_in_flight": 1},
@@ -362,7 +359,7 @@ WHOLE = {
 POSITIVE = {
     "reward": ("box_l1", "point_l2"),
     "update": ("learning_rate", "clip_norm", "clip_high"),
-    "warmstart": ("learning_rate", "review_rate"),
+    "warmstart": ("learning_rate",),
     "sidecar": ("timeout",),
     "simulator": ("timeout",),
     "expert": ("timeout",),
@@ -606,11 +603,9 @@ def check_config(c: Config) -> Config:
     need(0 <= c.warmstart.reading <= 1, "warmstart.reading", c.warmstart.reading, "a share of the run, from 0 to 1")
     shares = c.warmstart.conversations + c.warmstart.mask_types
     need(shares <= 1, "warmstart.mask_types", c.warmstart.mask_types, "with conversations it must stay within 1")
-    for name in ("conversations", "mask_types", "skill", "guided", "dialogues_start", "dialogues", "decay",
-                 "review_alone"):  # fmt: skip
+    for name in ("conversations", "mask_types", "skill", "guided", "dialogues_start", "dialogues", "decay"):
         given = getattr(c.warmstart, name)
         need(0 <= given <= 1, f"warmstart.{name}", given, "use a share, from 0 to 1")
-    need(c.warmstart.review < c.steps, "warmstart.review", c.warmstart.review, f"use less than steps={c.steps}")
     given = c.warmstart.patch_words
     need(math.isfinite(given) and given >= 0, "warmstart.patch_words", given, "use a weight from 0 up")
     for key, given in (
@@ -4176,6 +4171,9 @@ def build_warmstart_tokenizer() -> Any:
     return weights.build_word_tokenizer(warmstart_words(), literals, frames=64, coordinate_step=COORDINATE_STEP)
 
 
+FIRST = 0.6  # share of practice dialogues that end with their first list
+
+
 class SceneTeacher:
     """Turns synthetic scenes into packed demonstrations on one visual prefix per scene.
 
@@ -4196,10 +4194,8 @@ class SceneTeacher:
 
     def scene(self, index: int) -> tuple[Transcript, list[list[Transcript]], np.ndarray, np.ndarray, np.ndarray]:
         """Prompt, rows of segments, patches of the shown frames and of the key frames, words of each image token."""
-        w, speaker, steps = self.w, self.speaker, self.c.steps - self.w.review
+        w, speaker, steps = self.w, self.speaker, self.c.steps
         rng = np.random.default_rng([self.c.seed, 7, index])
-        reviewed = index - w.scenes * steps  # scenes of the review before this one
-        review = reviewed >= 0
         kind = rng.choice(
             ["talk", "mask", "plain"], p=[w.conversations, w.mask_types, 1 - w.conversations - w.mask_types]
         )
@@ -4275,11 +4271,10 @@ class SceneTeacher:
             """A dialogue of a good asker about objects that are not in the picture.
 
             The first list is given but for what does not fit in it, and so is what is asked: only reading is taught
-            here, habits of asking are not. Most end with that list, until the review: what does not fit is the harder
-            to learn. Where one is left, it is named after the key frame as an answer does, which is read from the list
-            as well.
+            here, habits of asking are not. Many end with that list: what does not fit is the harder to learn. Where one
+            is left, it is named after the key frame as an answer does, which is read from the list as well.
             """
-            first = bool(rng.random() < (0.2 if review else 0.6))
+            first = bool(rng.random() < FIRST)
             others = synthetic.imagine(scene, rng, near=first)
             demo = synthetic.demonstrate(others, shown, rng, skill=1.0, curious=True)
             row = Transcript(prefix.position)
@@ -4394,7 +4389,7 @@ class SceneTeacher:
                 rows[best].append(segment)
                 room[best] -= len(segment)
 
-        reading = index < w.reading * w.scenes * steps or 0 <= reviewed < w.review_alone * w.review * w.scenes
+        reading = index < w.reading * w.scenes * steps
         for make in () if reading else queue:
             if max(room[: w.rows]) >= 40 and (segment := make()) is not None:
                 put(segment, range(w.rows))
@@ -5188,7 +5183,7 @@ def warmstart_sigma(config: Config, step: int) -> float:
     """Coordinate targets sharpen over the first four fifths of the run."""
     w = config.warmstart
     return w.coordinate_sigma_end + (w.coordinate_sigma - w.coordinate_sigma_end) * max(
-        0.0, 1 - step / (0.8 * (config.steps - w.review))
+        0.0, 1 - step / (0.8 * config.steps)
     )
 
 
@@ -5294,17 +5289,15 @@ def train_warmstart(config: Config, run: Run) -> None:
         run.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)) or state
     )
     step = make_warmstart_step(policy, config, teacher)
-    clock, begun, until = Clock(), int(state.step), config.steps - config.warmstart.review
-    again = dataclasses.replace(config.warmstart, learning_rate=config.warmstart.review_rate)
+    clock, begun = Clock(), int(state.step)
     quiet = None if run.writes else True
     bar = tqdm(total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True, disable=quiet)
     with contextlib.closing(ahead(teacher.batch, begun, config.steps)) as batches:
         for number, (batch, words) in enumerate(clocked(batches, clock, "data"), start=begun + 1):
             with clock("update"):
-                patch_weight = config.warmstart.patch_words * max(0.0, 1 - 2 * (number - 1) / until)
+                patch_weight = config.warmstart.patch_words * max(0.0, 1 - 2 * (number - 1) / config.steps)
                 spread = coordinate_spread(tokenizer, policy_config.vocab_size, warmstart_sigma(config, number - 1))
-                part = (config.warmstart, number, until) if number <= until else (again, number - until, again.review)
-                rate = learning_rate(*part)
+                rate = learning_rate(config.warmstart, number, config.steps)
                 state, stats = step(state, *shard_batch(mesh, (batch, words)), spread, rate, patch_weight)
                 stats = {k: float(v) for k, v in stats.items()}
             run.log({"step": number, **stats, "learning_rate": rate, "seconds": clock.take()})

@@ -114,7 +114,7 @@ def check_rows(one: dict, two: dict) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_supervised_training_on_a_mesh_is_that_of_one_device(tmp_path, processes):
     """Two steps: the first tells of the loss, the second of the gradient."""
-    own = ["steps=2", "warmstart.review=0", "checkpoint.every=1", "warmstart.scenes=4", "warmstart.practice=1"]
+    own = ["steps=2", "checkpoint.every=1", "warmstart.scenes=4", "warmstart.practice=1"]
     command = [sys.executable, "-m", "icseg_jax.train", "experiments/embedded_warmstart.yaml", *own]
     subprocess.run([*command, f"run_dir={tmp_path}/one"], env=environment(1), cwd=ROOT, check=True, timeout=900)
     mesh = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", f"mesh.distributed={str(processes > 1).lower()}"]

@@ -511,7 +511,7 @@ def test_the_warm_start_learns_from_random_weights(place):
     shape["text_config"] |= {"num_attention_heads": 2, "rope_scaling": {"mrope_section": [4, 2, 2]}}
     shape["vision_config"] |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "num_heads": 2}
     (place / "shape.json").write_text(json.dumps(shape))
-    small = ["steps=8", "warmstart.review=2", "warmstart.scenes=4", "warmstart.warmup=1"]
+    small = ["steps=8", "warmstart.scenes=4", "warmstart.warmup=1"]
     small += ["warmstart.learning_rate=0.01", f"policy.shape={place}/shape.json", f"run_dir={place}/sft"]
     done = call("experiments/embedded_warmstart.yaml", *small)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -609,7 +609,6 @@ def test_practice_gives_the_first_list_and_trains_what_follows():
 
 def test_the_first_share_of_a_warm_start_is_practice_alone():
     own = ["policy.path=asset:embedded_base", "steps=10", "warmstart.scenes=2", "warmstart.reading=0.2"]
-    own += ["warmstart.review=0"]
     config = train.load_config("experiments/embedded_warmstart.yaml", own)
     source = train.resolve_path(config.policy.path)
     tokenizer = train.weights.Tokenizer(source)
@@ -623,31 +622,6 @@ def test_the_first_share_of_a_warm_start_is_practice_alone():
     practised = [all(re.search(r"<thinking>\n\d+( [a-z]+){5}$", given(s)) for s in row) for row in seen]
     assert all(practised[: 4 * config.warmstart.rows]) and not any(practised[4 * config.warmstart.rows :])
     assert all(seen[: 4 * config.warmstart.rows])
-
-
-def test_a_review_follows_the_run_and_practises_whole_dialogues():
-    """What comes before it is the run without it; then the rate begins anew, practice alone and whole dialogues."""
-    own = ["policy.path=asset:embedded_base", "warmstart.scenes=2"]
-    plain, longer = (
-        train.load_config("experiments/embedded_warmstart.yaml", [*own, *more])
-        for more in (["steps=10", "warmstart.review=0"],
-                     ["steps=16", "warmstart.review=6", "warmstart.review_alone=0.5"])
-    )  # fmt: skip
-    source = train.resolve_path(plain.policy.path)
-    tokenizer = train.weights.Tokenizer(source)
-    policy_config = train.PolicyConfig.from_json(json.loads((source / "config.json").read_text()))
-    teachers = [train.SceneTeacher(c, train.Speaker(c.protocol, policy_config, tokenizer)) for c in (plain, longer)]
-    for step in (0, 9):
-        one, other = (teacher.batch(step)[0].rows.tokens for teacher in teachers)
-        np.testing.assert_array_equal(one, other)
-        assert train.warmstart_sigma(plain, step) == train.warmstart_sigma(longer, step)
-    rows = [teachers[1].scene(index)[1] for index in range(20, 32)]
-    given = [re.search(r"<thinking>\n\d+( [a-z]+){5}$", tokenizer.decode(s.tokens[: s.trained.index(True)]))
-             for row in rows for s in row[0]]  # fmt: skip
-    assert all(given[: sum(len(row[0]) for row in rows[:6])]) and not all(given)
-    asked = [tokenizer.decode(s.tokens).count("<information>") for row in rows for s in row[-1]]
-    assert np.mean([n > 0 for n in asked]) > 0.3 and max(asked) > 1
-    assert all(len(s) <= longer.warmstart.row_tokens for row in rows for r in row for s in r)
 
 
 def test_random_parameters_start_with_keys_like_queries_and_words_apart():
