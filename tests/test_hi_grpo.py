@@ -482,11 +482,10 @@ def test_all_levels_together(seed, turn_credit, failures, mean_one, weigh):
 
 # Below 1e-30 a product may leave float32's normal numbers, which XLA takes for 0.
 finite = st.floats(-50, 50, width=32, allow_subnormal=False).map(lambda x: x if abs(x) > 1e-30 else 0.0)
-rows = st.integers(1, 5)
 kinds = st.sampled_from(train.TURN_KINDS)
 
 
-@given(st.data(), rows, st.integers(1, 9))
+@given(st.data(), st.sampled_from([1, 2, 5]), st.sampled_from([1, 4, 9]))  # few shapes: each is compiled
 def test_signs_survive_the_step_level(data, n, length):
     draw = lambda: np.array(data.draw(st.lists(finite, min_size=n * length, max_size=n * length))).reshape(n, length)  # noqa: E731
     advantages, teacher, student = draw(), draw(), draw()
@@ -512,20 +511,24 @@ def test_process_reward_stays_in_range(data, questions, kind):
     assert ((gains >= 0) & (gains <= 1)).all()
 
 
+@jax.jit
+def loss_and_slope(logp, old, advantages, mask):
+    loss = lambda x: train.policy_loss(x, old, advantages, mask, clip_low=0.2, clip_high=0.28)[0]  # noqa: E731
+    return jax.value_and_grad(loss)(logp)
+
+
 @given(st.data())
 def test_masked_tokens_touch_nothing(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
     logp, old, advantages = -rng.random((2, 3, 6)), -rng.random((2, 3, 6)), rng.normal(size=(2, 3, 6))
     mask = rng.random((2, 3, 6)) < 0.6
-    loss = lambda x, o, a: train.policy_loss(x, o, a, mask, clip_low=0.2, clip_high=0.28)[0]  # noqa: E731
-    value, slope = jax.value_and_grad(loss)(logp, old, advantages)
+    value, slope = loss_and_slope(logp, old, advantages, mask)
     poison = np.where(mask, 0.0, data.draw(st.sampled_from([np.nan, np.inf, -1e30, 3.0])))
-    value2, slope2 = jax.value_and_grad(loss)(logp + poison, old + poison, advantages + poison)
+    value2, slope2 = loss_and_slope(logp + poison, old + poison, advantages + poison, mask)
     assert float(value) == float(value2)
     assert np.array_equal(np.asarray(slope), np.asarray(slope2))
     assert (np.asarray(slope)[~mask] == 0).all()
-    empty, _ = train.policy_loss(logp, old, advantages, np.zeros_like(mask), clip_low=0.2, clip_high=0.2)
-    assert float(empty) == 0
+    assert float(loss_and_slope(logp, old, advantages, np.zeros_like(mask))[0]) == 0
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -1e30])

@@ -508,7 +508,7 @@ def test_a_frozen_tower_sees_once_and_does_not_decay(world, scored, whole_update
         changes = (f"policy.freeze_vision={frozen}", "update.weight_decay=0.1")
         optimiser = train.make_optimiser(train.load_config(CONFIG, [*SMALL, *changes]))
         none = jax.tree.map(jnp.zeros_like, world.params)
-        change, _ = optimiser.update(none, optimiser.init(world.params), world.params)
+        change, _ = jax.jit(optimiser.update)(none, optimiser.init(world.params), world.params)
         moved = {name: any(bool(x.any()) for x in jax.tree.leaves(part)) for name, part in change.items()}
         assert moved == {name: not (frozen and name == "vision") for name in moved} and len(moved) > 2
 
