@@ -239,6 +239,7 @@ def _opened(source: Path | bytes) -> Iterator[Image.Image]:
 
 
 def first_line(error: BaseException) -> str:
+    """What a user is told of an error: its first line, at most 500 characters; of a file's error, the file and why."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     text = str(error).strip() or type(error).__name__

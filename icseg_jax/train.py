@@ -1085,10 +1085,10 @@ def fused_attend(q: Array, parts: Sequence[tuple[Array, Array, Array]], kind: st
         queries, total = up(t, 2), up(before + t, 2)  # its backward pass knows even lengths only
         causal = jnp.arange(total) <= before + jnp.arange(queries)[:, None]
         mask = (fill(valid, 2, total)[:, :, None] & causal).reshape(p * n, 1, queries, total)
-        flat = lambda x, axis, to: fill(x, axis, to).reshape(p * n, *x.shape[2:axis], to, *x.shape[axis + 1 :])  # noqa: E731
-        k, v = (flat(x, 3, total).swapaxes(1, 2) for x in (k, v))  # tokens before heads
+        flat = lambda x: x.reshape(p * n, *x.shape[2:])  # noqa: E731
+        k, v = (flat(fill(x, 3, total)).swapaxes(1, 2) for x in (k, v))  # tokens before heads
         by = "xla" if interpret else "cudnn"
-        out = jax.nn.dot_product_attention(flat(q, 2, queries), k, v, mask=mask, implementation=by)
+        out = jax.nn.dot_product_attention(flat(fill(q, 2, queries)), k, v, mask=mask, implementation=by)
         return out[:, :t].reshape(q.shape)
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
