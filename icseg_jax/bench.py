@@ -646,8 +646,8 @@ class FixedDialogue:
             with clock("extend"):
                 lanes = s.append(lanes, fresh, length, capacity)
                 rows = train.shard_batch(self.mesh, self.observation(turn, position))
-                fresh, count, logits = s.extend(params, lanes, rows)
-                lanes = done(s.append(lanes, fresh, count, capacity).replace(logits=logits))
+                fresh, count, hidden = s.extend(params, lanes, rows)
+                lanes = done(s.append(lanes, fresh, count, capacity).replace(hidden=hidden))
             position += g["observation_tokens"]
         return clock.take()
 

@@ -2444,7 +2444,7 @@ class Lanes(struct.PyTreeNode):
     visual: Visual
     past: Keys  # [L,P,N,K,C,h]: the rollout's own tokens so far
     past_length: Array  # [P,N]
-    logits: Array  # [P,N,V]: of the next token
+    hidden: Array  # [P,N,D]: what the next token is read from
 
 
 class Penalty(struct.PyTreeNode):
@@ -2527,13 +2527,12 @@ class Sampler:
 
     def layout(self, prompts: int, rollouts: int) -> list[NamedSharding]:
         """Where each part of the lanes lies, in the order of their leaves: prompts over data, rollouts over fsdp, heads
-        and words over tensor."""
+        over tensor."""
         config, mesh = self.policy.config, self.mesh
         p, n, _ = row_axes(mesh, prompts, rollouts)
         heads = "tensor" if divides(mesh, "tensor", config.num_key_value_heads) else None
-        words = "tensor" if divides(mesh, "tensor", config.vocab_size) else None
         prompt, past = (None, p, heads), (None, p, n, heads)
-        axes = [prompt, prompt, (p,), (p,), (None, p), past, past, (p, n), (p, n, words)]
+        axes = [prompt, prompt, (p,), (p,), (None, p), past, past, (p, n), (p, n)]
         return [placement(mesh, x) for x in axes]
 
     def _hold(self, found: Any, places: Sequence[NamedSharding]) -> Any:
@@ -2575,15 +2574,14 @@ class Sampler:
             params, prompts.tokens, prompts.positions, own_mask(prompts), visual=visual, slots=prompts.slots
         )
         there = prompts.segment[:, 0] > 0
-        last = jnp.take_along_axis(hidden[:, 0], there.sum(-1)[:, None, None] - 1, 1)[:, 0]
-        logits = self.policy.apply({"params": params}, last, method=Policy.head)
-        logits = jnp.broadcast_to(logits[:, None], (count, rollouts, logits.shape[-1]))
+        last = jnp.take_along_axis(hidden[:, 0], there.sum(-1)[:, None, None] - 1, 1)
+        last = jnp.broadcast_to(last, (count, rollouts, last.shape[-1]))
         keys = jax.tree.map(lambda x: x[:, :, 0], keys)
         capacity = min(c.rollout.cache_buckets)
         past = jax.tree.map(
             lambda x: jnp.zeros((x.shape[0], count, rollouts, x.shape[2], capacity, x.shape[-1]), x.dtype), keys
         )
-        lanes = Lanes(keys, there, visual, past, jnp.zeros((count, rollouts), jnp.int32), logits)
+        lanes = Lanes(keys, there, visual, past, jnp.zeros((count, rollouts), jnp.int32), last)
         return self._hold(lanes, self.layout(count, rollouts))
 
     def _context(self, lanes: Lanes):
@@ -2605,9 +2603,7 @@ class Sampler:
         )
         count = (rows.segment > 0).sum(-1)
         last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[..., None, None], 2)[:, :, 0]
-        logits = self.policy.apply({"params": params}, last, method=Policy.head)
-        *_, k, v, rows, words = self.layout(*count.shape)
-        return self._hold((fresh, count, logits), [k, v, rows, words])
+        return self._hold((fresh, count, last), self.layout(*count.shape)[-4:])
 
     def _resize(self, past: Keys, length: int):
         """A cache of `length` slots; what is beyond them belongs to rows that ended."""
@@ -2642,7 +2638,7 @@ class Sampler:
             Visual(first(lanes.visual.tokens), second(lanes.visual.deepstack)),
             jax.tree.map(second, lanes.past),
             first(lanes.past_length),
-            first(lanes.logits),
+            first(lanes.hidden),
         )
         return self._hold(chosen, self.layout(*chosen.past_length.shape))
 
@@ -2659,7 +2655,7 @@ class Sampler:
         are out; state [P,N]: of the stop automaton; keys [P,N,2]; temperature [P,N], 0 takes the likeliest; penalty:
         None where no row has one; logp is that of the plain logits, whatever the temperature and the penalty. Returns
         tokens and logp [P,N,R], length and state [P,N], finished [P,N] (a stop string or the end of the turn was said),
-        all of them whole on every device, then the fresh Keys and the logits [P,N,V] of the next token.
+        all of them whole on every device, then the fresh Keys and the hidden state [P,N,D] of the next token.
         """
         p, n = budget.shape
         most = min(self.c.protocol.action_tokens, self.c.rollout.decode_tokens)
@@ -2667,27 +2663,33 @@ class Sampler:
         recent = jax.tree.map(lambda x: jnp.zeros((*x.shape[:4], most, x.shape[5]), x.dtype), lanes.past)
         one = jnp.ones((p, n, 1, 1), bool)
         row, lane = jnp.arange(p)[:, None, None], jnp.arange(n)[:, None]
-        policy, together, layers = self.policy, lambda: (params, context), self.policy.config.num_hidden_layers
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        if on_cpu and layers <= UNROLLED:  # there a layer's part is a copy: one of all now, not one for each token
-            policy = policy.clone(unroll=layers)
-            stacked = (params["layers"], context)
-            apart = [jax.tree.map(operator.itemgetter(i), stacked) for i in range(layers)]
+        layers = self.policy.config.num_hidden_layers
+        # On a CPU a layer's part is a copy: one of all now, not one for each token.
+        unrolled = self.mesh.devices.flat[0].platform == "cpu" and layers <= UNROLLED
+        policy = self.policy.clone(unroll=layers) if unrolled else self.policy
 
-            def together():
-                joined, context = jax.tree.map(lambda *x: jnp.stack(x), *apart)
-                return {**params, "layers": joined}, context
+        def apart(stacked):
+            return [jax.tree.map(operator.itemgetter(i), stacked) for i in range(layers)] if unrolled else [stacked]
 
+        def together(parts):
+            return jax.tree.map(lambda *x: jnp.stack(x), *parts) if unrolled else parts[0]
+
+        read, recent = apart((params["layers"], context)), apart(recent)
         # Logits stay words first, as their product comes: turned around they would be copied for each token.
-        words = "tensor" if divides(self.mesh, "tensor", lanes.logits.shape[-1]) else None
+        vocabulary = self.policy.config.vocab_size
+        words = "tensor" if divides(self.mesh, "tensor", vocabulary) else None
         words_first = lambda x: laid(x, self.mesh, words, *row_axes(self.mesh, p, n)[:2])  # noqa: E731
-        first = words_first(jnp.moveaxis(lanes.logits, -1, 0))
         said = None  # which words were heard in the row, and which this generation spoke: two of [V,P,N]
         if penalty is not None:
             ours = jnp.arange(penalty.heard.shape[-1]) >= penalty.since[..., None]  # of this generation
-            spoken = jnp.where(ours, penalty.heard, first.shape[0])
-            unheard = words_first(jnp.zeros(first.shape, bool))
+            spoken = jnp.where(ours, penalty.heard, vocabulary)
+            unheard = words_first(jnp.zeros((vocabulary, p, n), bool))
             said = [unheard.at[x, row, lane].set(True, mode="drop") for x in (penalty.heard, spoken)]
+
+        # One number for each token that may be said, all at once: in the loop the generator's many small steps add up.
+        uniform = jax.vmap(jax.vmap(lambda key, i: jax.random.uniform(jax.random.fold_in(key, i))))
+        places = lanes.past_length + jnp.arange(most)[:, None, None]
+        chances = jax.vmap(uniform, (None, 0))(jax.random.wrap_key_data(keys), places)  # [R,P,N]
 
         def less(logits, said):
             if penalty is None:
@@ -2701,12 +2703,10 @@ class Sampler:
             return live.any() & (at < most)
 
         def body(carry):
-            at, logits, live, state, tokens, logp, length, finished, recent, said = carry
+            at, hidden, live, state, tokens, logp, length, finished, recent, said = carry
+            logits = words_first(self.policy.apply({"params": params}, hidden, method=Policy.next_words))
             scores = less(logits, said)
-            chance = jax.vmap(jax.vmap(lambda k, i: jax.random.uniform(jax.random.fold_in(k, i))))(
-                jax.random.wrap_key_data(keys), lanes.past_length + at
-            )
-            token = draw(jnp.where(self.allowed[:, None, None], scores, MASKED), temperature, chance)
+            token = draw(jnp.where(self.allowed[:, None, None], scores, MASKED), temperature, chances[at])
             likely = jnp.take_along_axis(logits, token[None], 0)[0] - jax.nn.logsumexp(logits, 0)
             token = jnp.where(live, token, self.speaker.tokenizer.end_of_text)
             said = jax.tree.map(lambda x: x.at[token, row[..., 0], lane[:, 0]].set(True), said)
@@ -2718,27 +2718,27 @@ class Sampler:
             finished = finished | (live & stopped)
             live = live & ~stopped & (length < budget)
             place = jnp.broadcast_to((position + at)[..., None, None], (p, n, 1, 3))
-            params, context = together()
+            kernels, context = together(read)
             hidden, fresh = policy.apply(
-                {"params": params}, token[..., None], place, one, method=Policy.run,
-                context=(*context, recent), context_masks=(*masks, (jnp.arange(most) < at)[None, None, None, :]),
+                {"params": {**params, "layers": kernels}}, token[..., None], place, one, method=Policy.run,
+                context=(*context, together(recent)),
+                context_masks=(*masks, (jnp.arange(most) < at)[None, None, None, :]),
             )  # fmt: skip
-            recent = jax.tree.map(
-                lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, at, 4), recent, fresh
-            )
-            logits = words_first(self.policy.apply({"params": params}, hidden[:, :, 0], method=Policy.next_words))
-            return at + 1, logits, live, state, tokens, logp, length, finished, recent, said
+            hidden, fresh = jax.lax.optimization_barrier((hidden, fresh))  # so that recent is written after it was read
+            lay = lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, at, buffer.ndim - 2)  # noqa: E731
+            recent = jax.tree.map(lay, recent, apart(fresh))
+            return at + 1, hidden[:, :, 0], live, state, tokens, logp, length, finished, recent, said
 
         blank = jnp.zeros((p, n), jnp.int32)
         start = (
-            jnp.int32(0), first, budget > 0, state, jnp.zeros((p, n, most), jnp.int32),
+            jnp.int32(0), lanes.hidden, budget > 0, state, jnp.zeros((p, n, most), jnp.int32),
             jnp.zeros((p, n, most), jnp.float32), blank, jnp.zeros((p, n), bool), recent, said,
         )  # fmt: skip
-        _, logits, _, state, *whole, recent, _ = jax.lax.while_loop(go_on, body, start)
+        _, hidden, _, state, *whole, recent, _ = jax.lax.while_loop(go_on, body, start)
         tokens, logp, length, finished = (laid(x, self.mesh) for x in whole)
-        *_, k, v, _, places = self.layout(p, n)
-        recent, logits = self._hold((recent, jnp.moveaxis(logits, 0, -1)), [k, v, places])
-        return tokens, logp, length, laid(state, self.mesh), finished, recent, logits
+        *_, k, v, _, rows = self.layout(p, n)
+        recent, hidden = self._hold((together(recent), hidden), [k, v, rows])
+        return tokens, logp, length, laid(state, self.mesh), finished, recent, hidden
 
     # Host side
 
@@ -2873,8 +2873,8 @@ class Sampler:
                 buckets = [*c.rollout.observation_buckets, speaker.longest_observation]
                 width = bucket(max(len(x) for row in chunks for x in row), buckets)
                 rows = stack_rows([[[x] for x in row] for row in chunks], width, speaker.tokenizer.end_of_text)
-                fresh, count, logits = self.extend(params, lanes, shard_batch(self.mesh, rows))
-                lanes = jax.block_until_ready(self.append(lanes, fresh, count, size).replace(logits=logits))
+                fresh, count, hidden = self.extend(params, lanes, shard_batch(self.mesh, rows))
+                lanes = jax.block_until_ready(self.append(lanes, fresh, count, size).replace(hidden=hidden))
         return out
 
     def penalty(self, before: Sequence[Sequence[list[int]]], repetition: Array, presence: Array) -> Penalty:
@@ -2898,7 +2898,7 @@ class Sampler:
         said, state, finished = np.zeros((p, n), np.int32), np.zeros((p, n), np.int32), np.zeros((p, n), bool)
         while True:
             left = np.where(finished, 0, budget - said)
-            tokens, logp, length, state, ended, fresh, logits = self.decode(
+            tokens, logp, length, state, ended, fresh, hidden = self.decode(
                 params, lanes, position + said, left, state, keys, temperature, penalty
             )
             tokens, logp, length, state, ended = jax.device_get((tokens, logp, length, state, ended))
@@ -2913,7 +2913,7 @@ class Sampler:
             if not ((length == left) | finished).all():
                 said += length
                 size = bucket(int((held + said).max()), self.c.rollout.cache_buckets)
-                lanes = self.append(lanes, fresh, length, size).replace(logits=logits)
+                lanes = self.append(lanes, fresh, length, size).replace(hidden=hidden)
             else:
                 return lanes, fresh, length, words, finished
 

@@ -40,6 +40,14 @@ class World:
         self.speaker = train.Speaker(self.config.protocol, policy_config, self.tokenizer)
         self.sampler = train.Sampler(self.config, self.policy, self.speaker, self.mesh)
         self.expert = simulator.OracleExpert()
+        self.made = {}
+
+    def programs(self, config, state=None):
+        """logprob and update of a config, made and traced once for all tests that run them."""
+        key = (repr(config), state is None)
+        if key not in self.made:
+            self.made[key] = train.make_programs(self.policy, config, state)
+        return self.made[key]
 
     def prompts(self, indices):
         shown = data.sample_frames(12, self.config.protocol.frames)
@@ -291,7 +299,7 @@ def test_positions_are_those_of_the_whole_sequence(world, played):
 
 def test_sampler_and_trainer_agree(world, played):
     """The sampler's log-probabilities, through prefill, decode and extend, are the whole forward's."""
-    logprob, _ = train.make_programs(world.policy, world.config)
+    logprob, _ = world.programs(world.config)
     batch, _ = train.pack(played, world.config, world.speaker)
     logp = np.asarray(logprob(world.params, batch))
     mask = batch.rows.trained
@@ -313,8 +321,8 @@ def test_a_dialogue_does_not_depend_on_its_company(world, played):
 
 
 def test_leaving_ended_rows_behind_changes_nothing(world, played):
-    whole = train.load_config(CONFIG, [*SMALL, "rollout.least_prompts=64"])
-    sampler = train.Sampler(whole, world.policy, world.speaker, world.mesh)
+    sampler = copy.copy(world.sampler)
+    sampler.c = train.load_config(CONFIG, [*SMALL, "rollout.least_prompts=64"])
     assert told(world.play(range(PROMPTS), sampler=sampler)) == told(played)
 
 
@@ -350,8 +358,10 @@ def test_penalties_of_greedy_decoding(world):
 def test_layers_in_a_loop_say_what_layers_apart_do(world, played, monkeypatch):
     """An accelerator's form of decoding, and any deeper policy's; a small one's on CPU is played elsewhere here."""
     monkeypatch.setattr(train, "UNROLLED", 0)
-    sampler = train.Sampler(world.config, world.policy, world.speaker, world.mesh)
+    sampler = copy.copy(world.sampler)
+    sampler.decode = train.Program("decode", sampler._decode)
     assert told(world.play(range(PROMPTS), sampler=sampler)) == told(played)
+    assert sampler.decode.known
 
 
 def test_fewer_turns_at_test(world):
@@ -402,7 +412,7 @@ def slope_of(world, config, batch, credit):
     """Loss, the gradient as Adam first sees it (its first moment), and the stats of one update."""
     state = train.fresh_state(jax.tree.map(jnp.copy, world.params), config, teacher=False)
     lies = jax.tree.map(lambda x: x.sharding, state)
-    _, update = train.make_programs(world.policy, config, state)
+    _, update = world.programs(config, state)
     state, stats = update(state, batch, credit, None, 0.0)
     assert jax.tree.map(lambda x: x.sharding, state) == lies  # or the next update would be compiled again
     adam = next(s for s in jax.tree.leaves(state.optimiser, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu"))
@@ -449,7 +459,7 @@ def test_rollouts_that_share_a_row_are_read_as_if_alone(world, played):
     length = world.config.protocol.response_tokens
     short = [row for row in played if len(train.fit_into_rows([len(d.row) for d in row], length)) <= 2]
     batch, _ = train.pack(short, world.config, world.speaker)
-    logprob, _ = train.make_programs(world.policy, world.config)
+    logprob, _ = world.programs(world.config)
     alone = np.asarray(logprob(world.params, batch))
     shared, source = train.share_rows(batch, [2])
     assert shared.rows.tokens.shape[1] < ROLLOUTS
@@ -536,7 +546,7 @@ def test_the_teacher_sees_guidance_and_the_same_tokens(world, played):
     contexts = [[told_to if j else "" for j in range(ROLLOUTS)] for _ in range(PROMPTS)]
     plain, _ = train.pack(played, world.config, world.speaker)
     guided, starts = train.pack(played, world.config, world.speaker, contexts=contexts)
-    logprob, _ = train.make_programs(world.policy, world.config)
+    logprob, _ = world.programs(world.config)
     base, told_ = (np.asarray(logprob(world.params, b)) for b in (plain, guided))
     for i, j in itertools.product(range(PROMPTS), range(ROLLOUTS)):
         d = played[i][j]
@@ -760,7 +770,7 @@ class Once(train.Trainer):
         self.config = train.load_config(CONFIG, [*SMALL, *changes])
         self.clock, self.speaker, self.mesh = train.Clock(), world.speaker, world.mesh
         self.collect = lambda number: (dialogues, scores, guidance, {})
-        self.logprob, _ = train.make_programs(world.policy, self.config)
+        self.logprob, _ = world.programs(self.config)
         self.sampler, self.cast = world.sampler, lambda params: params
         self.state = train.fresh_state(jax.tree.map(jnp.copy, world.params), self.config, teacher=True)
         self.handed = []
