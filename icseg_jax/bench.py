@@ -787,6 +787,7 @@ def update(arguments: Sequence[str]) -> dict[str, Any]:
     batch = train.Batch(rows(1, g["prompt_tokens"], 0), rows(n, t, g["prompt_tokens"]), None, None)
     advantages = rng.standard_normal((p, n, 1), np.float32) * np.ones((1, 1, t), np.float32)
     found: dict[bool, dict[str, Any]] = {}
+    old = None
     for shared in (True, False):
         section = train.UpdateSection(
             loss="vanilla", learning_rate=1e-6, clip_high=0.2, clip_norm=1e9, share_prefix=shared
@@ -795,7 +796,7 @@ def update(arguments: Sequence[str]) -> dict[str, Any]:
         policy = train.Policy(policy_config, config.policy.remat)
         logprob, step = train.make_programs(policy, config)
         state = train.fresh_state(jax.tree.map(jax.numpy.asarray, params), config, teacher=False)
-        old = np.asarray(logprob(state.params, batch))
+        old = np.asarray(logprob(state.params, batch)) if old is None else old
         credit = train.Credit(advantages, old, batch.rows.trained)
         step = step.jitted.lower(state, batch, credit, None, np.float32(0)).compile()  # once: it tells its memory too
         memory = step.memory_analysis()

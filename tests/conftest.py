@@ -5,6 +5,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import hypothesis
@@ -12,9 +13,14 @@ import pytest
 from jaxtyping import _import_hook, install_import_hook
 
 # Before anything imports jax; the commands that tests start inherit it. Tests compile more than they compute: LLVM
-# optimises less, and what one test (or command) has compiled the next one of this worker reads.
+# optimises nothing, XLA's older emitters of loops compile in half the time of the new ones (other versions may not know
+# that flag, and XLA ends a process over what it does not know), and what one test (or command) has compiled the next
+# one of this worker reads.
+quick = "--xla_backend_optimization_level=0"
+if version("jaxlib") == "0.10.2":
+    quick += " --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = programs = tempfile.mkdtemp(prefix="icseg_jax_programs_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"  # as every command says itself
 atexit.register(shutil.rmtree, programs, ignore_errors=True)
