@@ -2664,7 +2664,8 @@ class Sampler:
         one = jnp.ones((p, n, 1, 1), bool)
         row, lane = jnp.arange(p)[:, None, None], jnp.arange(n)[:, None]
         layers = self.policy.config.num_hidden_layers
-        # On a CPU a layer's part is a copy: one of all now, not one for each token.
+        # On a CPU a layer's part of a stack is a copy. So stacks are taken apart here, not for each token; in the loop
+        # the policy gets them as stacks again, and XLA sees through those.
         unrolled = self.mesh.devices.flat[0].platform == "cpu" and layers <= UNROLLED
         policy = self.policy.clone(unroll=layers) if unrolled else self.policy
 

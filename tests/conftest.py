@@ -26,7 +26,6 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"  # as every com
 atexit.register(shutil.rmtree, programs, ignore_errors=True)
 
 
-
 class OutermostFunctions(_import_hook.JaxtypingTransformer):
     """Functions inside functions are left alone: they would be wrapped anew whenever the outer one runs, which took
     a good part of the suite's time."""
