@@ -130,6 +130,22 @@ def play(world, out, *more):
                           "evaluate.samples=4", "sidecar.threads=1", *more])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_kept():
+    """Every evaluation here makes a player of its own; those of one config share the programs of the first."""
+    make, kept = train.Sampler, {}
+
+    def sampler(config, policy, speaker, mesh, **more):
+        key = repr((config, policy.config, speaker.config, mesh, more))
+        if key not in kept:
+            kept[key] = make(config, policy, speaker, mesh, **more)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Sampler", sampler)
+        yield
+
+
 @pytest.fixture(scope="module")
 def scored(world, tmp_path_factory):
     """Four samples with all baselines, by the shipped base and its real segmenter."""
