@@ -807,6 +807,7 @@ def play_benchmark(config: train.Config, given: Mapping[str, str]) -> int:
             print(f"{lost} dialogues got no answer from a model; the same command plays them again", file=sys.stderr)
         if process == 0 and "submission" in given:
             submit(given["submission"], source, out / "masks")
+        train.leave_together()
     finally:
         log.close()
     return lost
@@ -1081,4 +1082,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    train.leave(main)

@@ -62,10 +62,11 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -664,9 +665,10 @@ def check_config(c: Config) -> Config:
         list(c.rollout.cache_buckets),
         f"the largest must hold protocol.response_tokens={c.protocol.response_tokens}",
     )
-    # Each process asks about its own rows, and a policy on all their devices answers only when all of them ask.
-    alone = c.simulator.kind != "local" or not c.mesh.distributed
-    need(alone, "simulator.kind", "local", "with mesh.distributed=true use endpoint or oracle")
+    # Each process asks about its own rows: a policy on all their devices answers only when all of them ask, and most of
+    # them have no terminal.
+    alone = c.simulator.kind not in ("local", "person") or not c.mesh.distributed
+    need(alone, "simulator.kind", c.simulator.kind, "with mesh.distributed=true use endpoint or oracle")
     need(c.mesh.preset in PRESETS, "mesh.preset", c.mesh.preset, f"use one of {', '.join(PRESETS)}")
     for axis in AXES:
         size = getattr(c.mesh, axis)
@@ -1628,6 +1630,7 @@ def join_processes() -> None:
             f"mesh.distributed=true: the processes did not find each other ({data.first_line(error)}); on a machine of "
             "your own set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from None
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX took it, to tell whoever asks; ours come with the run
 
 
 def exchange(mine: Mapping[Any, Any], mesh: Mesh | None = None) -> dict[Any, Any]:
@@ -1658,6 +1661,12 @@ def agreed(mine: bool) -> bool:
     return any(exchange({jax.process_index(): bool(mine)}).values())
 
 
+def leave_together() -> None:
+    """Holds all processes until the first has written everything: five minutes after one has left, JAX ends it."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the end")
+
+
 def all_see(look: Callable[[], bool]) -> bool:
     """Whether all processes find what they look for. A network file system may take a moment."""
     end, seen = time.monotonic() + 10, look()
@@ -1668,13 +1677,11 @@ def all_see(look: Callable[[], bool]) -> bool:
 
 
 def row_owners(mesh: Mesh, prompts: int, rollouts: int) -> np.ndarray:
-    """Index of the process that speaks for each row [P,N]: to users, experts and segmenters. The lowest of those that
-    hold it, since tensor parallelism may spread a row over several."""
-    where = placement(mesh, row_axes(mesh, prompts, rollouts)).devices_indices_map((prompts, rollouts))
-    out = np.full((prompts, rollouts), np.iinfo(np.int32).max, np.int32)
-    for device, index in where.items():
-        out[index] = np.minimum(out[index], device.process_index)
-    return out
+    """Index of the process that speaks for each row [P,N]: to users, experts and segmenters. A prompt has one, wherever
+    its rollouts lie: what a group asks twice is asked once and has one answer."""
+    processes = sorted({device.process_index for device in mesh.devices.flat})
+    owner = np.take(processes, np.arange(prompts) % len(processes))
+    return np.broadcast_to(owner[:, None], (prompts, rollouts))
 
 
 def fills(mesh: Mesh, prompts: int, rollouts: int) -> bool:
@@ -4770,11 +4777,11 @@ class Run:
             context = ocp.Context()
             context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
             with context:
-                keep = self.config.checkpoint.keep
+                keep, copied = self.config.checkpoint.keep, self.config.checkpoint.bucket
                 self._checkpointer = ocp.training.Checkpointer(
                     folder,
                     # One more where they are copied: else the only one goes while it is under way.
-                    preservation_policy=ocp.training.preservation_policies.LatestN(max(keep, 2 if self._bucket else 1)),
+                    preservation_policy=ocp.training.preservation_policies.LatestN(max(keep, 2 if copied else 1)),
                     cleanup_tmp_directories=True,  # of a killed run
                 )
             self._same_latest()
@@ -4853,11 +4860,10 @@ class Run:
             raise ConfigError(f"{problem or 'a checkpoint was not written by another process'}; {works}")
 
     def leave_together(self) -> None:
-        """Holds all processes until the first has written everything: five minutes after one has left, JAX ends it."""
+        """As the function of this name; the bucket has its copy by then."""
         if self._bucket is not None:
             self._bucket.wait()
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("the end")
+        leave_together()
 
     def keep_rows(self, step: int) -> None:
         """Drops the rows of metrics.jsonl after a step."""
@@ -5404,9 +5410,15 @@ class Trainer:
         run.write("policy.json", json.dumps(config_json(policy_config), indent=1))
 
     def models(self) -> dict[str, dict]:
-        """The models that answered and diagnosed, for the summary: a result depends on them (METHOD.md 8, Q7, Q8)."""
+        """The models that answered and diagnosed, for the summary: a result depends on them (METHOD.md 8, Q7, Q8). How
+        their questions went is counted over all processes, which call this together."""
         told = {"simulator": self.user, "expert": self.expert}
-        return {name: who.about() for name, who in told.items() if isinstance(who, MODELS)}
+        asked = {name: who for name, who in told.items() if isinstance(who, MODELS)}
+        everywhere = exchange({jax.process_index(): {name: who.host.counts for name, who in asked.items()}}).values()
+        return {
+            name: who.about() | {key: sum(counts[name][key] for counts in everywhere) for key in who.host.counts}
+            for name, who in asked.items()
+        }
 
     def prompt(self, sample: data.Sample, anchor: int | None = None) -> Prompt:
         shown = data.sample_frames(len(sample.frames), self.config.protocol.frames, anchor=anchor)
@@ -5899,7 +5911,7 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
         if step + 1 in traced and not tracing:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # every Python call, otherwise
-            jax.profiler.start_trace(run.path / "profile", profiler_options=options)
+            jax.profiler.start_trace(run.own_file("profile"), profiler_options=options)
             tracing = True
         row = None
         try:
@@ -6071,11 +6083,22 @@ Trains IC-Seg as the config says. The same command on an unfinished run resumes 
 Keys and their meaning: section 1 of icseg_jax/train.py."""
 
 
-if __name__ == "__main__":
-    code = main()
+def leave(command: Callable[[], int]) -> NoReturn:
+    """Runs a command and ends this process with the code that it returns, or 1 after what it raises. Of several
+    processes one that failed ends at once: JAX would wait for the others, which wait for this one in a program."""
+    try:
+        code = command()
+    except BaseException:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        code = 1
     if code and jax.distributed.is_initialized():
-        # JAX would wait for the other processes, which wait for this one in a program.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    leave(main)

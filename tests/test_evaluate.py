@@ -112,6 +112,7 @@ def test_free_answers_are_compared_by_what_they_name(attribute, said, exact, sam
     ([CONFIG, "benchmark=mevis", "submission=x.zip", "evaluate.samples=3"], "leave evaluate.samples out"),
     ([CONFIG, "benchmark=mevis", "simulator.kind=local", "simulator.path=x", "mesh.distributed=true"],
      "with mesh.distributed=true use endpoint or oracle"),
+    ([CONFIG, "benchmark=mevis", "simulator.kind=person", "mesh.distributed=true"], "simulator.kind=person: with mesh"),
     ([CONFIG, "check=oracle"], "compares models"),
     (["check=oracle"], "no such config|can not be read|: "),
     ([CONFIG, "check=oracle", "expert.kind=endpoint"], "expert.model"),
@@ -203,6 +204,7 @@ def test_shares_of_processes_and_a_cut_line_make_the_same_rows(world, scored, tm
     (out / "rows.0.jsonl").write_text(f"{lines[0]}\n{lines[2][:99]}")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(evaluate.train, "agreed", lambda mine: mine)
+    monkeypatch.setattr(evaluate.train, "leave_together", lambda: None)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(evaluate.train, "row_owners", lambda mesh, p, n: np.full((p, n), jax.process_index()))
     assert play(world, out) == 0

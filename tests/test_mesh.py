@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def train_command(folder: Path, name: str, *more: str) -> list[str]:
     return [sys.executable, "-m", "icseg_jax.train", "experiments/embedded.yaml", *SMALL, *own, *more]
 
 
-def together(commands: list[list[str]], folder: Path) -> None:
+def start(commands: list[list[str]], folder: Path) -> list[subprocess.Popen]:
     """Processes that share eight devices, which find each other on this machine when there are several."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -69,19 +70,48 @@ def together(commands: list[list[str]], folder: Path) -> None:
         where = environment(8 // len(commands)) | own
         with open(folder / f"log{index}", "w") as log:
             all_of_them.append(subprocess.Popen(command, env=where, cwd=ROOT, stdout=log, stderr=log))
+    return all_of_them
+
+
+def end(*processes: subprocess.Popen) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def together(commands: list[list[str]], folder: Path) -> None:
+    """Such processes to their end, which is a good one."""
+    all_of_them = start(commands, folder)
+    latest, codes = time.monotonic() + 1800, [None]
     try:
-        codes = [process.wait(timeout=1200) for process in all_of_them]
+        while None in codes and not any(codes) and time.monotonic() < latest:
+            time.sleep(1)
+            codes = [process.poll() for process in all_of_them]
+        if any(codes):
+            time.sleep(10)  # the others learn of it
+            codes = [process.poll() for process in all_of_them]
     finally:
-        for process in all_of_them:
-            process.kill()
-    assert not any(codes), "\n".join((folder / f"log{i}").read_text()[-2000:] for i in range(len(commands)))
+        end(*all_of_them)
+    logs = "\n".join((folder / f"log{i}").read_text()[-2000:] for i in range(len(commands)))
+    assert codes == [0] * len(commands), f"{codes}\n{logs}"
+
+
+def test_one_of_several_that_fails_is_gone_at_once(tmp_path):
+    """JAX would wait five minutes for the other one, which may wait for it."""
+    program = "import time; from icseg_jax import train; train.join_processes(); train.leave(lambda: {})"
+    commands = [[sys.executable, "-c", program.format(does)] for does in ("time.sleep(600)", "1 / 0")]
+    waits, fails = start(commands, tmp_path)
+    try:
+        assert fails.wait(timeout=100) == 1 and "ZeroDivisionError" in (tmp_path / "log1").read_text()
+    finally:
+        end(waits, fails)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [["mesh.data=2", "mesh.fsdp=4"], ["mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2"]])
 def test_two_processes_are_one_of_eight_devices(tmp_path, sizes):
     """SAM2's rewards included, each process with a sidecar of its own; the second layout splits each group."""
-    subprocess.run(train_command(tmp_path, "one", *sizes), env=environment(8), cwd=ROOT, check=True, timeout=900)
+    subprocess.run(train_command(tmp_path, "one", *sizes), env=environment(8), cwd=ROOT, check=True, timeout=1800)
     together([train_command(tmp_path, "two", *sizes, "mesh.distributed=true")] * 2, tmp_path)
     one, two = (rows_of(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) == 2
@@ -91,7 +121,7 @@ def test_two_processes_are_one_of_eight_devices(tmp_path, sizes):
     # One process goes on from what two have written.
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "2")
     (tmp_path / "two" / "summary.json").unlink()
-    subprocess.run(train_command(tmp_path, "two", *sizes), env=environment(8), cwd=ROOT, check=True, timeout=900)
+    subprocess.run(train_command(tmp_path, "two", *sizes), env=environment(8), cwd=ROOT, check=True, timeout=1800)
     again = rows_of(tmp_path / "two")
     assert again[0] == two[0] and len(again) == 2
     check_rows(one[1], again[1])
@@ -116,7 +146,7 @@ def test_supervised_training_on_a_mesh_is_that_of_one_device(tmp_path, processes
     """Two steps: the first tells of the loss, the second of the gradient."""
     own = ["steps=2", "checkpoint.every=1", "warmstart.scenes=4", "warmstart.practice=1"]
     command = [sys.executable, "-m", "icseg_jax.train", "experiments/embedded_warmstart.yaml", *own]
-    subprocess.run([*command, f"run_dir={tmp_path}/one"], env=environment(1), cwd=ROOT, check=True, timeout=900)
+    subprocess.run([*command, f"run_dir={tmp_path}/one"], env=environment(1), cwd=ROOT, check=True, timeout=1800)
     mesh = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", f"mesh.distributed={str(processes > 1).lower()}"]
     together([[*command, *mesh, f"run_dir={tmp_path}/two"]] * processes, tmp_path)
     rows = [rows_of(tmp_path / name) for name in ("one", "two")]
@@ -137,7 +167,7 @@ def test_two_processes_evaluate_as_one(tmp_path):
     data.prepare("r2sm", tmp_path / "raw", tmp_path / "r2sm", progress=False)
     command = [sys.executable, "-m", "icseg_jax.evaluate", "experiments/embedded.yaml", "benchmark=r2sm"]
     command += ["checkpoint=asset:embedded_base", f"source={tmp_path}/r2sm", "baselines=false"]
-    subprocess.run([*command, f"out={tmp_path}/one"], env=environment(4), cwd=ROOT, check=True, timeout=900)
+    subprocess.run([*command, f"out={tmp_path}/one"], env=environment(4), cwd=ROOT, check=True, timeout=1800)
     together([[*command, f"out={tmp_path}/two", "mesh.distributed=true"]] * 2, tmp_path)
     lines = [sorted((tmp_path / name / "rows.jsonl").read_text().splitlines()) for name in ("one", "two")]
     assert lines[0] == lines[1] and len(lines[0]) == len(data.load_prepared(tmp_path / "r2sm", "test"))
