@@ -32,7 +32,8 @@ TINY = [
 ]
 
 
-EVERY = ["checkpoint.every=1", "evaluate.every=2", "evaluate.clips=2", "evaluate.draws=2", "profile.steps=2..2"]
+EVERY = ["checkpoint.every=1", "evaluate.every=2", "evaluate.samples=4", "evaluate.clips=2", "evaluate.draws=2"]
+EVERY += ["profile.steps=2..2"]
 
 
 def command(*arguments, module="train"):
