@@ -50,12 +50,14 @@ demo: export XLA_FLAGS := $(XLA_FLAGS) --xla_force_host_platform_device_count=2
 demo: setup
 	$(BIN)/python -m icseg_jax.train experiments/embedded.yaml
 
-LONGEST := train rollout sam2_sidecar mesh evaluate
+LONGEST := $(patsubst %,tests/test_%.py,train rollout sam2_sidecar mesh evaluate)
 test: setup
 	$(BIN)/ruff check .
-	@# A file stays together, since its tests share what they made; the longest ones come first. Three workers for two
-	@# cores: a test that waits for a process of its own leaves a core alone.
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(LONGEST:%=tests/test_%.py) tests
+	@# A file stays together, since its tests share what they made; the longest ones come first (pytest drops a file that
+	@# a folder beside it holds, so no folder). Three workers for two cores: a test that waits for a process of its own
+	@# leaves a core alone.
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder \
+	  $(LONGEST) $(filter-out $(LONGEST),$(sort $(wildcard tests/test_*.py)))
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
