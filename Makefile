@@ -51,13 +51,13 @@ demo: setup
 	$(BIN)/python -m icseg_jax.train experiments/embedded.yaml
 
 LONGEST := $(patsubst %,tests/test_%.py,train rollout sam2_sidecar mesh evaluate)
+TESTS := $(LONGEST) $(filter-out $(LONGEST),$(sort $(wildcard tests/test_*.py)))
 test: setup
 	$(BIN)/ruff check .
 	@# A file stays together, since its tests share what they made; the longest ones come first (pytest drops a file that
 	@# a folder beside it holds, so no folder). Three workers for two cores: a test that waits for a process of its own
 	@# leaves a core alone.
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder \
-	  $(LONGEST) $(filter-out $(LONGEST),$(sort $(wildcard tests/test_*.py)))
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
