@@ -217,7 +217,7 @@ def advantages(config: train.Config) -> dict[str, Any]:
     source = train.resolve_path(c.policy.path)
     policy_config, params = train.load_policy(source, dtype="float32")
     policy, questions = train.Policy(policy_config, c.policy.remat), c.protocol.max_turns
-    batch = random_batch(c, train.Speaker(c.protocol, policy_config, weights.Tokenizer(source)))
+    batch = random_batch(c, train.Speaker(c.protocol, policy_config, train.load_tokenizer(source, policy_config)))
     batch = encoded(c, policy, params, batch)
     p, n, t = batch.rows.tokens.shape
     logp = -np.random.default_rng(0).random((2, p, n, t), np.float32)
@@ -363,7 +363,7 @@ class Stage:
         source = train.resolve_path(config.policy.path)
         policy_config, self.params = train.load_policy(source, self.mesh, dtype="float32")
         self.policy = train.Policy(policy_config, config.policy.remat, self.mesh, config.policy.attention)
-        self.speaker = train.Speaker(config.protocol, policy_config, weights.Tokenizer(source))
+        self.speaker = train.Speaker(config.protocol, policy_config, train.load_tokenizer(source, policy_config))
         self.sampler = train.Sampler(config, self.policy, self.speaker, self.mesh)
         _, self.user, self.expert = train.meet(config, self.mesh)
         self.train, self.test = train.open_data(config)
@@ -428,7 +428,7 @@ def frozen(config: train.Config, repeats: int = 5) -> dict[str, Any]:
     source, mesh = train.resolve_path(c.policy.path), train.make_mesh(c.mesh)
     policy_config, params = train.load_policy(source, mesh, dtype="float32")
     policy = train.Policy(policy_config, c.policy.remat, mesh, c.policy.attention)
-    plain = random_batch(c, train.Speaker(c.protocol, policy_config, weights.Tokenizer(source)))
+    plain = random_batch(c, train.Speaker(c.protocol, policy_config, train.load_tokenizer(source, policy_config)))
     state = train.fresh_state(params, c, teacher=False)
     logprob, update = train.make_programs(policy, c, state)
     noise = np.random.default_rng(0).standard_normal(plain.rows.logp.shape, np.float32)
@@ -507,7 +507,7 @@ def teacher_forced(config: train.Config) -> tuple[Callable, train.SceneTeacher, 
     """(batch -> logits of its rows, the demonstrations, the tokenizer) of the policy in the config."""
     source = train.resolve_path(config.policy.path)
     policy_config, params = train.load_policy(source, dtype="float32")
-    tokenizer, policy = weights.Tokenizer(source), train.Policy(policy_config, False)
+    tokenizer, policy = train.load_tokenizer(source, policy_config), train.Policy(policy_config, False)
     scenes = train.SceneTeacher(config, train.Speaker(config.protocol, policy_config, tokenizer))
 
     @jax.jit
