@@ -197,8 +197,8 @@ def imagine(scene: Scene, rng: np.random.Generator, *, near: bool = False) -> Sc
 
     near: more of those than objects that fit. All attributes are missed by alike: what is rare is not looked at.
     """
-    worst = math.inf
-    while math.isinf(worst):  # alike in everything
+    worst, objects = math.inf, []
+    while math.isinf(worst) or any(held_out(o.color, o.shape, scene.split) for o in objects):  # alike in everything
         n, others = (int(rng.integers(1, 4)), int(rng.integers(2, 7))) if near else (
             int(rng.integers(1, 7)), int(rng.integers(3)))
         values = {a: rng.permutation(len(VALUES[a]))[: int(rng.integers(1, 4))] for a in ASKABLE}
@@ -246,11 +246,16 @@ def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
+def held_out(color: str, shape: str, split: str) -> bool:
+    """Whether this split must not know such an object, neither from pictures nor from words."""
+    return split != "test" and (color, shape) in HELD_OUT
+
+
 def _possible(row: Row, split: str) -> bool:
     """Whether the world can hold such an object: movers need room ahead, and a split its pairs."""
     if (row["motion"], row["column"]) in (("leftward", "left"), ("rightward", "right")):
         return False
-    return split == "test" or (row["color"], row["shape"]) not in HELD_OUT
+    return not held_out(row["color"], row["shape"], split)
 
 
 def _draw_row(rng: np.random.Generator, split: str, fixed: Row | None = None) -> Row:

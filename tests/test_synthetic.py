@@ -382,6 +382,7 @@ def test_imagined_objects_fit_their_query_and_can_be_told_apart(train):
         assert len(others) in (range(2, 7) if near else range(3))
         misses = {sum(o.value(a) != v for a, v in about.mentioned.items()) for o in others}
         assert misses <= {1, 2}
+        assert not {(o.color, o.shape) for o in about.objects} & set(HELD_OUT)  # nor may words teach them
         demonstration = synthetic.demonstrate(about, SHOWN, rng, skill=1.0)
         assert demonstration.turns[-1].oid == about.target
         assert set(words(" ".join(turn.thinking for turn in demonstration.turns))) <= known
