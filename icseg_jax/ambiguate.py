@@ -305,11 +305,11 @@ def ambiguate(name: str, source: str | Path, out: str | Path, *, test: str | Non
     masks, pictures with the target's red contour and descriptions (METHOD.md 6) are written for every target,
     descriptions of all candidates for every query. Bad records are left out; `strict` stops at the first. `describer`
     tells what the expressions leave open; who it was is then written to ambiguate.json, and when it does not answer
-    all stops: what it said is known in the next call. Returns
-    {split: {"videos", "levels": {level: queries}, "refused": [(id, reason)]}}.
+    all stops: what it said is known in the next call. Of an object about which its server takes no question, it tells
+    nothing. Returns {split: {"videos", "levels": {level: queries}, "refused": [(id, reason)]}}.
 
-    Raises DataError for an unknown name or split, for an `out` that holds something, when no query can be made, and
-    when the describer does not answer.
+    Raises DataError for an unknown name or split, for an `out` that holds something, when no query can be made, when
+    the describer does not answer or takes no question at all, and for a full disk and the like.
     """
     if name not in SOURCES:
         raise DataError(f"{name!r} does not say which expressions mean the same object{data._closest(name, SOURCES)}; "
@@ -322,11 +322,15 @@ def ambiguate(name: str, source: str | Path, out: str | Path, *, test: str | Non
     with data.whole_folder(Path(out), "ambiguate") as building:
         made = {ours: _write_split(name, source, theirs, building, ours, strict, describer, progress)
                 for ours, theirs in taken.items()}
+        told = {} if describer is None else describer.about()
+        if told and told["asked"] == told["failed"] > 0:  # refused: silence ends all before
+            raise DataError(f"{told['model']!r} on {told['url']} refuses all {told['asked']} questions, of up to "
+                            f"{describer.FRAMES} pictures each; let its server take as many, or use another model")
         if not any(about["levels"] for about in made.values()):
             raise DataError(f"no video of {name} in {source} has labels and two objects that its expressions call the "
                             "same")
         if describer is not None:
-            (building / "ambiguate.json").write_text(json.dumps({"source": name, "model": describer.about()}, indent=1))
+            (building / "ambiguate.json").write_text(json.dumps({"source": name, "model": told}, indent=1))
     return made
 
 
@@ -351,6 +355,10 @@ def _write_split(name: str, source: str | Path, theirs: str, root: Path, split: 
         except NoAnswer as error:  # leaving videos out for that would be a benchmark of chance
             raise DataError(f"video {video} of {theirs} of {source}: {error}") from None
         except (ValueError, OSError) as error:
+            # What opens a file says in a DataError what the system said.
+            if data.of_machine(error):
+                raise DataError(f"video {video} of {theirs} of {source}: {data.first_line(error)}; no fault of the "
+                                "video: mend it and run this again") from None
             for kind in ("JPEGImages", "Annotations", "Visualization", "description_oid"):
                 shutil.rmtree(root / f"RVOS_{split.capitalize()}" / kind / video, ignore_errors=True)
             if strict:

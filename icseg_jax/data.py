@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import functools
 import hashlib
 import io
@@ -34,19 +35,27 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from tqdm import tqdm
 
 SPLITS = ("train", "test")
 MASK_TYPES = ("modal", "amodal")
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")  # not all that Pillow has: EPS starts Ghostscript
 MAX_PIXELS = 64 * 2**20  # of one frame; a header that claims more is an attack or an accident
 EXIF_ORIENTATION = 0x0112
+# What goes wrong with this machine and not with a record: it is mended, and the same command goes on.
+MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EROFS}
 
 
 class DataError(ValueError):
     """Something outside is not as it must be: one line that says what, where, and what would work."""
+
+
+def of_machine(error: BaseException) -> bool:
+    """Whether this machine is at fault, and no record: one of MACHINE, or what was said in its stead."""
+    return bool({getattr(e, "errno", None) for e in (error, error.__context__)} & MACHINE)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -114,11 +123,13 @@ def frame_id(stem: str) -> int:
     """The integer after the last underscore of a file stem: 00012 and clip_00012 are both 12 (METHOD.md 1.1).
 
     Not `int(stem)`: Python reads "1_2" as 12. A word may stand before the number, as in TAO's frame0391, which
-    ReVOS took over; upstream fails on those. Raises DataError when no number stands there.
+    ReVOS took over; upstream fails on those. Raises DataError when no number stands there, or one of more digits
+    than a key frame may have in an answer.
     """
-    found = re.fullmatch(r"(?:[A-Za-z]+-?)?([0-9]{1,18})", stem.rsplit("_", 1)[-1])
+    found = re.fullmatch(r"(?:[A-Za-z]+-?)?0{0,18}([0-9]{1,9})", stem.rsplit("_", 1)[-1])
     if not found:
-        raise DataError(f"frame name {stem!r} does not end in a number; names like 00012 or clip_00012 work")
+        raise DataError(f"frame name {stem!r} does not end in a number of at most 9 digits; rename the frames to their "
+                        "numbers: names like 00012 or clip_00012 work")
     return int(found[1])
 
 
@@ -226,7 +237,7 @@ def _opened(source: Path | bytes) -> Iterator[Image.Image]:
     """The image of a file or of bytes; whatever goes wrong while it is open is a DataError that names it."""
     name = "image bytes" if isinstance(source, bytes) else str(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{name} claims {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
             yield image
@@ -234,6 +245,8 @@ def _opened(source: Path | bytes) -> Iterator[Image.Image]:
         raise
     except FileNotFoundError:
         raise DataError(f"{name} is missing") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{name} cannot be read as an image; {', '.join(IMAGE_FORMATS)} can") from None
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise DataError(f"{name} cannot be read as an image ({first_line(error)})") from None
 
@@ -305,6 +318,8 @@ def _opened_records(records: Iterable[Record], first: int = 0, step: int = 1) ->
                 raise DataError("its id belongs to an earlier record")
             sample: Sample | str = make()
         except (ValueError, OSError) as error:
+            if of_machine(error):
+                raise
             id, sample = _one_line(id), _one_line(str(error))[:500]
         yield id, sample
 
@@ -381,7 +396,8 @@ def _ambi_sample(dataset: str, row: dict, id: str, folder: Path, split: str, dec
 
     oid = None if ability == "none" else _oid(row["oid"])
     privileged: dict[str, Any] = {}
-    meta = {"video": video} | {k: row[k] for k in ("object", "aid") if row.get(k) is not None}
+    aid = _whole(row.get("aid"))
+    meta = {"video": video} | {k: v for k, v in (("object", row.get("object")), ("aid", aid)) if v is not None}
     if oid is None:  # nothing in the video matches the query
         masks = amodal_masks = _no_masks(size)
     else:
@@ -399,8 +415,8 @@ def _ambi_sample(dataset: str, row: dict, id: str, folder: Path, split: str, dec
             raise DataError(f"it asks for complete masks, but AmodalAnnotations/{video}/{oid} is missing")
         privileged["target_path"] = _inside(folder, "description_oid", video, f"{object_number(oid)}.json")
         privileged["visual_paths"] = [_inside(folder, "Visualization", video, oid, f"{s}.jpg") for s in stems]
-    if row.get("aid") is not None:
-        privileged["all_target_path"] = _inside(folder, "description_id", f"{row['aid']}.json")
+    if aid is not None:
+        privileged["all_target_path"] = _inside(folder, "description_id", f"{aid}.json")
     graph = _inside(folder, "scene_graph", f"{video}.json")
     if graph.is_file():
         privileged["scene_graph"] = _json_object(graph)
@@ -535,8 +551,14 @@ def _text(row: dict, key: str) -> str:
     return row[key]
 
 
+def _whole(value: Any) -> Any:
+    """5 for 5.0: pandas writes integer columns with gaps as floats."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _oid(value: Any) -> str:
     """The number or name of an object, as the name of its folder."""
+    value = _whole(value)
     if isinstance(value, bool) or not isinstance(value, int | str) or str(value) == "":
         raise DataError(f"its oid is {value!r}, not the number or name of an object")
     return str(value)
@@ -548,9 +570,7 @@ def object_number(oid: str) -> str:
 
 
 def _count(row: dict, key: str) -> int:
-    value = -1 if row.get(key) is None else row[key]
-    if isinstance(value, float) and value.is_integer():  # pandas writes integer columns with gaps as floats
-        value = int(value)
+    value = -1 if row.get(key) is None else _whole(row[key])
     if isinstance(value, bool) or not isinstance(value, int) or value < -1:
         raise DataError(f"its {key} is {value!r}, not a count")
     return value
@@ -577,7 +597,7 @@ def _json_object(path: Path) -> dict:
 RECORD_VERSION = "1.0.0"  # raise it when the features or their meaning change
 IGNORED = 255  # in a record's masks: pixels that no metric counts
 SHARD_BYTES = 128 * 2**20  # of one file, and so what a prepare that was killed has to do again
-PROGRESS = "progress.json"  # of a prepare that is under way: which tables, and what is written of each split
+PROGRESS = "progress.json"  # of a prepare that is under way: which tables, where, and what is written of each split
 MARKER = "prepared.json"  # written last: what we made, from what, and the size of every file
 
 
@@ -676,8 +696,9 @@ def prepare(name: str, source: str | Path, out: str | Path, *, progress: bool = 
 
     Every frame and mask is decoded once; bad records are left out and reported, with `strict` the first one stops
     it. What has been prepared from the same tables is reused, a prepare of them that was killed goes on where it
-    stopped, what is damaged is made again; nothing appears under `out` before all of it is there. `keys`: see
-    `readers.read`. Returns {"reused": bool, "splits": {split: {"examples": int, "refused": [[id, reason], ...]}}, ...}.
+    stopped; what is damaged, or lacks refused records, which may be mended since, is made again. Nothing appears under
+    `out` before all of it is there. `keys`: see `readers.read`. Returns {"reused": bool, "splits": {split: {"examples":
+    int, "refused": [[id, reason], ...]}}, ...}.
 
     Raises DataError for an unknown name, a source that is no such dataset, no usable record, or an `out`
     that holds anything else.
@@ -687,55 +708,76 @@ def prepare(name: str, source: str | Path, out: str | Path, *, progress: bool = 
     known = readers.dataset(name)
     source, out = Path(source).absolute(), Path(out).absolute()
     splits = readers.splits_of(name, source)
-    fingerprint = _fingerprint(name, keys, source, [path for split in splits for path in known.tables(source, split)])
-    if out.exists():
-        made = None
-        with contextlib.suppress(DataError):
-            made = _check_prepared(out)
-        if made and made["fingerprint"] == fingerprint:
-            return made | {"reused": True}
-        if made:
-            raise DataError(f"{out} holds records of other tables or of another version, "
-                            f"from {made['source']}; remove it or give another out=")
-        _refuse_foreign(out)
+    root = source.resolve()
+    tables = [(split, table) for split in splits for table in known.tables(root, split)]
+    labels = [(split, folder) for split in splits for label in known.labels
+              if (folder := root / label.format(split=split)).is_dir()]
+    places = [f"{split}/{path.relative_to(root)}" for split, path in tables + labels]
+    fingerprint = _fingerprint(name, keys, root, [table for _, table in tables], places)
+    if made := _reusable(out, fingerprint):
+        return made | {"reused": True}
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = _begin(out, fingerprint)
+    partial = _begin(out, {"fingerprint": fingerprint, "source": str(root)}, strict)
     try:
         written = _write_records(name, source, splits, partial, progress, strict, keys)
-        folder = partial / name / RECORD_VERSION
-        made = {"name": name, "source": str(source), "keys": keys, "fingerprint": fingerprint, "splits": written,
-                "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())}}
-        (folder / MARKER).write_text(json.dumps(made, indent=1))
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(folder, out)
     except DataError:
         shutil.rmtree(partial, ignore_errors=True)
         raise  # after anything else (Ctrl-C, a full disk) the next prepare goes on with it
+    folder = partial / name / RECORD_VERSION
+    files = [path for path in sorted(folder.iterdir()) if path.name != MARKER]  # which one killed at its end has left
+    made = {"name": name, "source": str(source), "keys": keys, "fingerprint": fingerprint, "splits": written,
+            "files": {path.name: path.stat().st_size for path in files}}
+    (folder / MARKER).write_text(json.dumps(made, indent=1))
+    try:
+        there = _reusable(out, fingerprint)  # hours may have passed
+    except DataError as error:
+        raise DataError(f"{error}; once {out} is free, the same command goes on with what it has written") from None
+    if there is None:
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(folder, out)
     shutil.rmtree(partial, ignore_errors=True)
-    return made | {"reused": False}
+    return (there or made) | {"reused": there is not None}
 
 
-def _begin(out: Path, fingerprint: str) -> Path:
-    """A folder beside `out` to write into: what a killed prepare of the same tables left, or a new one. What killed
-    prepares of other tables left is removed."""
+def _reusable(out: Path, fingerprint: str) -> dict | None:
+    """What `prepare` need not do again: the marker of `out` when all of it is there and nothing was refused, which may
+    be mended since. None when it may be replaced, DataError when it holds anything else."""
+    if not out.exists():
+        return None
+    made = None
+    with contextlib.suppress(DataError):
+        made = _check_prepared(out)
+    if made and made["fingerprint"] != fingerprint:
+        raise DataError(f"{out} holds records of other tables or of another version, or lacks labels that have come "
+                        f"since; it was made from {made['source']}: remove it or give another out=")
+    if made and not any(split["refused"] for split in made["splits"].values()):
+        return made
+    _refuse_foreign(out)
+    return None
+
+
+def _begin(out: Path, begun: dict[str, str], strict: bool) -> Path:
+    """A folder beside `out` to write into: what a killed prepare of the same tables and source left, or a new one. What
+    other killed prepares left is removed, for `strict` also what refused a record."""
     mine = out.with_name(f".{out.name}.partial.{os.getpid()}")
     for path in sorted(out.parent.glob(f".{out.name}.partial.*")):
         pid = path.name.rsplit(".", 1)[-1]
         if not pid.isdigit() or (path != mine and Path(f"/proc/{pid}").exists()):
             continue
-        begun = None
+        state: dict = {}
         with contextlib.suppress(DataError):
-            begun = _json_object(path / PROGRESS).get("fingerprint")
-        if begun == fingerprint and path != mine and not mine.exists():
+            state = _json_object(path / PROGRESS)
+        same = begun.items() <= state.items() and not (strict and any(s["refused"] for s in state["splits"].values()))
+        if same and path != mine and not mine.exists():
             with contextlib.suppress(OSError):  # another prepare was quicker to take it
                 os.rename(path, mine)
-        elif begun != fingerprint or path != mine:
+        elif not same or path != mine:
             shutil.rmtree(path, ignore_errors=True)
     if not mine.exists():
         mine.mkdir()
-        _save(mine / PROGRESS, {"fingerprint": fingerprint, "splits": {}})
+        _save(mine / PROGRESS, begun | {"splits": {}})
     return mine
 
 
@@ -752,8 +794,10 @@ def _write_records(name: str, source: Path, splits: Sequence[str], partial: Path
     import tensorflow_datasets as tfds
 
     folder = partial / name / RECORD_VERSION
-    folder.mkdir(parents=True, exist_ok=True)
     state = _json_object(partial / PROGRESS)
+    if not folder.exists():  # nothing is written, or it was killed just after this folder had become `out`
+        state["splits"] = {}
+    folder.mkdir(parents=True, exist_ok=True)
     infos = []
     for split in splits:
         about = state["splits"].setdefault(split, {"taken": 0, "shards": [], "bytes": 0, "refused": [], "done": False})
@@ -821,10 +865,15 @@ def _records_job(name: str, source: str, split: str, keys: dict[str, str], first
 
     features = _features()
     for id, sample in _opened_records(readers.records(name, source, split, decode=True, **keys), first, step):
+        told, example = {"id": id}, b""
         if isinstance(sample, Sample):
-            yield {"id": id}, features.serialize_example(_to_record(sample))
-        else:
-            yield {"id": id, "reason": sample}, b""
+            try:
+                example = features.serialize_example(_to_record(sample))
+            except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # half a letter, a count above int32
+                sample = f"it cannot be written as a record ({error})"
+        if isinstance(sample, str):
+            told = {"id": _one_line(id), "reason": _one_line(sample)[:500]}
+        yield told, example
 
 
 def _videos_job(**about: Any) -> Iterator[Told]:
@@ -892,9 +941,11 @@ def _do_share(job: str, about: str) -> None:
         os._exit(1)
 
 
-def _fingerprint(name: str, keys: dict[str, str], source: Path, tables: Iterable[Path]) -> str:
-    about = " ".join([name, RECORD_VERSION, *(f"{key}={value}" for key, value in sorted(keys.items()))])
-    digest = hashlib.sha256(about.encode())
+def _fingerprint(name: str, keys: dict[str, str], source: Path, tables: Iterable[Path], places: Sequence[str] = ()
+                 ) -> str:
+    """A digest of a dataset's tables; `places` are their names, split by split, and those of folders of labels."""
+    about = " ".join([name, RECORD_VERSION, *(f"{key}={value}" for key, value in sorted(keys.items())), *places])
+    digest = hashlib.sha256(about.encode("utf-8", "surrogateescape"))  # names of files may be any bytes
     for table in tables:
         if not Path(os.path.realpath(table)).is_relative_to(source.resolve()):
             continue  # a link out of the folder, which the reader refuses

@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import pickle
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -131,8 +132,19 @@ def _check_numbers(values: Sequence[Any], size: tuple[int, int]) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
+class _Short(reprlib.Repr):
+    """A pickle may hold lists so deep, or so often within each other, that repr never ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxlong, self.maxother = 3, 60, 60, 60
+
+    def repr_int(self, value: int, level: int) -> str:
+        return super().repr_int(value, level) if _key(value) is not None else "a huge number"
+
+
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = _Short().repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -567,7 +579,7 @@ def _prist(root: Path, split: str, decode: bool) -> list[Record]:
 
     The query is the last human turn; `dialogue` is what came before it, meta["answer"] what is said with the mask.
     The mask is the union of all shapes whose label contains `focus`, in any case. Where upstream makes an empty
-    mask because no label does, the record is refused: PRIST has no empty targets. No file of masks (only the test
+    mask because no label does, the record is refused: PRIST has no empty targets. No folder of masks (only the test
     table is public): masks None.
     """
     entries = _table(root, _talk_tables(PRIST_TABLES, root, split)[0].name, kind=list)
@@ -582,20 +594,23 @@ def _prist(root: Path, split: str, decode: bool) -> list[Record]:
         places = [(i, m) for i, m in PRIST_FOLDERS if data._inside(root, i, name).is_file()]
         if not places:
             raise DataError(f"image {name} is in none of {', '.join(i for i, _ in PRIST_FOLDERS)}")
-        image, size = find(_folder(root, places[0][0]), name)
+        # Images of one name may be in several folders: the one that has a mask, or else may have one, is meant.
+        label = f"{Path(name).stem}.json"
+        place, folder = max(places, key=lambda p: (data._inside(root, p[1], label).is_file(), (root / p[1]).is_dir()))
+        image, size = find(_folder(root, place), name)
         return Sample(
             id=id, dataset="prist", split=split, kind="image", frames=[image], frame_names=[IMAGE_STEM], size=size,
             query=query, dialogue=_dialogue(before), target_ids=[focus],
-            masks=masks(places[0][1], Path(name).stem, focus, size),
+            masks=masks(folder, label, focus, size),
             meta={"image": name, "focus": focus, "answer": answer})
 
-    def masks(folder: str, stem: str, focus: str, size: tuple[int, int]) -> MaskAt | None:
-        path = data._inside(root, folder, f"{stem}.json")
+    def masks(folder: str, name: str, focus: str, size: tuple[int, int]) -> MaskAt | None:
+        path = data._inside(root, folder, name)
         if not path.is_file():
             if (root / folder).is_dir():
                 raise DataError(f"{path} is missing")
             return None
-        about = _table(root, folder, f"{stem}.json")
+        about = _table(root, folder, name)
         given = tuple(_get(about, key, int, "a number of pixels") for key in ("imageHeight", "imageWidth"))
         if given != size:
             raise DataError(f"{path} is for {given[0]}x{given[1]} pixels, its image has {size[0]}x{size[1]}")
@@ -704,25 +719,30 @@ def _refcoco(folder: str, by: str, root: Path, split: str, decode: bool) -> list
         return Sample(
             id=id, dataset=f"{folder.replace('+', 'plus')}_{by}", split=split, kind="image", frames=[path],
             frame_names=[IMAGE_STEM], size=size, query=text, target_ids=[str(ref["ann_id"])], masks=lambda p: mask(),
-            meta={"image": path.name, "ref_id": ref.get("ref_id"), "category": category, "same_category": same})
+            meta={"image": path.name, "ref_id": ref["ref_id"], "category": category, "same_category": same})
 
     records: list[Record] = []
     for number, ref in enumerate(refs):
         if ref.get("split") != split:
             continue
-        name, sentences = str(ref.get("ref_id", number)), ref.get("sentences")
+        ref_id, sentences = ref.get("ref_id"), ref.get("sentences")
+        if _key(ref_id) is None:
+            records.append((f"ref number {number}", _bad(f"its ref_id is {_short(ref_id)}, not a number or a name")))
+            continue
+        name = str(ref_id)
         if not isinstance(sentences, list) or not sentences:
             records.append((name, _bad(f"its sentences are {_short(sentences)}, not a list of them")))
             continue
         for i, sentence in enumerate(sentences):
-            id = f"{name}/{sentence.get('sent_id', i) if isinstance(sentence, dict) else i}"
+            sent_id = _key(sentence.get("sent_id")) if isinstance(sentence, dict) else None
+            id = f"{name}/{i if sent_id is None else sent_id}"
             records.append((id, functools.partial(make, ref, sentence, id)))
     return records
 
 
 def _key(id: Any) -> Any:
-    """What a dict can be asked for; an id that is no number or text finds nothing."""
-    return id if isinstance(id, int | str) else None
+    """What a dict can be asked for; an id that is no number or text, or a number too long to print, finds nothing."""
+    return id if isinstance(id, str) or isinstance(id, int) and id.bit_length() < 64 else None
 
 
 def _by_id(table: dict, key: str) -> dict[Any, dict]:
@@ -866,6 +886,7 @@ class Dataset:
     records: Callable[..., Iterable[Record]]  # (resolved folder, split, decode, **keys)
     needs: str  # what its folder must hold, for the line that says it does not
     keys: tuple[str, ...] = ()  # names of annotation fields that a user may have to give
+    labels: tuple[str, ...] = ()  # folders of labels that may come later; {split} stands for the split's name
 
 
 def _files(*names: str) -> Callable[[Path, str], list[Path]]:
@@ -905,7 +926,8 @@ DATASETS: dict[str, Dataset] = {
                              functools.partial(_ref_davis17, "a"), f"meta_expressions/valid/{META}"),
     "ref_davis17_b": Dataset(("train", "valid"), _files("meta_expressions/{split}/" + META, "{split}/mask_dict.json"),
                              functools.partial(_ref_davis17, "b"), f"meta_expressions/valid/{META}"),
-    "long_rvos": Dataset(("train", "valid", "test"), _files("{split}/" + META), _long_rvos, f"test/{META}"),
+    "long_rvos": Dataset(("train", "valid", "test"), _files("{split}/" + META), _long_rvos, f"test/{META}",
+                         labels=("{split}/Annotations",)),
     "reason_seg": Dataset(("train", "val", "test"), _reason_seg_tables, _reason_seg, "val/*.json"),
     "reason_vos": Dataset(("valid",), _files(META), _reason_vos, META),
     "refcoco_unc": _refcoco_set("refcoco", "unc", _UNC),
@@ -913,7 +935,8 @@ DATASETS: dict[str, Dataset] = {
     "refcocoplus_unc": _refcoco_set("refcoco+", "unc", _UNC),
     "refcocog_google": _refcoco_set("refcocog", "google", ("train", "val")),
     "refcocog_umd": _refcoco_set("refcocog", "umd", ("train", "val", "test")),
-    "prist": Dataset(("train", "val", "test"), functools.partial(_talk_tables, PRIST_TABLES), _prist, "test.json"),
+    "prist": Dataset(("train", "val", "test"), functools.partial(_talk_tables, PRIST_TABLES), _prist, "test.json",
+                     labels=tuple(masks for _, masks in PRIST_FOLDERS)),
     "llava": Dataset(("train", "val", "test"), functools.partial(_talk_tables, LLAVA_TABLES), _llava,
                      "llava_instruct_150k.json"),
     "r2sm": Dataset(("train", "val", "test"), _files("{split}_queries.json"), _r2sm, "test_queries.json"),

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -485,7 +485,11 @@ class _Failed(Exception):
 
 
 class _Refused(Exception):
-    """The server understood and says no: another try would get the same."""
+    """The server understood and says no: another try would get the same. question: it may answer other questions."""
+
+    def __init__(self, reason: str, question: bool = False):
+        super().__init__(reason)
+        self.question = question
 
 
 @dataclass(frozen=True)
@@ -555,8 +559,11 @@ class Endpoint:
     def _client(self) -> Any:
         import openai  # takes a second, and only endpoints need it
 
+        # A hook and no transport of our own, which would know no proxy.
+        http = openai.DefaultAsyncHttpxClient(timeout=self.timeout, event_hooks={"response": [_bound]})
         # Servers of one's own take any key. Trying again is our business: theirs knows no deadline.
-        return openai.AsyncOpenAI(base_url=self.url, api_key=self._key or "none", max_retries=0, timeout=self.timeout)
+        return openai.AsyncOpenAI(base_url=self.url, api_key=self._key or "none", max_retries=0, timeout=self.timeout,
+                                  http_client=http)
 
     def _plain(self, text: str, length: int = 200) -> str:
         """A server's words as one printable line without the key."""
@@ -626,8 +633,9 @@ class Endpoint:
     # In a step
 
     def complete(self, requests: Sequence[_Request], system: str, tag: str, read: Callable[[str], Any],
-                 max_tokens: int) -> list[Any]:
-        """What `read` makes of the model's texts, in order; None where none came in time.
+                 max_tokens: int, refused: str | None = None) -> list[Any]:
+        """What `read` makes of the model's texts, in order; None where none came in time, `refused` where the server
+        takes no such question (a content filter, too large a picture).
 
         read: text -> value, or None when it can not be read; then the model is asked once more, with REMINDERS[tag],
         and what it says twice in vain becomes "". Equal requests are asked once.
@@ -647,8 +655,11 @@ class Endpoint:
                     reminder = [_reminder(tag)] if said else []
                     messages = [{"role": "system", "content": system},
                                 {"role": "user", "content": [*request.content, *reminder]}]
-                    async with slots:
-                        text = await self._ask(client, messages, max_tokens, probe)
+                    try:
+                        async with slots:
+                            text = await self._ask(client, messages, max_tokens, probe)
+                    except _Refused as error:
+                        return [] if error.question else None
                     if text is None:
                         return None
                     said.append(text)
@@ -660,10 +671,10 @@ class Endpoint:
 
         if missing:
             texts |= dict(zip(missing, _run(ask_all()), strict=True))
-        return _values(requests, texts, read, self.counts)
+        return _values(requests, texts, read, self.counts, refused)
 
     async def _ask(self, client: Any, messages: list[dict], max_tokens: int, probe: asyncio.Lock) -> str | None:
-        """One text within the deadline, or None: at once while the server counts as gone."""
+        """One text within the deadline, or None: at once while the server counts as gone. Raises _Refused."""
         while self._failures >= TRIPS:
             async with probe:  # one finds out whether it is back, the others wait for what it finds
                 if self._failures < TRIPS:
@@ -693,16 +704,16 @@ class Endpoint:
         try:
             async with asyncio.timeout(self.timeout):
                 text = await persist()
-        except _Refused as error:  # of this question: the server is well
+        except _Refused as error:  # the server is well
             self._is_back()
-            self._warn(f"refuses a question ({error}); its row is left out")
-            return None
+            self._warn(f"refuses a question ({error}); it stays unanswered")
+            raise
         except TimeoutError:
             self._failures += 1
             if self._failures >= TRIPS:
                 self._gone_until = time.monotonic() + PAUSE
-                self._warn(f"no answer in {self.timeout:g} s, {TRIPS} times in a row ({last}); rows are left out until "
-                           "it is back")
+                self._warn(f"no answer in {self.timeout:g} s, {TRIPS} times in a row ({last}); questions stay "
+                           "unanswered until it is back")
             return None
         self._is_back()
         return text
@@ -721,13 +732,11 @@ class Endpoint:
         """The body of one response. Raises _Failed or _Refused."""
         import openai
 
-        body = bytearray()
         try:
             async with asyncio.timeout(seconds), call() as response:
-                async for chunk in response.iter_bytes():
-                    body.extend(chunk)
-                    if len(body) > MOST_BYTES:
-                        break
+                return await response.read()
+        except _Failed:  # _bound's
+            raise
         except (TimeoutError, openai.APITimeoutError):
             raise _Failed(f"no response within {seconds:g} s") from None
         except openai.APIStatusError as error:
@@ -738,15 +747,12 @@ class Endpoint:
             if code in (408, 429) or code >= 500:
                 after = error.response.headers.get("retry-after", "")
                 raise _Failed(reason, float(after) if re.fullmatch(r"\d{1,3}", after) else 0.0) from None
-            raise _Refused(reason) from None
+            raise _Refused(reason, question=code in (400, 413, 422)) from None
         except openai.APIError as error:
             cause = error.__cause__ or error
             raise _Failed(f"no HTTP connection ({self._plain(str(cause)) or type(cause).__name__})") from None
         except Exception as error:  # of the HTTP library below, whichever openai uses today: a body that is cut short
             raise _Failed(f"it broke off ({type(error).__name__})") from None
-        if len(body) > MOST_BYTES:
-            raise _Failed(f"a response of more than {MOST_BYTES} bytes")
-        return bytes(body)
 
     # What was said before
 
@@ -800,8 +806,9 @@ class Local:
         return {"type": "image", "image": resize(image, self.size, self.size)}
 
     def complete(self, requests: Sequence[_Request], system: str, tag: str, read: Callable[[str], Any],
-                 max_tokens: int) -> list[Any]:
-        """As Endpoint.complete; texts are not kept on disk, since other weights may lie at the same path tomorrow."""
+                 max_tokens: int, refused: str | None = None) -> list[Any]:
+        """As Endpoint.complete, but refuses nothing; texts are not kept on disk, since other weights may lie at the
+        same path tomorrow."""
         once = {request.key: request for request in requests}
         self.counts["asked"] += len(requests)
         texts: dict[str, list[str]] = {key: [] for key in once}
@@ -818,15 +825,19 @@ def _reminder(tag: str) -> dict:
 
 
 def _values(requests: Sequence[_Request], texts: dict[str, list[str] | None], read: Callable[[str], Any],
-            counts: dict[str, int]) -> list[Any]:
-    """What `read` makes of the last text of each request: "" when it can not be read, None where there is none."""
+            counts: dict[str, int], refused: str | None = None) -> list[Any]:
+    """What `read` makes of the last text of each request: "" when it can not be read, None where texts are None,
+    `refused` where there are none."""
     out = []
     for request in requests:
         said = texts[request.key]
-        value = None if said is None else read(said[-1])
-        counts["failed"] += said is None
-        counts["unreadable"] += said is not None and value is None
-        out.append("" if said is not None and value is None else value)
+        if not said:
+            counts["failed"] += 1
+            out.append(None if said is None else refused)
+            continue
+        value = read(said[-1])
+        counts["unreadable"] += value is None
+        out.append("" if value is None else value)
     return out
 
 
@@ -852,6 +863,23 @@ def _run(work: Any) -> Any:
             raise
 
 
+async def _bound(response: Any) -> None:
+    """Lets no more than MOST_BYTES be read of an HTTP library's response: what comes with an error or a redirection is
+    read whole before we see any of it."""
+    read = response.aiter_bytes  # decoded: a few compressed bytes may be many
+
+    async def aiter_bytes(chunk_size: int | None = None) -> AsyncIterator[bytes]:
+        total = 0
+        async with contextlib.aclosing(read(chunk_size)) as chunks:
+            async for chunk in chunks:
+                total += len(chunk)
+                if total > MOST_BYTES:
+                    raise _Failed(f"a response of more than {MOST_BYTES} bytes")
+                yield chunk
+
+    response.aiter_bytes = aiter_bytes
+
+
 def _json(body: bytes) -> Any:
     try:
         return json.loads(body.decode("utf-8", "replace"))
@@ -861,12 +889,19 @@ def _json(body: bytes) -> Any:
 
 
 def _text(body: bytes) -> str:
-    """The model's text in a chat completion; "" when it said something else, such as a picture."""
+    """The model's text in a chat completion; "" when it said something else, such as a picture, or nothing: a message
+    whose thinking took all tokens, or which a filter stopped, may have no content at all."""
     reply = _json(body)
     try:
-        content = reply["choices"][0]["message"]["content"]
+        message = reply["choices"][0]["message"]
     except (LookupError, TypeError):
-        raise _Failed("no chat completion came back") from None
+        message = None
+    if not isinstance(message, dict):
+        raise _Failed("no chat completion came back")
+    content = message.get("content")
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        content = "".join(text for text in texts if isinstance(text, str))
     return content[:LONGEST + 1] if isinstance(content, str) else ""
 
 
@@ -1110,6 +1145,7 @@ class ModelDescriber:
     """
 
     MAX_TOKENS, FRAMES = 512, 6
+    LOOKS = 64  # masks of a video that are read first: one costs about as much as a picture
 
     def __init__(self, host: Endpoint | Local, choices: Mapping[str, Sequence[str]]):
         self.host, self.choices, self._watch = host, choices, _Watcher(host.picture)
@@ -1118,17 +1154,31 @@ class ModelDescriber:
         self.prompt = _prompt_hash(self._system, REMINDERS["description"], self.MAX_TOKENS)
 
     def describe_all(self, samples: Sequence[Sample]) -> list[dict[str, str] | None]:
-        """What read_description makes of each sample's target: empty where the model's texts can not be read, None
-        where none came in time. Raises what reading frames and masks does."""
-        requests = []
-        for sample in samples:
-            shown = [sample.frame_ids[i] for i in sample_frames(len(sample), self.FRAMES)]
+        """What read_description makes of each sample's target: empty where the model's texts can not be read, where
+        its server refuses the question and where the target is nowhere to be seen, None where no text came in time.
+        Raises what reading frames and masks does."""
+        requests = {}
+        for i, sample in enumerate(samples):
+            if (best := self._clearest(sample)) is None:
+                continue  # without a contour it would describe something else
+            shown = [sample.frame_ids[p] for p in sample_frames(len(sample), self.FRAMES, anchor=best)]
             pictures, digest = self._watch(sample, shown)
             about = {"model": self.host.model, "prompt": self.prompt, "sample": sample.id, "pictures": digest}
-            requests.append(_Request(about, pictures))
+            requests[i] = _Request(about, pictures)
         read = functools.partial(read_description, choices=self.choices)
-        told = self.host.complete(requests, self._system, "description", read, self.MAX_TOKENS)
-        return [{} if said == "" else said for said in told]
+        told = self.host.complete(list(requests.values()), self._system, "description", read, self.MAX_TOKENS,
+                                  refused="")
+        said = dict(zip(requests, ({} if text == "" else text for text in told), strict=True))
+        return [said.get(i, {}) for i in range(len(samples))]
+
+    def _clearest(self, sample: Sample) -> int | None:
+        """The position whose mask is the largest of those looked at; None when no frame shows the target."""
+        for n in (self.LOOKS, len(sample)):
+            areas = {p: int(np.count_nonzero(sample.masks(p))) for p in sample_frames(len(sample), n)}
+            best = max(areas, key=areas.get)
+            if areas[best]:
+                return best
+        return None
 
     def about(self) -> dict[str, Any]:
         """What a result must say of it: model, prompt, and how its questions went."""

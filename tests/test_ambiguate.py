@@ -1,9 +1,12 @@
 """ambiguate.py: what expressions say, which queries come of them, and the benchmark it writes of MeViS's layout."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from test_simulator import server  # noqa: F401 - a fixture
@@ -137,8 +140,9 @@ def test_the_worlds_videos_become_a_benchmark(mevis: Path, tmp_path: Path, capsy
     assert total > 4
 
 
-def test_a_model_looks_at_what_expressions_leave_open(mevis: Path, tmp_path: Path, server, capsys) -> None:  # noqa: F811
-    """Every expression is "the thing" but one a video; a server that calls all of them circles makes these many."""
+@pytest.fixture
+def unclear(mevis: Path, tmp_path: Path) -> Path:
+    """A set in which every expression is "the thing" but one a video."""
     root = Path(shutil.copytree(mevis, tmp_path / "mevis"))
     shutil.rmtree(root / "valid_u")
     table = json.loads((root / "train" / "meta_expressions.json").read_text())
@@ -146,7 +150,15 @@ def test_a_model_looks_at_what_expressions_leave_open(mevis: Path, tmp_path: Pat
         for number, said in enumerate(video["expressions"].values()):
             said["exp"] = "the thing" if number else "the red circle"
     (root / "train" / "meta_expressions.json").write_text(json.dumps(table))
-    call = ["ambiguate", "mevis", f"source={root}", f"out={tmp_path}/out"]
+    return root
+
+
+CIRCLE = '<output> {"category": "circle", "color": "red"} </output>'
+
+
+def test_a_model_looks_at_what_expressions_leave_open(unclear: Path, tmp_path: Path, server, capsys) -> None:  # noqa: F811
+    """A server that calls all things circles makes these many."""
+    call = ["ambiguate", "mevis", f"source={unclear}", f"out={tmp_path}/out"]
     assert data.main(call) == 2 and "two objects that its expressions call the same" in capsys.readouterr().err
     about = {"category": "circle", "color": "red", "size": ["no"], "description": "<b>round</b> one"}
     server.says = lambda body: f"<thinking> hm </thinking><output> {json.dumps(about)} </output>"
@@ -172,6 +184,74 @@ def test_a_model_looks_at_what_expressions_leave_open(mevis: Path, tmp_path: Pat
     assert data.main(call) == 2 and not (tmp_path / "out").exists()
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "no HTTP connection" in told
+
+
+@pytest.mark.parametrize(("status", "which", "code", "part"), [
+    (400, "one", 0, " refuses a question (HTTP 400: Error code: 400); it stays unanswered"),
+    (400, "all", 2, "questions, of up to 6 pictures each; let its server take as many, or use another model"),
+    (401, "one", 2, "the model did not answer about object"),
+], ids=["one", "all", "the key"])
+def test_a_question_that_is_refused(unclear: Path, tmp_path: Path, server, capsys, status: int,  # noqa: F811
+                                    which: str, code: int, part: str) -> None:
+    refused = []
+
+    def says(body: dict) -> str | tuple:
+        pictures = [p["image_url"]["url"] for p in body["messages"][-1]["content"] if p["type"] == "image_url"]
+        if len(pictures) > 1 and (not refused or which == "all"):
+            refused.append(pictures)
+        return (status, "text/plain", "no") if pictures in refused else CIRCLE
+
+    server.says = says
+    call = ["ambiguate", "mevis", f"source={unclear}", f"out={tmp_path}/out", f"url={server.url}", "model=m"]
+    assert data.main(call) == code
+    out, err = capsys.readouterr()
+    assert part in err and "left out" not in err and (tmp_path / "out").exists() == (code == 0)
+    assert err.count("error: ") == (code == 2)
+    if code == 0:
+        assert " 1 without an answer" in out and "; 0 refused" in out
+        samples = list(data.read_ambi_rvos(tmp_path / "out", "train", strict=True))
+        assert samples and all(sample.query == "the red circle" for sample in samples)
+
+
+@pytest.mark.parametrize("kind", ["write", "read"])
+def test_a_full_disk_is_no_bad_video(mevis: Path, tmp_path: Path, monkeypatch, capsys, kind: str) -> None:
+    """Nor are too many open files, which the reader of a picture says in words of its own."""
+    copy, decode, done = shutil.copyfile, data.decode_image, []
+
+    def full(source: Path, target: Path) -> None:
+        if len(done) == 15:  # in the second video
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        done.append(copy(source, target))
+
+    def no_more(source: Path) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(source))
+
+    def starved(source: Path) -> np.ndarray:
+        with monkeypatch.context() as patch:
+            if len(done) == 15:
+                patch.setattr(data.Image, "open", no_more)
+            done.append(source)
+            return decode(source)
+
+    monkeypatch.setattr(*(ambiguate.shutil, "copyfile", full) if kind == "write" else (data, "decode_image", starved))
+    assert data.main(["ambiguate", "mevis", f"source={mevis}", f"out={tmp_path}/out"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: video ") and told.count("\n") == 1 and "mend it and run this again" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_too_long_is_a_bad_video(mevis: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    copy, failed = shutil.copyfile, []
+
+    def long(source: Path, target: Path) -> None:
+        if not failed:
+            failed.append(target)
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(target))
+        copy(source, target)
+
+    monkeypatch.setattr(ambiguate.shutil, "copyfile", long)
+    assert data.main(["ambiguate", "mevis", f"source={mevis}", f"out={tmp_path}/out"]) == 0
+    assert "; 1 refused" in capsys.readouterr().out
 
 
 def test_names_do_not_lead_out(mevis: Path, tmp_path: Path) -> None:

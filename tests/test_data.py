@@ -1,5 +1,7 @@
 """data.py: frames, ground truth, the Ambi-RVOS reader, prepared records, training order, commands."""
 
+import errno
+import functools
 import io
 import json
 import os
@@ -7,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,14 +29,15 @@ from icseg_jax import data, synthetic
 
 
 @pytest.mark.parametrize(("stem", "number"), [("00012", 12), ("clip_00012", 12), ("a_b_7", 7), ("1_2", 2),
-                                              ("frame0391", 391), ("img-0007", 7)])
+                                              ("frame0391", 391), ("img-0007", 7), ("999999999", 999999999),
+                                              ("COCO_000000000012", 12)])
 def test_frame_id(stem: str, number: int) -> None:
     assert data.frame_id(stem) == number
 
 
-@pytest.mark.parametrize("stem", ["", "clip", "clip_", "12_", "clip_-3", "1.5", "٣", "9" * 40])
+@pytest.mark.parametrize("stem", ["", "clip", "clip_", "12_", "clip_-3", "1.5", "٣", "9" * 40, "1700000000123"])
 def test_frame_id_refuses(stem: str) -> None:
-    with pytest.raises(data.DataError, match="does not end in a number"):
+    with pytest.raises(data.DataError, match="does not end in a number of at most 9 digits; rename the frames"):
         data.frame_id(stem)
 
 
@@ -166,6 +170,17 @@ def test_decode_image_refuses(content: bytes) -> None:
         data.decode_image(content)
 
 
+def test_images_are_of_the_usual_formats_only() -> None:
+    image = Image.fromarray(np.full((4, 6, 3), (200, 10, 20), np.uint8))
+    for kind in data.IMAGE_FORMATS:
+        assert abs(data.decode_image(encoded(image, kind)).astype(int) - (200, 10, 20)).max() < 20
+    several = encoded(image, "MPO", save_all=True, append_images=[image])  # of cameras with two lenses
+    assert data.decode_image(several).shape == (4, 6, 3)
+    for kind in ("EPS", "PPM", "TGA"):
+        with pytest.raises(data.DataError, match="cannot be read as an image; JPEG, PNG, .* can$"):
+            data.decode_image(encoded(image, kind))
+
+
 def test_a_header_that_claims_too_much_is_refused() -> None:
     bomb = bytearray(encoded(Image.new("L", (1, 1)), "PNG"))
     bomb[16:24] = (8500).to_bytes(4, "big") * 2
@@ -247,6 +262,16 @@ def test_defaults_of_optional_columns(root: Path) -> None:
     (sample,), _ = read(root)
     assert (sample.id, sample.initial_count, sample.max_count) == ("0", -1, -1)
     assert "all_target_path" not in sample.privileged
+
+
+def test_integers_with_gaps_are_read_as_such(root: Path) -> None:
+    """As pandas writes them: as floats."""
+    write_table(root, [make_row(oid=3.0, aid=5.0, max_count=1.0), make_row(id="q1", ability="none", oid=None, aid=None),
+                       make_row(id="q2", oid=3.5)])
+    (sample, none), refused = read(root)
+    assert sample.target_ids == ["3"] and sample.masks(0).any() and sample.max_count == 1
+    assert sample.privileged["all_target_path"].name == "5.json" and repr(sample.meta["aid"]) == "5"
+    assert "aid" not in none.meta and "its oid is 3.5" in refused[0][1]
 
 
 def test_no_target(root: Path) -> None:
@@ -586,6 +611,12 @@ def test_leftovers_of_a_killed_prepare_are_removed(world: Path, tmp_path: Path) 
     assert not leftover.exists() and rival.exists()
 
 
+def fail_at(id: str, to_record: Callable[[data.Sample], dict], sample: data.Sample) -> dict:
+    if sample.id == id:
+        raise MemoryError(f"no room for {id}")
+    return to_record(sample)
+
+
 @pytest.mark.parametrize("reason", [KeyboardInterrupt(), MemoryError("no room")])
 def test_a_killed_prepare_goes_on_where_it_stopped(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                    reason: BaseException) -> None:
@@ -625,6 +656,119 @@ def test_a_killed_prepare_goes_on_where_it_stopped(root: Path, tmp_path: Path, m
     opened.clear()
     assert data.prepare("ambi_rvos", root, tmp_path / "other", progress=False)["splits"]["train"]["examples"] == 2
     assert opened == ["q0", "q1"] and not list(tmp_path.glob(".other*"))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_prepare_killed_at_its_very_end_is_finished(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      moved: bool) -> None:
+    """Just before its folder becomes `out`, or just after."""
+    write_table(root, [make_row(), make_row(id="bad", oid=9)])
+    out, replace, rmtree = tmp_path / "out", os.replace, shutil.rmtree
+
+    def killed(path: Path, *to: Path, **options: object) -> None:
+        if out in to or moved and ".out.partial." in str(path):
+            raise KeyboardInterrupt
+        (replace if to else rmtree)(path, *to, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data.shutil if moved else data.os, "rmtree" if moved else "replace", killed)
+        data.prepare("ambi_rvos", root, out, progress=False)
+    assert out.exists() == moved and list(tmp_path.glob(".out.partial.*"))
+    assert not data.prepare("ambi_rvos", root, out, progress=False)["reused"]
+    assert [s.id for s in data.load_prepared(out, "train")] == ["q0"] and not list(tmp_path.glob(".out*"))
+    assert data.MARKER not in json.loads((out / data.MARKER).read_text())["files"]
+
+
+def test_refused_records_are_looked_at_again(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture) -> None:
+    write_table(root, [make_row(id="q0", oid=9), make_row(id="q1"), make_row(id="q2")])
+    out, masks = tmp_path / "out", root / "RVOS_Train" / "Annotations" / "kitchen"
+    command = ["prepare", "ambi_rvos", f"source={root}", f"out={out}"]
+    assert data.main(command) == 0
+    assert data.main([*command, "strict=true"]) == 2 and "Annotations/kitchen/9" in capsys.readouterr().err
+    assert [s.id for s in data.load_prepared(out, "train")] == ["q1", "q2"]  # what was there stays
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(data, "SHARD_BYTES", 1)
+        patch.setattr(data, "_to_record", functools.partial(fail_at, "q2", data._to_record))
+        data.prepare("ambi_rvos", root, tmp_path / "other", progress=False)
+    shutil.copytree(masks / "3", masks / "9")  # it is mended
+    for folder in (out, tmp_path / "other"):  # also what a killed one has refused, when nothing may be refused
+        made = data.prepare("ambi_rvos", root, folder, progress=False, strict=folder != out)
+        assert not made["reused"] and made["splits"] == {"train": {"examples": 3, "refused": []}}
+        assert [s.id for s in data.load_prepared(folder, "train")] == ["q0", "q1", "q2"]
+    assert data.prepare("ambi_rvos", root, out, progress=False, strict=True)["reused"]
+
+    (masks / "9").rename(masks / "8")
+    write_table(root, [make_row(id="q0", oid=9), make_row(id="q1")])
+    data.prepare("ambi_rvos", root, tmp_path / "mine", progress=False)
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(data.DataError, match="holds other things .thesis.tex."):
+        data.prepare("ambi_rvos", root, tmp_path / "mine", progress=False)
+
+
+def test_tables_belong_to_their_splits(root: Path, tmp_path: Path) -> None:
+    data.prepare("ambi_rvos", root, tmp_path / "out", progress=False)
+    (root / "train.parquet").rename(root / "test.parquet")
+    (root / "RVOS_Train").rename(root / "RVOS_Test")
+    with pytest.raises(data.DataError, match="other tables"):
+        data.prepare("ambi_rvos", root, tmp_path / "out", progress=False)
+
+
+def test_a_killed_prepare_of_another_folder_is_not_gone_on_with(root: Path, tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tables may be the same, its frames are not."""
+    write_table(root, [make_row(), make_row(id="q1")])
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(data, "SHARD_BYTES", 1)
+        patch.setattr(data, "_to_record", functools.partial(fail_at, "q1", data._to_record))
+        data.prepare("ambi_rvos", root, tmp_path / "out", progress=False)
+    other = Path(shutil.copytree(root, tmp_path / "other"))
+    frame = other / "RVOS_Train" / "JPEGImages" / "kitchen" / f"{STEMS[0]}.jpg"
+    Image.new("RGB", (24, 16), (250, 0, 0)).save(frame)
+    data.prepare("ambi_rvos", other, tmp_path / "out", progress=False)
+    assert [s.frames[0] for s in data.load_prepared(tmp_path / "out", "train")] == [frame.read_bytes()] * 2
+
+
+def test_what_came_to_its_place_meanwhile_is_not_removed(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                         ) -> None:
+    data.prepare("ambi_rvos", root, tmp_path / "rival", progress=False)
+    write, out = data._write_records, tmp_path / "out"
+
+    def meanwhile(comes: Callable[[], object]) -> dict:
+        def slow(*about: object) -> dict:
+            written = write(*about)
+            comes()
+            return written
+
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "_write_records", slow)
+            return data.prepare("ambi_rvos", root, out, progress=False)
+
+    assert meanwhile(lambda: (tmp_path / "rival").rename(out))["reused"] and not list(tmp_path.glob(".out*"))
+    shutil.rmtree(out)
+
+    def thesis() -> None:
+        out.mkdir()
+        (out / "thesis.tex").write_text("years of work")
+
+    with pytest.raises(data.DataError, match="other things .thesis.tex.*the same command goes on with what it has"):
+        meanwhile(thesis)
+    (out / "thesis.tex").rename(tmp_path / "thesis.tex")
+    monkeypatch.setattr(data, "_to_record", functools.partial(fail_at, "q0", data._to_record))  # nothing is done again
+    assert not data.prepare("ambi_rvos", root, out, progress=False)["reused"]
+    assert [s.id for s in data.load_prepared(out, "train")] == ["q0"] and not list(tmp_path.glob(".out*"))
+
+
+def test_what_no_record_can_hold_is_refused(root: Path, tmp_path: Path) -> None:
+    write_table(root, [make_row(object=None), make_row(id="q1", initial_count=2**40), make_row(id="q2", object=b"cup")])
+    made = data.prepare("ambi_rvos", root, tmp_path / "out", progress=False)
+    assert made["splits"]["train"]["examples"] == 1
+    (first, count), (second, content) = made["splits"]["train"]["refused"]
+    assert (first, second) == ("q1", "q2") and "initial_count" in count and "\n" not in count
+    assert "cannot be written as a record (Object of type bytes" in content
+    with pytest.raises(data.DataError, match="record q1 of train of .* cannot be written"):
+        data.prepare("ambi_rvos", root, tmp_path / "strict", progress=False, strict=True)
 
 
 def test_threads_may_share_a_dataset(prepared: Path) -> None:
@@ -758,3 +902,20 @@ def test_bad_commands(words: str, capsys: pytest.CaptureFixture, tmp_path: Path,
 def test_help() -> None:
     done = subprocess.run([sys.executable, "-m", "icseg_jax.data", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and all(command in done.stdout for command in data.COMMANDS)
+
+
+@pytest.mark.parametrize("said", [OSError(errno.EMFILE, "Too many open files"), data.DataError("cannot be read")])
+def test_what_the_machine_lacks_is_no_fault_of_a_record(said):
+    def fails():
+        try:
+            raise OSError(errno.EIO, "Input/output error")
+        except OSError:
+            raise said from None
+
+    with pytest.raises(type(said)):
+        list(data._opened_records([("a", fails)]))
+
+    def damaged():
+        raise data.DataError("it is damaged")
+
+    assert list(data._opened_records([("a", damaged)])) == [("a", "it is damaged")]

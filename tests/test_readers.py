@@ -380,6 +380,24 @@ def test_prist_by_hand(tmp_path: Path, images: str, masks: str) -> None:
     assert "0a1b.json is missing" in reason_of("prist", tmp_path, "val")
 
 
+def test_prist_takes_the_image_that_has_a_mask(tmp_path: Path) -> None:
+    """Of those with one name: test images may also be TextCaps's."""
+    for folder, width in (("textcaps/train", 20), ("images", 10)):
+        picture(tmp_path / folder / "0a1b.jpg", (12, width))
+    write_json(tmp_path / "test.json", [prist_entry()])
+    (sample,), _ = read("prist", tmp_path, "test")
+    assert sample.masks is None
+    (tmp_path / "masks").mkdir()
+    assert "/masks/0a1b.json is missing" in reason_of("prist", tmp_path, "test")  # it is not hidden
+    (tmp_path / "textcaps" / "masks").mkdir()
+    shapes = [{"label": "cup", "points": SMALL}]
+    write_json(tmp_path / "masks" / "0a1b.json", {"imageHeight": 12, "imageWidth": 10, "shapes": shapes})
+    (sample,), refused = read("prist", tmp_path, "test")
+    assert refused == [] and sample.frames == [tmp_path / "images" / "0a1b.jpg"] and sample.masks(0).sum() == 16
+    shutil.rmtree(tmp_path / "masks")
+    assert "/textcaps/masks/0a1b.json is missing" in reason_of("prist", tmp_path, "test")
+
+
 REF = {"ref_id": 7, "ann_id": 11, "category_id": 1, "image_id": 5, "split": "testA", "sent_ids": [70, 71],
        "file_name": "COCO_train2014_000000000005_11.jpg", "sentences": [
            {"raw": "The Left One", "sent": "the left one ", "sent_id": 70, "tokens": ["the", "left", "one"]},
@@ -442,17 +460,39 @@ def test_refcoco_refuses(tmp_path: Path) -> None:
     bad = {"ann_id": (99, "no annotation 99"), "image_id": (6, "no image 6"), "sentences": ([], "its sentences are []")}
     refs = [REF | {"ref_id": i, key: value} for i, (key, (value, _)) in enumerate(bad.items())]
     refs += [REF | {"ref_id": 20, "ann_id": 13}, REF | {"ref_id": 21, "sentences": [{"sent": " "}]}, REF,
-             REF, REF | {"ref_id": None, "ann_id": None}]
+             REF, REF | {"ref_id": 22, "ann_id": None}, REF | {"ref_id": None}]
     refcoco(tmp_path, refs)
     samples, refused = read("refcoco_unc", tmp_path, "testA")
     reasons = dict(refused)
     assert [s.id for s in samples] == ["7/70", "7/71"] and "neither an RLE nor" in reasons["20/70"]
     assert "no annotation 99" in reasons["0/70"] and "no image 6" in reasons["1/71"] and "[]" in reasons["2"]
     assert "its sent is empty" in reasons["21/0"] and "earlier record" in reasons["7/70"]
-    assert "its ann_id is None" in reasons["None/70"]
+    assert "its ann_id is None" in reasons["22/70"] and "its ref_id is None" in reasons["ref number 8"]
     shutil.rmtree(tmp_path / "images")
     with pytest.raises(data.DataError, match="train2014 is looked for in train2014, images/train2014"):
         readers.read("refcoco_unc", tmp_path, "testA")
+
+
+def test_refcoco_refuses_what_could_not_be_written(tmp_path: Path) -> None:
+    """Nested too deep or too often for repr, a number too long for one, or nothing that JSON holds."""
+    often: Any = []
+    for _ in range(50):
+        often = [often] * 10
+    odd = ["DEEP", often, 10**5000, b"7", {7}]
+    refcoco(tmp_path, [REF, *(REF | {"ref_id": value} for value in odd),
+                       *(REF | {"ref_id": 100 + i, "sentences": {"a": value}} for i, value in enumerate(odd)),
+                       REF | {"ref_id": 200, "sentences": [{"sent": value, "sent_id": value} for value in odd[1:]]}], 4)
+    table = tmp_path / "refcoco" / "refs(unc).p"
+    head, tail = table.read_bytes().split(b"\x8c\x04DEEP")  # pickle itself writes no list as deep as it reads
+    table.write_bytes(head + b"]" * 100_000 + b"a" * 99_999 + tail)
+    told = [words for words, _ in data._records_job("refcoco_unc", str(tmp_path), "testA", {}, 0, 1)]
+    assert [words["id"] for words in told] == [
+        "7/70", "7/71", *(f"ref number {i}" for i in range(1, 6)), *(str(i) for i in range(100, 105)),
+        *(f"200/{i}" for i in range(4))]
+    for words, part in zip(told[2:], ["its ref_id is "] * 5 + ["its sentences are {"] * 5 + ["its sent is "] * 4,
+                           strict=True):
+        assert part in words["reason"] and len(words["reason"]) < 200
+    assert "its ref_id is [[[[...]]]]," in told[2]["reason"] and "a huge number" in told[4]["reason"]
 
 
 def test_complete_masks_by_hand(tmp_path: Path) -> None:
@@ -777,6 +817,31 @@ def test_prepared_samples_are_those_that_were_read(world: Callable[[str], Path],
                 assert (ours_ is None) == (theirs_ is None), field
                 assert ours_ is None or np.array_equal(ours_(0), theirs_(0))
     assert data.prepare(name, world(name), tmp_path / "out")["reused"]
+
+
+@pytest.mark.parametrize(("name", "labels"), [("long_rvos", "test/Annotations"), ("prist", "masks")])
+def test_labels_that_come_later_are_not_overlooked(copied: Callable[[str], Path], tmp_path: Path, name: str,
+                                                   labels: str) -> None:
+    root, out = copied(name), tmp_path / "out"
+    shutil.move(root / labels, tmp_path / "labels")
+    data.prepare(name, root, out, progress=False)
+    assert data.load_prepared(out, "test")[0].masks is None
+    shutil.move(tmp_path / "labels", root / labels)
+    with pytest.raises(data.DataError, match="or lacks labels that have come since; .* remove it"):
+        data.prepare(name, root, out, progress=False)
+    shutil.rmtree(out)
+    data.prepare(name, root, out, progress=False)
+    assert data.load_prepared(out, "test")[0].masks is not None
+
+
+def test_half_a_letter_is_refused(copied: Callable[[str], Path], tmp_path: Path) -> None:
+    root = copied("r2sm")
+    path = root / "test_queries.json"
+    first, *others = json.loads(path.read_text())
+    path.write_text(json.dumps([first | {"id": "\ud800"}, *others]))
+    made = data.prepare("r2sm", root, tmp_path / "out", progress=False)["splits"]["test"]
+    (id, reason), = made["refused"]
+    assert id == "\\ud800" and "cannot be written as a record" in reason and made["examples"] == len(others)
 
 
 def test_keys_are_part_of_what_was_prepared(world: Callable[[str], Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import gzip
 import http.server
 import io
 import itertools
@@ -442,6 +443,12 @@ def expert_of(server, **options):
     return simulator.ModelExpert(simulator.Endpoint("expert", server.url, "m", **options))
 
 
+def describer_of(server, **options):
+    options = {"timeout": 60.0, "max_in_flight": 4} | options
+    host = simulator.Endpoint("ambiguate", server.url, "m", **options)
+    return simulator.ModelDescriber(host, {"color": ["red", "blue"]})
+
+
 def parts(body, kind):
     return [part[kind] for part in body["messages"][-1]["content"] if part["type"] == kind]
 
@@ -634,6 +641,57 @@ def test_no_answer_within_the_deadline_is_none(server, samples, fault, capsys):
         assert len(server.bodies) == 1 and user.host._failures == 0
 
 
+TOO_MUCH = b"a" * (simulator.MOST_BYTES + 9)
+
+
+@pytest.mark.parametrize("status, content, headers", [
+    (200, TOO_MUCH, []), (500, TOO_MUCH, []), (400, TOO_MUCH, []), (302, TOO_MUCH, [("Location", "/v1/models")]),
+    (500, gzip.compress(TOO_MUCH), [("Content-Encoding", "gzip")]),
+], ids=["answer", "error", "refusal", "redirection", "small when packed"])
+def test_no_response_is_read_beyond_a_bound(server, status, content, headers):
+    server.says = lambda body: (status, "text/plain", content, *headers)
+    with pytest.raises(simulator.EndpointError, match=f"a response of more than {simulator.MOST_BYTES} bytes"):
+        simulator.Endpoint("simulator", server.url, "m").check(pictures=False)
+    assert len(server.bodies) == 1
+
+
+def test_a_proxy_of_the_environment_is_still_asked(server, monkeypatch):
+    """The server stands in for a proxy: it is asked for a whole address of a host that is nowhere."""
+    monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1"))
+    with pytest.raises(simulator.EndpointError, match="HTTP 404"):
+        simulator.Endpoint("simulator", "http://nowhere.invalid/v1", "m").check(pictures=False)
+
+
+@pytest.mark.parametrize("message, text", [
+    ({"role": "assistant"}, ""), ({"content": None}, ""), ({"content": {"type": "text", "text": "blue"}}, ""),
+    ({"content": [{"type": "text", "text": "<answer> bl"}, {"type": "thinking", "text": "hm"},
+                  {"type": "text", "text": "ue </answer>"}]}, "<answer> blue </answer>"),
+    ({"content": [{"type": "text", "text": 7}, {"type": "text"}, {"type": ["text"], "text": "a"}, "b", None, 3]}, ""),
+    ({"content": [{"type": "text", "text": "a" * 19_999}] * 9}, "a" * 20_001),
+])
+def test_the_text_of_a_message(message, text):
+    assert simulator._text(json.dumps({"choices": [{"message": message}]}).encode()) == text
+
+
+@pytest.mark.parametrize("reply", [
+    {"choices": []}, {"choices": [{}]}, {"choices": ["a"]}, {"choices": [{"message": None}]},
+    {"choices": [{"message": "blue"}]}, {"choices": [{"message": [{"content": "blue"}]}]}, {"choices": {"0": 1}}, 7,
+])
+def test_what_is_no_completion(reply):
+    with pytest.raises(simulator._Failed, match="no chat completion came back"):
+        simulator._text(json.dumps(reply).encode())
+
+
+def test_a_message_without_content_is_an_empty_text(server, samples):
+    """Such as thinking that took all tokens: the server is well, and asking on would get the same."""
+    cut = {"choices": [{"message": {"role": "assistant", "reasoning_content": "hm"}, "finish_reason": "length"}]}
+    server.says = lambda body: (200, "application/json", json.dumps(cut))
+    user = user_of(server)
+    user.host.check(pictures=True)
+    assert simulator.answer_all(user, [(samples[0], SHOWN, QUESTION)]) == [simulator.UNABLE]
+    assert len(server.bodies) == 3 and user.host.counts["unreadable"] == 1  # the check, and twice
+
+
 def test_a_server_that_is_gone_is_not_waited_for_until_it_is_back(server, samples, monkeypatch, capsys):
     monkeypatch.setattr(simulator, "PAUSE", 1000.0)
     user = user_of(server, max_in_flight=8)
@@ -690,6 +748,67 @@ def test_a_folder_that_can_not_be_written_stops_nothing(server, samples, monkeyp
         monkeypatch.setenv("ICSEG_ANSWERS", folder)
         assert simulator.answer_all(user_of(server), [(samples[0], SHOWN, QUESTION)]) == ["blue"]
     assert capsys.readouterr().err.count("ICSEG_ANSWERS") == 1
+
+
+# Who describes
+
+DESCRIBED = '<output> {"category": "circle", "color": "red"} </output>'
+
+
+def visible_on(sample, areas, length=12):
+    """The sample with `length` frames and a mask of areas[position] rows; and the positions that are read."""
+    read = []
+
+    def masks(position):
+        read.append(position)
+        return np.arange(sample.size[0])[:, None] * np.ones(sample.size[1], int) < areas.get(position, 0)
+
+    frames = [sample.frames[i % len(sample)] for i in range(length)]
+    names = [f"{i:05d}" for i in range(length)]
+    return dataclasses.replace(sample, frames=frames, frame_names=names, masks=masks), read
+
+
+@pytest.mark.parametrize("areas, frames", [
+    ({5: 40, 7: 20}, [0, 2, 5, 6, 8, 11]),  # 0, 2, 4, 6, 8, 11 would not show it
+    ({10: 3}, [0, 2, 4, 6, 8, 10]),
+    ({p: 9 for p in range(12)}, [0, 2, 4, 6, 8, 11]),
+])
+def test_a_described_object_is_in_a_frame_that_is_shown(server, samples, areas, frames):
+    server.says = lambda body: DESCRIBED
+    sample, _ = visible_on(samples[0], areas)
+    assert describer_of(server).describe_all([sample]) == [{"category": "circle", "color": "red"}]
+    assert parts(server.bodies[0], "text") == [f"frame {fid}" for fid in frames]
+
+
+def test_nobody_is_asked_about_an_object_that_is_nowhere(server, samples):
+    server.says = lambda body: DESCRIBED
+    there, nowhere = visible_on(samples[0], {3: 9})[0], visible_on(samples[1], {})[0]
+    describer = describer_of(server)
+    assert describer.describe_all([nowhere, there, nowhere]) == [{}, {"category": "circle", "color": "red"}, {}]
+    assert len(server.bodies) == 1 and describer.host.counts["asked"] == 1
+    assert describer.describe_all([nowhere]) == [{}]
+
+
+def test_few_masks_of_a_long_video_are_read(server, samples):
+    server.says = lambda body: DESCRIBED
+    always, read = visible_on(samples[0], dict.fromkeys(range(900), 9), 900)
+    brief, _ = visible_on(samples[1], {1: 9}, 900)  # between the first looks
+    describer_of(server, max_in_flight=1).describe_all([always, brief])
+    assert len(read) <= simulator.ModelDescriber.LOOKS + simulator.ModelDescriber.FRAMES
+    assert "frame 1" in parts(server.bodies[1], "text")
+
+
+@pytest.mark.parametrize("status, said", [(400, {}), (413, {}), (422, {}), (401, None), (404, None), (503, None)])
+def test_a_refused_description_is_not_silence(server, samples, status, said, capsys):
+    """What is wrong with the question says nothing of the object; a key or a server that will not do is no answer."""
+    refuses = [(status, "text/plain", "no")]
+    server.says = lambda body: refuses[0] if len(server.bodies) == 1 or status == 503 else DESCRIBED
+    describer = describer_of(server, max_in_flight=1, timeout=1.0 if status == 503 else 60.0)
+    assert describer.describe_all(samples[:1]) == [said] and describer.host.counts["failed"] == 1
+    told = capsys.readouterr().err
+    assert "left out" not in told and (status == 503 or f"refuses a question (HTTP {status}" in told)
+    if status != 503:
+        assert describer.describe_all(samples[:1]) == [{"category": "circle", "color": "red"}]  # nothing was kept
 
 
 # The expert
