@@ -70,8 +70,12 @@ PROMPTING = ("joint", "sequential")
 _PREFIX = "icseg-sam2-"  # of the private directories that hold sockets
 BATCH = 8  # prompts in every decoder call, padded: a mask can't depend on how many were asked for together
 CHUNK = 8  # frames of a tracked video that are held at a time
-TRACKS = 8  # videos that a server follows at a time, the latest ones
+# A shared server follows a video for each process of a pod, so one is given up only when nobody asks for its next
+# frames. The limit of their number is for memory; so many live ones would not be answered in time anyway.
+IDLE = 600  # seconds without a request, after which a tracked video is given up
+TRACKS = 64  # videos that a server follows at a time
 EMBEDDINGS = 2**29  # bytes of embeddings that a server holds in memory: 32 frames of a released model
+FRAMES = 2**30  # bytes of registered frames and truths that client and server each hold: 130 of 1080p
 RELEASED = {(96, 12): ("t", "tiny"), (96, 16): ("s", "small"), (112, 24): ("b+", "base_plus"),
             (144, 48): ("l", "large")}  # SAM 2.1's sizes by the trunk's first channels and blocks
 DOWNLOADS = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
@@ -95,10 +99,11 @@ def _write_bytes(path: Path, data: bytes) -> None:
 # and a msgpack map. A request holds "op" and its arguments; a reply what was asked for, or "error", one line.
 #   ping     -> pid, amodal
 #   stats    -> counters
-#   frames   frames: [{video, frame, image, shape?, truth?}]. `image`: raw RGB bytes of `shape` [h, w, 3], or
-#            a PNG or JPEG file's bytes; `truth`: mask bits of the frame's size. Registering again replaces.
-#   segment  rows: [{video, frame, box, point, mask_type}], want: "iou" | "mask", prompting
-#            -> rows: [{iou} | {mask, shape} | {error, missing?}]; missing: register the frame (again)
+#   segment  frames?: [{video, frame, image, shape?, truth?}], remembered for this and later messages. `image`: raw
+#            RGB bytes of `shape` [h, w, 3], or a PNG or JPEG file's bytes; `truth`: mask bits of the frame's size.
+#            The same video and frame again replaces.
+#            rows: [{video, frame, box, point, mask_type}], want: "iou" | "mask", prompting
+#            -> rows: [{iou} | {mask, shape} | {error, missing?}]; missing: send the frame (again)
 #   track    frames: how many, objects: [{position, box, point, mask_type}], prompting -> track, next
 #   advance  track, images: [{image, shape?}], those of `next` -> masks: [{frame, object, mask, shape}], next;
 #            or forgotten. A video is never here as a whole: `next` names the frames wanted now, none at the end
@@ -146,7 +151,8 @@ def parse_address(text: str) -> str:
         raise ValueError(f"{text}: not an address; write tcp://HOST:PORT or a socket's path") from None
     if parts.scheme == "ipc" and len(text) > len("ipc://"):
         return text
-    if parts.scheme != "tcp" or not host or port is None:
+    # Nothing but host and port: ZeroMQ refuses a path, a query or a user.
+    if text != f"tcp://{parts.netloc}" or "@" in text or not host or port is None:
         raise ValueError(f"{text}: not an address; write tcp://HOST:PORT or a socket's path")
     loopback = host in ("localhost", "::1") or (host.startswith("127.") and host.count(".") == 3)
     if not loopback and not _secret():
@@ -822,9 +828,10 @@ class Server:
                  name: str = ""):
         self.segmenter, self.max_frames, self.store, self.name = segmenter, max_frames, store, name
         self.frames: OrderedDict[tuple[str, int], tuple[np.ndarray, np.ndarray | None]] = OrderedDict()
+        self.frame_bytes = 0  # of these, truths included
         self.embeddings: OrderedDict[bytes, list] = OrderedDict()
         self.held = 0  # bytes of these
-        self.tracks: OrderedDict[str, Track] = OrderedDict()
+        self.tracks: OrderedDict[str, tuple[float, Track]] = OrderedDict()  # and when each was last asked for
         names = ("messages", "refused", "frames", "rows", "tracks", "encoded", "cached", "loaded")
         self.counts = dict.fromkeys(names, 0)
 
@@ -835,26 +842,28 @@ class Server:
             return {"pid": os.getpid(), "amodal": self.segmenter.has_complete, "segmenter": self.name}
         if operation == "stats":
             return {**self.counts, "held_frames": len(self.frames), "held_embeddings": len(self.embeddings)}
-        if operation == "frames":
-            return self.register(_entries(message, "frames"))
         if operation == "segment":
+            if "frames" in message:
+                self.register(_entries(message, "frames"))
             return self.segment(_entries(message, "rows"), message.get("want", "mask"), _prompting(message))
         if operation == "track":
             return self.track(message)
         if operation == "advance":
             return self.advance(message)
-        raise ValueError(f"op: expected ping, stats, frames, segment, track or advance, not {operation!r:.60}")
+        raise ValueError(f"op: expected ping, stats, segment, track or advance, not {operation!r:.60}")
 
-    def register(self, entries: list[dict]) -> dict:
+    def register(self, entries: list[dict]) -> None:
+        new = {}
         for entry in entries:
             key, image, truth = _frame_key(entry), _decode_image(entry), entry.get("truth")
-            mask = None if truth is None else unpack_mask(truth, image.shape[:2])
-            self.frames[key] = (image, mask)
-            self.frames.move_to_end(key)
-            self.counts["frames"] += 1
-        while len(self.frames) > self.max_frames:
-            self.frames.popitem(last=False)
-        return {}
+            new[key] = image, None if truth is None else unpack_mask(truth, image.shape[:2])
+        self.counts["frames"] += len(entries)
+        for key, frame in new.items():
+            self.frame_bytes += _frame_bytes(frame) - (_frame_bytes(self.frames.pop(key)) if key in self.frames else 0)
+            self.frames[key] = frame
+        # The message's own frames, now the last ones, stay: its rows are about them.
+        while len(self.frames) > len(new) and (len(self.frames) > self.max_frames or self.frame_bytes > FRAMES):
+            self.frame_bytes -= _frame_bytes(self.frames.popitem(last=False)[1])
 
     def embed(self, image: UInt8[np.ndarray, "h w 3"], keep: bool = True) -> list:
         """The frame's features, from memory, disk or the model. `keep`: on disk too."""
@@ -926,16 +935,17 @@ class Server:
             raise ValueError("mask_type: this segmenter has no decoder for complete masks")
         name, track = secrets.token_hex(8), Track(self.segmenter, frames, objects, prompting)
         self.counts["tracks"] += 1
-        self.tracks[name] = track
-        if len(self.tracks) > TRACKS:
+        now = time.monotonic()
+        while self.tracks and (len(self.tracks) >= TRACKS or now - next(iter(self.tracks.values()))[0] > IDLE):
             self.tracks.popitem(last=False)
+        self.tracks[name] = now, track
         return {"track": name, "next": track.wanted()}
 
     def advance(self, message: dict) -> dict:
         name = message.get("track")
-        track = self.tracks.pop(name, None) if isinstance(name, str) else None  # a failed one can't go on
-        if track is None:
+        if not isinstance(name, str) or name not in self.tracks:
             return {"forgotten": True}
+        _, track = self.tracks.pop(name)  # a failed one can't go on
         images = [_decode_image(entry) for entry in _entries(message, "images")]
         if len(images) != len(track.wanted()):
             raise ValueError(f"images: expected {len(track.wanted())}, not {len(images)}")
@@ -943,7 +953,7 @@ class Server:
         masks = [{"frame": t, "object": i, "mask": pack_mask(mask), "shape": list(mask.shape)}
                  for t, i, mask in track.advance(features, [image.shape[:2] for image in images])]
         if wanted := track.wanted():
-            self.tracks[name] = track
+            self.tracks[name] = time.monotonic(), track
         return {"masks": masks, "next": wanted}
 
 
@@ -951,15 +961,32 @@ def _bytes(features: list) -> int:
     return sum(level.nbytes for level in features)
 
 
+def _frame_bytes(frame: tuple[np.ndarray, np.ndarray | None]) -> int:
+    return sum(part.nbytes for part in frame if part is not None)
+
+
+def _lost_device(error: Exception) -> bool:
+    """Whether CUDA reported what no later call of this process gets over; too little memory is not that."""
+    import torch
+
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return False
+    # torch 2.7 has no such class, and cuBLAS says it with a plain RuntimeError.
+    return isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
+
+
 def serve(address: str, segmenter: str | Path, *, threads: int = 1, parent: int | None = None,
           max_frames: int = 2048, cache_gb: float = 0.0) -> None:
-    """Answers until killed, or until `parent` dies; on a GPU where PyTorch sees one.
+    """Answers until killed, or until `parent` dies; on a GPU where PyTorch sees one. When that fails the process
+    exits with 1: its client, or whoever supervises a server at an address, starts another.
 
     `cache_gb` GB of embeddings are kept on disk, in the folder that ICSEG_EMBEDDINGS names. Raises as
     `load_segmenter`, `parse_address` and `EmbeddingStore` do.
     """
     import torch
 
+    if threads < 1:
+        raise ValueError(f"threads={threads}: use 1 or more")
     address, secret = parse_address(address), _secret()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     os.umask(0o077)  # the socket is its owner's alone
@@ -990,6 +1017,10 @@ def serve(address: str, segmenter: str | Path, *, threads: int = 1, parent: int 
                 reply = {"error": _one_line(error)}
                 if not isinstance(error, ValueError):
                     log.exception("unexpected")
+                    if _lost_device(error):  # no reply: for the client this process is dead, and so it asks again
+                        print(f"error: {address}: the GPU failed ({_one_line(error)[:120]}); start the sidecar again",
+                              file=sys.stderr, flush=True)
+                        os._exit(1)  # torch's clean-up may hang or abort on such a device
             socket.send_multipart(encode_message(reply, secret))
 
 
@@ -1026,7 +1057,7 @@ class SegmenterClient:
     A row is {"video": str, "frame": int, "box": 4 numbers, "point": 2 numbers, "mask_type": "modal" |
     "amodal"}, box and point in 0..1000; its frame must have been registered. `truth` belongs to (video,
     frame): where several targets share a video, register it under a name for each (pixels are still encoded
-    once).
+    once). Other clients of the same sidecar have names of their own.
 
     `mask_iou` never raises for anything that happens in the sidecar: the row comes back invalid and is
     counted in `failures`. `segment` and `track`, which evaluation uses, raise SidecarError when a second try
@@ -1042,14 +1073,18 @@ class SegmenterClient:
         """`address` None starts a process of its own, which loads `segmenter`, writes to `log_file` and keeps up
         to `cache_gb` GB of embeddings on disk; `timeout_s` is for one request, `start_timeout_s` for the first
         answer; rows that come within `join_s` share a request; `max_frames` is how many registered frames client
-        and server each remember, oldest forgotten first."""
+        and server each remember, and of these FRAMES bytes, least recently used forgotten first."""
         self.address = None if address is None else parse_address(address)
         self.segmenter, self.log_file, self.threads = Path(segmenter), log_file, threads
         self.timeout_s, self.start_timeout_s, self.join_s = timeout_s, start_timeout_s, join_s
         self.max_frames, self.cache_gb, self.prompting = max_frames, cache_gb, prompting
         self.failures = 0  # rows that came back invalid
         self.restarts = 0
+        # Independent runs may share a sidecar, and name their videos alike.
+        self._prefix = secrets.token_hex(4) + "/"
         self._frames: OrderedDict[tuple[str, int], dict] = OrderedDict()  # as they go over the wire
+        self._frame_bytes = 0  # of these
+        self._waiting: set[tuple[str, int]] = set()  # no request was about them since they were registered
         self._sent: set[tuple[str, int]] = set()  # known to the process that runs now
         self._queue: list[_Call] = []
         self._queue_lock, self._lock = threading.Lock(), threading.RLock()
@@ -1074,17 +1109,22 @@ class SegmenterClient:
     def start(self, wait: bool = True) -> None:
         """Starts the process, or connects. Without `wait` it comes up while the caller does other things.
 
-        Raises SidecarError, with the end of its log, when it dies or is silent for `start_timeout_s`.
+        Raises SidecarError, with the end of its log, when it dies or is silent for `start_timeout_s`, and when its
+        address can't be one.
         """
         with self._lock:
-            self._launch()
             try:
+                self._launch()
                 if wait:
                     self._await_ready()
             except _Lost as error:
                 self._stop()
                 where = f" at {self.address}" if self.address else ""
                 raise SidecarError(f"the sidecar{where} did not start: {error}") from None
+            except zmq.ZMQError as error:
+                self._stop()
+                hint = "write tcp://HOST:PORT or a shorter path" if self.address else "set TMPDIR to a shorter path"
+                raise SidecarError(f"no socket for the sidecar: {error}; {hint}") from None
 
     def register(self, video: str, frame: int, image: UInt8[np.ndarray, "h w 3"],
                  truth: Bool[np.ndarray, "h w"] | None = None) -> None:
@@ -1092,16 +1132,21 @@ class SegmenterClient:
         needs it. Registering the same pair again replaces it."""
         if image.ndim != 3 or image.shape[2] != 3 or (truth is not None and truth.shape != image.shape[:2]):
             raise ValueError(f"register: image {image.shape} and truth {np.shape(truth)} don't fit")
-        key = (str(video), int(frame))
+        key = (self._prefix + str(video), int(frame))
         entry = {"video": key[0], "frame": key[1], "image": image.tobytes(), "shape": list(image.shape),
                  "truth": None if truth is None else pack_mask(truth)}
         with self._lock:
             if self._frames.get(key) != entry:
+                self._forget(key)
                 self._frames[key] = entry
-                self._sent.discard(key)
+                self._frame_bytes += _entry_bytes(entry)
             self._frames.move_to_end(key)
-            while len(self._frames) > self.max_frames:
-                self._sent.discard(self._frames.popitem(last=False)[0])
+            self._waiting.add(key)
+            for old in list(self._frames):
+                # What waits for its request stays: it is nowhere else.
+                heavy = self._frame_bytes > FRAMES and old not in self._waiting
+                if heavy or len(self._frames) > self.max_frames:
+                    self._forget(old)
 
     def mask_iou(self, rows: Sequence[dict]) -> tuple[Float[np.ndarray, " rows"], Bool[np.ndarray, " rows"]]:
         """IoU of each row's mask with the registered truth (0 where that is empty), and if it is valid.
@@ -1129,7 +1174,7 @@ class SegmenterClient:
         """The rows' masks at their frames' resolution. Raises SidecarError when one can't be had."""
         with self._lock:
             masks = []
-            plain = [_plain_row(row) for row in rows]
+            plain = [_plain_row(row, self._prefix) for row in rows]
             for start in range(0, len(rows), self.ROWS):
                 for reply in self._segment(plain[start : start + self.ROWS], "mask"):
                     if "error" in reply:
@@ -1192,7 +1237,7 @@ class SegmenterClient:
                 images.append({"image": image.tobytes(), "shape": list(image.shape)})
             reply = ask({"op": "advance", "track": name, "images": images})
             if reply.get("forgotten"):
-                raise _Lost("it was restarted, or has followed too many other videos meanwhile")
+                raise _Lost(f"it was restarted, or gave the video up ({IDLE} s idle, or {TRACKS} others)")
             for row in reply["masks"]:
                 yield row["frame"], row["object"], unpack_mask(row["mask"], row["shape"])
 
@@ -1209,6 +1254,12 @@ class SegmenterClient:
 
     # -- one request at a time, under self._lock ------------------------------------------------------------
 
+    def _forget(self, key: tuple[str, int]) -> None:
+        if key in self._frames:
+            self._frame_bytes -= _entry_bytes(self._frames.pop(key))
+            self._waiting.discard(key)
+            self._sent.discard(key)
+
     def _take_calls(self) -> list[_Call]:
         with self._queue_lock:
             calls, self._queue = self._queue, []
@@ -1219,7 +1270,7 @@ class SegmenterClient:
         rows = []
         for call, i in places:
             try:
-                rows.append(_plain_row(call.rows[i]))
+                rows.append(_plain_row(call.rows[i], self._prefix))
             except (KeyError, TypeError, ValueError) as error:
                 log.warning("row left out: %s", _one_line(error))
                 rows.append(None)
@@ -1239,26 +1290,27 @@ class SegmenterClient:
 
     def _segment(self, rows: list[dict], want: str) -> list[dict]:
         message = {"op": "segment", "rows": rows, "want": want, "prompting": self.prompting}
+        asked = [(row["video"], row["frame"]) for row in rows]
+        keys = [key for key in dict.fromkeys(asked) if key in self._frames]
+        for key in keys:
+            self._frames.move_to_end(key)
+        self._waiting.difference_update(keys)
 
         def attempt() -> list[dict]:
             for _ in range(2):
-                self._send_frames(rows)
-                replies = self._request(message, self.timeout_s)["rows"]
-                missing = [(row["video"], row["frame"]) for row, reply in zip(rows, replies, strict=True)
-                           if reply.get("missing") and (row["video"], row["frame"]) in self._frames]
-                if not missing:
+                new = [key for key in keys if key not in self._sent]
+                frames = [self._frames[key] for key in new]
+                replies = self._request({**message, "frames": frames}, self.timeout_s)["rows"]
+                self._sent.update(new)
+                if not any(reply.get("missing") and key in self._frames
+                           for key, reply in zip(asked, replies, strict=True)):
                     break
-                self._sent.difference_update(missing)  # the server forgot them, or is another process by now
+                # The server forgot some, or is another process by now. All go again, in one message: it keeps these
+                # together, whatever other clients send.
+                self._sent.difference_update(keys)
             return replies
 
         return self._twice(attempt)
-
-    def _send_frames(self, rows: Sequence[dict]) -> None:
-        keys = [key for key in dict.fromkeys((row["video"], row["frame"]) for row in rows)
-                if key in self._frames and key not in self._sent]
-        if keys:
-            self._request({"op": "frames", "frames": [self._frames[key] for key in keys]}, self.timeout_s)
-            self._sent.update(keys)
 
     def _twice(self, attempt: Callable[[], Any]) -> Any:
         """Tries, and when the sidecar is dead or stuck, tries once more with a new one."""
@@ -1352,9 +1404,13 @@ class _Lost(SidecarError):
     """No answer: the process is dead or stuck, and a new one may do better."""
 
 
-def _plain_row(row: dict) -> dict:
+def _entry_bytes(entry: dict) -> int:
+    return len(entry["image"]) + len(entry["truth"] or b"")
+
+
+def _plain_row(row: dict, prefix: str = "") -> dict:
     """The row in msgpack's types. Raises KeyError, TypeError or ValueError when it can't be one."""
-    return {"video": str(row["video"]), "frame": int(row["frame"]), "box": [float(v) for v in row["box"]],
+    return {"video": prefix + str(row["video"]), "frame": int(row["frame"]), "box": [float(v) for v in row["box"]],
             "point": [float(v) for v in row["point"]], "mask_type": str(row.get("mask_type", "modal"))}
 
 
@@ -1397,12 +1453,15 @@ class TrainConfig:
 
 PHASES = ("image", "complete", "clip")
 MIN_AREA = 60  # pixels an object must show to be prompted or scored
+AHEAD = (1, 1, 2, 3)  # from a clip's prompted frame to the first tracked; more than 1: frames that memory has missed
 
 
 def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Reads a YAML file and `key=value` overrides. Raises ValueError with one line that names what is
     wrong."""
     from omegaconf import OmegaConf
+
+    from icseg_jax import synthetic
 
     for override in overrides:
         if "=" not in override:
@@ -1429,6 +1488,9 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
             raise ValueError(f"{name}={getattr(config, name)}: use 1 or more")
     if config.data and not (config.start and config.clip_steps == 0):
         raise ValueError(f"data={config.data}: teaches complete masks alone; give start=DIR and clip_steps=0 with it")
+    most = synthetic.N_FRAMES + 1 - max(AHEAD)  # `_clip_step` needs a frame to start from
+    if not 2 <= config.clip_frames <= most:
+        raise ValueError(f"clip_frames={config.clip_frames}: use 2..{most}")
     if config.image_size % 64:
         raise ValueError(f"image_size={config.image_size}: must be a multiple of 64, such as 192")
     return config
@@ -1585,7 +1647,7 @@ def _clip_step(segmenter: Segmenter, config: TrainConfig, rng: np.random.Generat
 
     images, masks = [], []
     backward = bool(rng.integers(2))
-    ahead = int(rng.choice([1, 1, 2, 3]))  # more than 1: frames that memory has missed
+    ahead = int(rng.choice(AHEAD))
     length = scenes[0].n_frames
     start = int(rng.integers(length - (config.clip_frames - 2 + ahead)))
     order = [start, *range(start + ahead, start + ahead + config.clip_frames - 1)]
@@ -1901,7 +1963,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                          f"that is not this machine needs the same secret in {SECRET_VARIABLE} on both sides")
     command.add_argument("--segmenter", default=str(ASSET), help="directory of the model, or a SAM 2.1 .pt")
     command.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    command.add_argument("--frames", type=int, default=2048, help="registered frames to remember")
+    command.add_argument("--frames", type=int, default=2048, help="registered frames to remember, 1 GiB at most")
     command.add_argument("--cache-gb", type=float, default=0.0, help="GB of frame embeddings to keep on disk, in "
                          f"~/.cache/icseg_jax/embeddings or the folder that {CACHE_VARIABLE} names")
     command.add_argument("--parent", type=int, help="exit when this parent process dies")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -247,6 +248,27 @@ def test_frames_that_are_none(client):
     assert ask(client, again)["error"] == "images: expected 8, not 0" and ask(client, again) == {"forgotten": True}
 
 
+def test_more_videos_than_a_few_are_followed_at_a_time(segmenter, monkeypatch):
+    """One for each process of a pod: only what nobody goes on with is given up, and what is beyond all bounds."""
+    server = Server(segmenter)
+    begin = {"op": "track", "frames": 9, "objects": [{"position": 0, "box": [1, 1, 9, 9], "point": [0, 0]}]}
+    images = [{"image": bytes(12), "shape": [2, 2, 3]}] * 8
+    monkeypatch.setattr(Track, "advance", lambda self, features, sizes: setattr(self, "done", 8) or [])
+    monkeypatch.setattr(server, "embed", lambda image, keep: [])
+    first, *others = [server.answer(begin)["track"] for _ in range(20)]
+    assert server.answer({"op": "advance", "track": first, "images": images})["next"] == [8]
+    assert set(server.tracks) == {first, *others}
+    clock = time.monotonic
+    monkeypatch.setattr(sam2_sidecar.time, "monotonic", lambda: clock() + sam2_sidecar.IDLE / 2)
+    server.answer({"op": "advance", "track": others[0], "images": images})
+    monkeypatch.setattr(sam2_sidecar.time, "monotonic", lambda: clock() + 1.25 * sam2_sidecar.IDLE)
+    late = server.answer(begin)["track"]
+    assert set(server.tracks) == {others[0], late}
+    for _ in range(sam2_sidecar.TRACKS):
+        server.answer(begin)
+    assert len(server.tracks) == sam2_sidecar.TRACKS and late not in server.tracks
+
+
 @pytest.mark.slow
 def test_two_thousand_frames_need_the_memory_of_a_few(tmp_path):
     """Neither process grows with the video: 0.6 GB of pixels pass through less than 0.1 GB."""
@@ -482,9 +504,8 @@ def test_images_may_come_as_files(client, objects):
     buffer = io.BytesIO()
     Image.fromarray(objects[0][2]).save(buffer, "PNG")
     entry = {"video": "file", "frame": 0, "image": buffer.getvalue(), "truth": pack_mask(objects[0][3])}
-    assert ask(client, encode_message({"op": "frames", "frames": [entry]})) == {}
     row = {**rows_of(objects[:1])[0], "video": "file", "frame": 0}
-    reply = ask(client, encode_message({"op": "segment", "rows": [row], "want": "iou"}))
+    reply = ask(client, encode_message({"op": "segment", "frames": [entry], "rows": [row], "want": "iou"}))
     assert reply["rows"][0]["iou"] == pytest.approx(client.mask_iou(rows_of(objects[:1]))[0][0])
 
 
@@ -592,6 +613,76 @@ def test_dead_twice_gives_invalid_rows_and_no_exception(objects, tmp_path):
         assert client.mask_iou(rows_of(objects[:2]))[1].all()  # and training goes on when it is back
 
 
+@pytest.fixture
+def fragile(tmp_path):
+    """A Python whose first sidecar fails as one with a broken GPU does, at its first segmentation."""
+    file = tmp_path / "python"
+    file.write_text(f"""#!{sys.executable}
+import sys
+from pathlib import Path
+
+sys.path.insert(0, {str(ROOT)!r})
+from icseg_jax import sam2_sidecar
+
+
+def fail(*_):
+    import torch
+
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\\nmore of it")
+
+
+try:
+    Path({str(tmp_path / "failed")!r}).touch(exist_ok=False)
+    sam2_sidecar.Server.segment = fail
+except FileExistsError:
+    pass
+sys.exit(sam2_sidecar.main(sys.argv[3:]))
+""")
+    file.chmod(0o755)
+    return str(file)
+
+
+def test_a_broken_gpu_costs_a_restart(fragile, objects, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "executable", fragile)
+    with SegmenterClient(log_file=tmp_path / "log") as client:
+        register(client, objects[:2])
+        assert client.mask_iou(rows_of(objects[:2]))[1].all() and client.restarts == 1
+        assert "it exited with 1: error: ipc://" in caplog.text
+        assert "(CUDA error: an illegal memory access was encountered more of it); start the sidecar" in caplog.text
+
+
+def test_a_broken_gpu_at_an_address_is_left_to_its_supervisor(fragile, objects, tmp_path):
+    command = [fragile, "-m", "icseg_jax.sam2_sidecar", "serve", "--socket", str(tmp_path / "socket")]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True)]
+
+    def supervise(client):
+        told.append(processes[0].communicate()[1])
+        client.timeout_s = 60  # the dead one was not worth waiting for
+        processes.append(subprocess.Popen(command))
+
+    told = []
+    try:
+        with SegmenterClient(str(tmp_path / "socket")) as client:
+            register(client, objects[:2])
+            client.timeout_s = 2
+            threading.Thread(target=supervise, args=[client], daemon=True).start()
+            assert client.mask_iou(rows_of(objects[:2]))[1].all() and client.restarts == 1
+        assert processes[0].returncode == 1
+        assert told[0].splitlines()[-1].startswith(f"error: ipc://{tmp_path}/socket: the GPU failed (CUDA error: an")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_what_a_process_does_not_get_over():
+    import torch
+
+    lost = sam2_sidecar._lost_device
+    assert lost(torch.AcceleratorError("out of order")) and lost(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"))
+    assert not lost(torch.cuda.OutOfMemoryError("CUDA error: out of memory")) and not lost(RuntimeError("a shape"))
+
+
 def test_one_bad_row_leaves_the_others_alone(client, objects):
     good = rows_of(objects[:1])[0]
     client.register("untruthful", 0, objects[0][2])
@@ -613,13 +704,14 @@ def test_bad_messages_are_answered_and_survived(client, objects):
     good = rows_of(objects[:1])[0]
     client.mask_iou([good])
     bodies = [b"\xff\x00garbage", b"", msgpack.packb([1, 2]), b"\x91" * 5000, msgpack.packb({}),
-              msgpack.packb({"op": ["frames"]})]
+              msgpack.packb({"op": ["segment"]})]
     frame, pixel = {"video": "v", "frame": 0}, {"image": b"123", "shape": [1, 1, 3]}
     frames = [3, frame, {**frame, "image": b"no picture"}, {**frame, **pixel, "shape": [1 << 40, 1 << 40, 3]},
               {**frame, **pixel, "truth": b""}, {**pixel, "video": 5, "frame": 0}]
     prompt = {"position": 7, "box": [1, 1, 2, 2], "point": [1, 1]}
     bodies += [msgpack.packb(message) for message in (
-        {"op": "frames"}, *({"op": "frames", "frames": [entry]} for entry in frames),
+        {"op": "segment", "rows": [], "frames": 3},
+        *({"op": "segment", "rows": [], "frames": [entry]} for entry in frames),
         {"op": "segment", "rows": "all"}, {"op": "segment", "rows": [good], "want": "money"},
         {"op": "segment", "rows": [good], "prompting": "nicely"},
         {"op": "track", "frames": 1, "objects": [prompt]}, {"op": "track", "objects": [prompt]})]
@@ -634,7 +726,7 @@ def test_bad_messages_are_answered_and_survived(client, objects):
 @given(message=st.dictionaries(
     st.sampled_from(["op", "rows", "frames", "images", "want", "objects", "track", "prompting"]),
     st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.binary(max_size=12)
-                 | st.sampled_from(["ping", "stats", "frames", "segment", "track", "advance", "iou"]),
+                 | st.sampled_from(["ping", "stats", "segment", "track", "advance", "iou"]),
                  lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
                      st.sampled_from(["video", "frame", "image", "shape", "truth", "box", "point", "position"]),
                      inner, max_size=4), max_leaves=12)))
@@ -668,9 +760,88 @@ def test_frames_the_server_forgot_are_sent_again(objects, tmp_path):
         register(client, objects[:4])
         expected = client.mask_iou(rows_of(objects[:4]))[0]
         others = [{"video": "other", "frame": i, "image": bytes(3), "shape": [1, 1, 3]} for i in range(4)]
-        ask(client, encode_message({"op": "frames", "frames": others}))  # they push ours out
+        ask(client, encode_message({"op": "segment", "frames": others, "rows": []}))  # they push ours out
         iou, valid = client.mask_iou(rows_of(objects[:4]))
         assert valid.all() and np.array_equal(iou, expected) and client.stats()["held_frames"] == 4
+
+
+def of_bytes(name, count, truth=None):
+    """Entries of 27 bytes each, 36 with a truth in the server."""
+    entry = {"image": bytes(27), "shape": [3, 3, 3], "truth": truth}
+    return [{**entry, "video": name, "frame": i} for i in range(count)]
+
+
+def test_the_server_bounds_its_frames_by_bytes_too(segmenter, monkeypatch):
+    server = Server(segmenter, max_frames=9)
+    monkeypatch.setattr(sam2_sidecar, "FRAMES", 4 * 27)
+    server.register(of_bytes("a", 4))
+    server.register(of_bytes("b", 1))
+    assert list(server.frames) == [("a", 1), ("a", 2), ("a", 3), ("b", 0)]
+    server.register(of_bytes("b", 1, truth=bytes(2)))  # replaced, and truths count
+    assert list(server.frames) == [("a", 2), ("a", 3), ("b", 0)] and server.frame_bytes == 27 * 2 + 36
+    for _ in range(3):  # a refused message leaves nothing behind
+        with pytest.raises(ValueError, match="image"):
+            server.register([*of_bytes("c", 1), {"video": "c", "frame": 1}])
+    assert server.frame_bytes == 27 * 2 + 36
+    server.register(of_bytes("d", 12))  # what one message brings stays until the next, its rows need it
+    assert list(server.frames) == [("d", i) for i in range(12)] and server.frame_bytes == 27 * 12
+    server.register(of_bytes("e", 1))
+    assert len(server.frames) == 4 and server.frame_bytes == 27 * 4
+
+
+def in_process(server, **more):
+    """A client whose messages go to `server` without a process between; and these messages."""
+    client, sent = SegmenterClient(join_s=0, **more), []
+    client.start = lambda wait=True: None
+    client._request = lambda message, timeout_s: sent.append(message) or server.answer(message)
+    return client, sent
+
+
+def test_the_client_bounds_its_frames_by_bytes_too(segmenter, objects, monkeypatch):
+    one = objects[0][2].nbytes + len(pack_mask(objects[0][3]))
+    monkeypatch.setattr(sam2_sidecar, "FRAMES", 3 * one)
+    client, _ = in_process(Server(segmenter))
+    register(client, objects[:5])  # all wait for their request
+    assert len(client._frames) == 5 and client._frame_bytes == 5 * one
+    assert client.mask_iou(rows_of(objects[:5]))[1].all()
+    assert client.mask_iou(rows_of(objects[:1]))[1].all()  # used last
+    register(client, objects[5:6])
+    register(client, objects[5:6])
+    names = [client._prefix + objects[i][0] for i in (4, 0, 5)]
+    assert [video for video, _ in client._frames] == names and client._frame_bytes == 3 * one
+    assert client._waiting == {(names[2], objects[5][1])} and client._sent == set(client._frames) - client._waiting
+    register(client, objects[:1])  # waits again, though the server has it
+    register(client, objects[6:10])
+    assert client.mask_iou(rows_of([objects[0], *objects[5:10]]))[1].all()
+
+
+def test_clients_that_push_each_others_frames_out(segmenter, objects, monkeypatch):
+    """All frames of a request come with it when one is missing, so whatever came between can't hurt."""
+    server = Server(segmenter)
+    (client, sent), (other, _) = in_process(server), in_process(server)
+    register(client, objects[:4])
+    expected = client.mask_iou(rows_of(objects[:3]))[0]
+    monkeypatch.setattr(sam2_sidecar, "FRAMES", server.frame_bytes)  # 3 of them
+    register(other, objects[4:6])
+    assert other.mask_iou(rows_of(objects[4:6]))[1].all()  # two of ours are gone
+    sent.clear()
+    iou, valid = client.mask_iou(rows_of(objects[:4]))
+    assert valid.all() and np.array_equal(iou[:3], expected)
+    assert [len(message["frames"]) for message in sent] == [1, 4]
+
+
+def test_clients_of_one_sidecar_name_their_videos_alike(client, objects):
+    """Two runs on the same data: each has its own frames and truths, and pixels are still encoded once."""
+    name, frame, image, mask, _ = objects[0]
+    rows = rows_of(objects[:1])
+    expected = client.mask_iou(rows)[0][0]
+    with SegmenterClient(f"ipc://{client._directory}/socket") as other:
+        before = client.stats()["encoded"]
+        other.register(name, frame, image, ~mask)
+        assert other.mask_iou(rows)[0][0] < 0.1 < expected == client.mask_iou(rows)[0][0]
+        assert other.stats()["encoded"] == before
+        client.close()  # a restarted process is told the names again
+    assert client.mask_iou(rows)[0][0] == expected
 
 
 def test_calls_of_several_threads_share_a_request(client, objects):
@@ -760,10 +931,26 @@ def test_a_sidecar_at_an_address(objects, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("text", ["", "tcp://", "tcp://127.0.0.1", "tcp://127.0.0.1:port", "http://127.0.0.1:1",
-                                  "tcp://*:5555"])
+                                  "tcp://*:5555", "tcp://127.0.0.1:5555/", "tcp://127.0.0.1:5555?", "tcp://[::1]:5/#a",
+                                  "tcp://me@127.0.0.1:5555", "TCP://127.0.0.1:5555", "tcp://127.0.0.1:5555#"])
 def test_bad_addresses(text):
     with pytest.raises(ValueError, match="address|on this machine"):
         parse_address(text)
+
+
+def test_addresses_too_long_for_a_socket(tmp_path, monkeypatch):
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    client = SegmenterClient()
+    for _ in range(2):
+        with pytest.raises(SidecarError, match="no socket .* File name too long .*; set TMPDIR to a shorter path"):
+            client.start()
+    assert client.pid is None and not list(long.iterdir())
+    iou, valid = client.mask_iou([{"video": "v", "frame": 0, "box": [0] * 4, "point": [0] * 2}])
+    assert not valid.any() and client.failures == 1
+    with pytest.raises(SidecarError, match="File name too long .*; write tcp://HOST:PORT or a shorter path"):
+        SegmenterClient(str(long / "socket")).start()
 
 
 def test_damaged_segmenters(tmp_path, segmenter):
@@ -791,6 +978,7 @@ def test_damaged_segmenters(tmp_path, segmenter):
     (["serve", "--socket", "{tmp}/no/such/folder/s"], "cannot listen"),
     (["serve", "--socket", "{tmp}/s", "--segmenter", "{tmp}/large.pt"], "no such file; get one of"),
     (["serve", "--socket", "{tmp}/s", "--cache-gb", "1"], "ICSEG_EMBEDDINGS names another"),
+    (["serve", "--socket", "{tmp}/s", "--threads", "0"], "threads=0: use 1 or more"),
     (["import", "{tmp}/large.pt", "{tmp}/out"], "no such file; get one of"),
     (["train", "{tmp}/missing.yaml"], "no such config"),
     (["train", "experiments/embedded_sam2.yaml", "image_step=3"], "did you mean image_steps"),
@@ -875,6 +1063,19 @@ def test_training_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
     (tmp_path / "parts/checkpoint.pt").write_bytes(b"half a file")
     with pytest.raises(ValueError, match="damaged checkpoint"):
         sam2_sidecar.train(config("parts"))
+
+
+def test_the_shortest_and_the_longest_clips(monkeypatch):
+    monkeypatch.setattr(sam2_sidecar, "AHEAD", (max(sam2_sidecar.AHEAD),))
+    model = sam2_sidecar.build_model(sam2_sidecar.mini_config(64, 8, [1, 1, 2, 1], 32, 4))
+    segmenter, scene = sam2_sidecar.Segmenter(model), synthetic.make_scene(0, seed=3)
+    file = ROOT / "experiments/embedded_sam2.yaml"
+    for frames in (2, 10):
+        config = load_train_config(file, [f"clip_frames={frames}", "objects=1"])
+        assert sam2_sidecar._clip_step(segmenter, config, np.random.default_rng(0), [scene])[0].isfinite()
+    for frames in (1, 11):
+        with pytest.raises(ValueError, match=f"clip_frames={frames}: use 2..10"):
+            load_train_config(file, [f"clip_frames={frames}"])
 
 
 def test_prompt_of_mask_is_inside():
