@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,17 @@ def seconds_per_step(run: Path) -> float | None:
         return None
 
 
-def gather(out: Path, rows: Sequence[str], seeds: Sequence[int]) -> dict:
-    """What the finished runs under `out` say: {row: {"seeds": [...], decoding: {metric: {mean, std, values}}}}."""
+def gather(out: Path, rows: Sequence[str], seeds: Sequence[int], foreign: Collection[tuple[str, int]] = ()) -> dict:
+    """What the finished runs under `out` say: {row: {"seeds": [...], decoding: {metric: {mean, std, values}}}}.
+
+    foreign: (row, seed) of runs of another config, which are left out.
+    """
     table: dict[str, dict] = {}
     for row in rows:
         done = []
         for seed in seeds:
+            if (row, seed) in foreign:
+                continue
             summary = train.read_json(out / row / f"seed{seed}" / "summary.json") or {}
             if summary.get("finished") and summary.get("after"):
                 done.append((seed, summary))
@@ -167,8 +172,9 @@ def draw(table: dict, path: Path) -> None:
     os.replace(part, path)
 
 
-def write_tables(out: Path, rows: Sequence[str], seeds: Sequence[int]) -> dict:
-    table = gather(out, rows, seeds)
+def write_tables(out: Path, rows: Sequence[str], seeds: Sequence[int], foreign: Collection[tuple[str, int]] = ()
+                 ) -> dict:
+    table = gather(out, rows, seeds, foreign)
     train.write_atomically(out / "table.json", json.dumps(table, indent=1))
     train.write_atomically(out / "table.md", markdown(table, len(seeds)))
     draw(table, out / "table.png")
@@ -178,7 +184,7 @@ def write_tables(out: Path, rows: Sequence[str], seeds: Sequence[int]) -> dict:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when all runs are finished or it was asked to stop, 1 when a run failed, 2 on bad input."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0 if arguments else 2
     try:
@@ -199,11 +205,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def stop(number: int, _: Any) -> None:
         stopped.append(number)
-        if child is not None:
-            child.send_signal(signal.SIGTERM)  # it saves and leaves
+        if child is not None:  # it saves and leaves, at once where Ctrl-C says so again
+            child.send_signal(signal.SIGTERM if len(stopped) == 1 else number)
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    failed = []
+    failed, foreign = [], set()
     begun = time.monotonic()
     try:
         for number, (config, seed) in enumerate(plan, start=1):
@@ -222,13 +228,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 child.send_signal(signal.SIGTERM)
             code = child.wait()
             child = None
-            write_tables(out, rows, seeds)
+            if code == 2:  # such as what another command has left there
+                foreign.add((config.stem, seed))
+            write_tables(out, rows, seeds, foreign)
             if code and not stopped:
                 failed.append(f"{config.stem} seed {seed} (exit code {code})")
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
-    table = write_tables(out, rows, seeds)
+    table = write_tables(out, rows, seeds, foreign)
     print(markdown(table, len(seeds)))
     print(f"{out}/table.md, table.json, table.png")
     if stopped:

@@ -5,7 +5,7 @@
     arithmetic at 512 prompts x 16 rollouts x 8192 tokens. CONFIG defaults to experiments/embedded.yaml.
 `python -m icseg_jax.bench metrics`
     J and F of frames of 480x854 pixels against the formula of davis2017-evaluation on OpenCV and scikit-image (`pip
-    install 'icseg-jax[bench]'`): CPU seconds of either on one thread, the least of interleaved calls, and their ratio.
+    install -e '.[bench]'`): CPU seconds of either on one thread, the least of interleaved calls, and their ratio.
 `python -m icseg_jax.bench world`
     Synthetic videos a minute of one core: written to disk in Ambi-RVOS's layout, and drawn in memory.
 `python -m icseg_jax.bench perception [CONFIG] policy.path=DIR [key=value ...]`
@@ -26,9 +26,9 @@
     defaults to experiments/embedded.yaml.
 `python -m icseg_jax.bench chip [CONFIG] [key=value ...]`
     What one chip reaches of what it could, with random weights: decoding against the bandwidth of its memory, an update
-    against its arithmetic (MFU), at the config's sizes. CONFIG defaults to experiments/qwen3vl_4b.yaml; on one H200 add
+    against its arithmetic (MFU), at the config's sizes. CONFIG defaults to experiments/qwen3vl_4b.yaml; one H200 wants
     rollout.prompts=2 rollout.rollouts=16 update.minibatches=1 update.micro_prompts=1 update.token_buckets=[2048]
-    protocol.response_tokens=2048.
+    protocol.response_tokens=2048 (computed to fit, not run).
 `python -m icseg_jax.bench rollout [model=DIR] [prompts=4 rollouts=8 images=6 ...] [against=huggingface]`
     A fixed dialogue of several turns, every one of them as long as it may be: sampled tokens over the wall time of a
     second, warm dialogue. `against=huggingface` plays the same on the same rows with `generate` of transformers.
@@ -119,7 +119,7 @@ def metrics_speed(repeats: int = 25) -> dict[str, Any]:
         import cv2
         from skimage.morphology import disk
     except ImportError as error:
-        raise train.ConfigError(f"metrics: {error.name} is missing; pip install 'icseg-jax[bench]'") from None
+        raise train.ConfigError(f"metrics: {error.name} is missing; pip install -e '.[bench]'") from None
 
     def edges(mask: np.ndarray) -> np.ndarray:
         """DATA.md 4.1: pixels unlike their right, lower or lower right neighbour, inside the frame."""
@@ -905,7 +905,7 @@ MEASUREMENTS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 on bad input."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0 if arguments else 2
     name, *rest = arguments
@@ -924,7 +924,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         configs = [a for a in rest if "=" not in a]
         config = train.load_config((configs or [default])[0], [a for a in rest if "=" in a])
         print(json.dumps(measure(config)))
-    except train.ConfigError as error:
+    except (train.ConfigError, data.DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -47,7 +47,7 @@ def find_libtpu() -> Path | None:
 
 
 def open_topology(name: str) -> tuple[list[Any], float, str]:
-    """Devices of a topology, GiB of a chip, and what was compiled for. Call before jax is used. Raises ConfigError."""
+    """Devices of a topology, GiB of a chip, and what was compiled for. Call before jax is used. Raises OSError."""
     chip, _, shape = name.partition(":")
     if chip in ("gpu", "cpu"):
         if not shape.isdigit() or int(shape) < 1:
@@ -314,7 +314,7 @@ def compile_one(program: Traceable, chips: int, hbm_gib: float) -> dict[str, Any
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when everything fits, 1 when something does not, 2 on bad input."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0 if arguments else 2
     chosen = [a.removeprefix("programs=").split(",") for a in arguments if a.startswith("programs=")]

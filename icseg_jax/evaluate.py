@@ -181,16 +181,10 @@ Table = dict[str, Any]  # nested dicts of numbers
 
 def video_row(sample: data.Sample, masks: Bool[np.ndarray, "t h w"], chosen: str | None) -> Row:
     """metrics.video_scores of one sample on the frames that its benchmark scores."""
-    kept = sample.meta.get("labelled", list(range(len(sample))))
-
-    def stack(read: Callable[[int], np.ndarray]) -> np.ndarray:
-        return np.stack([read(p) for p in kept])
-
-    foreground = sample.meta.get("foreground")
-    return metrics.video_scores(
-        masks[kept], stack(sample.truth), ignore=sample.ignore and stack(sample.ignore),
-        foreground=foreground and stack(lambda p: readers.foreground_mask(foreground[p], sample.size)),
-    )  # fmt: skip
+    objects = sample.meta.get("foreground")
+    return train.video_scores(
+        sample, masks, objects and (lambda position: readers.foreground_mask(objects[position], sample.size))
+    )
 
 
 def image_row(sample: data.Sample, masks: Bool[np.ndarray, "1 h w"], chosen: str | None) -> Row:
@@ -211,9 +205,10 @@ def by_group(rows: Sequence[Row], **keys: Any) -> Table:
 
 
 def found_only(rows: Sequence[Row]) -> Table:
-    """Ambi-RVOS's and OK-VOS's: their scorer skips samples without masks (DATA.md 3.4); the last group does not."""
+    """Ambi-RVOS's and OK-VOS's: their scorer skips samples without masks (DATA.md 3.4); the last group does not. It is
+    there where `report` says of each row whether it has masks."""
     found = [row for row in rows if not row.get("missing")]
-    if len(found) == len(rows):
+    if not any("missing" in row for row in rows):
         return by_group(rows)
     return (by_group(found) if found else {}) | {"overall, missing as 0": by_group(rows)["overall"]}
 
@@ -287,10 +282,10 @@ def merged_rows(source: Source, folder: Path, known: Iterable[int]) -> list[Row]
         videos[meta["video"], meta["annotator"]].append(number)
     rows = []
     whole = collections.Counter()
-    for number in range(len(source)):
-        with contextlib.suppress(ValueError, OSError):
-            meta = source.open(number).meta
-            whole[meta["video"], meta["annotator"]] += 1
+    for id in source.ids():  # a record that is refused has a name at least
+        video, _, expression = id.rpartition("/")
+        if expression.isdigit():
+            whole[video, int(expression) % 4] += 1
     for (video, annotator), numbers in videos.items():
         if len(numbers) < whole[video, annotator]:
             continue  # an object without its expression would count as perfectly absent
@@ -332,10 +327,11 @@ class Source:
         self.name, self.path, self.split = name, path, split or next(s for s in (*SPLITS, *there) if s in there)
         if prepared:
             samples = data.load_prepared(path, self.split)
+            self._refused = [id for id, _ in samples.refused]
             self._records = [("", functools.partial(samples.__getitem__, i)) for i in range(len(samples))]
             self.fingerprint = made["fingerprint"]
         else:
-            self._records = list(readers.records(name, path, self.split))
+            self._records, self._refused = list(readers.records(name, path, self.split)), []
             tables = readers.dataset(name).tables(path, self.split)
             self.fingerprint = data._fingerprint(name, {}, path.absolute(), tables)
         first = {id: number for number, (id, _) in reversed(list(enumerate(self._records)))}
@@ -349,6 +345,10 @@ class Source:
         if number in self._twice:
             raise data.DataError(f"its id {self._records[number][0]!r} belongs to an earlier record")
         return self._records[number][1]()
+
+    def ids(self) -> list[str]:
+        """Of all records, those that are refused too. Raises DataError for a damaged prepared one."""
+        return [*self._refused, *(id or read().id for id, read in self._records)]
 
     def id_of(self, number: int) -> str:
         return self._records[number][0] or f"number {number}"
@@ -544,14 +544,11 @@ class Player:
         self.user = user if isinstance(user, train.MODELS) else Exact(user)
         self.expert = expert if isinstance(expert, train.MODELS) else Exact(expert)
         policy_config, params = train.load_policy(path, self.mesh, dtype=c.policy.dtype)
-        source = train.resolve_path(path)
-        if not (source / "tokenizer.json").is_file():  # a run's checkpoint: its tokenizer is that of its base
-            source = train.resolve_path(c.policy.path)
         policy = train.Policy(policy_config, mesh=self.mesh, attention=c.policy.attention)
         self.params = train.reading_copy(policy, self.mesh, c.policy.dtype)(params)
         clarify = c.protocol.clarify if c.evaluate.clarify is None else c.evaluate.clarify
         protocol = dataclasses.replace(c.protocol, clarify=clarify)
-        self.speaker = train.Speaker(protocol, policy_config, train.load_tokenizer(source, policy_config))
+        self.speaker = train.Speaker(protocol, policy_config, train.load_tokenizer(Path(path), policy_config))
         self.sampler = train.Sampler(c, policy, self.speaker, self.mesh)
         self.clock = train.Clock()
         self.segmenter = SegmenterClient(
@@ -586,15 +583,17 @@ class Player:
     def batch(self, prompts: Sequence[train.Prompt]) -> tuple[list[train.Dialogue], list[train.Dialogue | None]]:
         """The dialogues of the policy, and, where a target is described, those of the policy that is told."""
         played = self.play(prompts)
-        described = [i for i, prompt in enumerate(prompts) if simulator.describe_target(prompt.sample)]
-        if not (self.baselines and described):
+        described: dict[int, train.Prompt] = {}
+        for i, prompt in enumerate(prompts):
+            if self.baselines and simulator.describe_target(prompt.sample):
+                with contextlib.suppress(train.PromptTooLong):  # the column is then left out
+                    described[i] = self.prompt(train.described(prompt.sample))
+        if not described:
             return played, [None] * len(prompts)
         # A query without a target stays as it is.
         told = [None if d.prompt.sample.target_ids else d for d in played]
-        if described:
-            again = self.play([self.prompt(train.described(prompts[i].sample)) for i in described])
-            for i, d in zip(described, again, strict=True):
-                told[i] = d
+        for i, d in zip(described, self.play(list(described.values())), strict=True):
+            told[i] = d
         return played, told
 
     def rate(self, numbers: Sequence[int], played: list[train.Dialogue], told: list[train.Dialogue | None]
@@ -618,7 +617,7 @@ class Player:
                 if self.baselines and not hidden(sample):
                     columns |= self.others(number, prompt)
             except (ValueError, OSError) as error:
-                if getattr(error, "errno", None) in train.MACHINE:
+                if data.of_machine(error):
                     raise
                 yield refusal(number, sample.id, error)
                 continue
@@ -741,8 +740,9 @@ def same_evaluation(out: Path, told: Mapping[str, Any]) -> None:
         raise train.ConfigError(f"out={out} belongs to another evaluation: {shown}; give another out=")
 
 
-# What a row does not depend on: batches, deadlines, where servers run.
+# What a row does not depend on: batches, deadlines, where servers run; how long a prompt may be, if it is played.
 FREE = train.SERVERS | {
+    "protocol": {"prompt_tokens"},
     "evaluate": {"prompts", "draws", "split", "samples", "every", "clips", "gallery", "before", "describe"}
 }
 
@@ -775,11 +775,14 @@ def play_benchmark(config: train.Config, given: Mapping[str, str]) -> int:
     settings = dataclasses.asdict(config)
     settings = {section: {k: v for k, v in settings[section].items() if k not in FREE.get(section, ())}
                 for section in ("protocol", "evaluate", "sidecar", "simulator", "expert")}  # fmt: skip
+    local = not config.sidecar.address  # what lies on another machine is known by its name
+    segmenter = weights.fingerprint(train.resolve_path(config.sidecar.segmenter)) if local else None
     log = Log(out, process)
     try:
         same_evaluation(out, {
             "benchmark": name, "source": str(source.path.resolve()), "split": source.split, "seed": config.seed,
             "records": source.fingerprint, "checkpoint": str(resolved), "dtype": config.policy.dtype,
+            "weights": {"checkpoint": weights.fingerprint(resolved), "segmenter": segmenter},
             "baselines": baselines, "prompts": answering(config), **json.loads(json.dumps(settings)),
         })  # fmt: skip
         count = min(config.evaluate.samples or len(source), len(source))
@@ -789,7 +792,7 @@ def play_benchmark(config: train.Config, given: Mapping[str, str]) -> int:
         lost = 0
         if train.agreed(bool(pending)):  # all load the policy or none does: they meet there
             train.cache_programs()
-            player = Player(config, path, baselines, out, process)
+            player = Player(config, str(resolved), baselines, out, process)
             with contextlib.closing(player.segmenter):
                 player.segmenter.start()
                 if how.row is amodal_row and not player.segmenter.amodal:
@@ -846,10 +849,12 @@ def play_pending(player: Player, source: Source, pending: Sequence[int], log: Lo
             try:
                 prompts.append(player.prompt(source.open(number)))
                 numbers.append(number)
+            except train.PromptTooLong as error:
+                keep(refusal(number, source.id_of(number), error))
             except train.ConfigError:
                 raise
             except (ValueError, OSError) as error:
-                if getattr(error, "errno", None) in train.MACHINE:
+                if data.of_machine(error):
                     raise
                 keep(refusal(number, source.id_of(number), error))
         return numbers, prompts
@@ -926,6 +931,8 @@ def report(source: Source, rows: Sequence[Row], folder: Path, out: Path | None,
             continue  # a part of the samples would not be comparable
         parts: dict[str, tuple[Callable, list]] = {}
         scores = [row["scores"] | {k: row[k] for k in ("video", "group")} for row in mine if row["scores"]]
+        if any("missing" in row for row in scores):  # so that resamples, too, tell the same scores
+            scores = [{"missing": False} | row for row in scores]
         if how.merged and column == "policy" and scores:
             scores = merged_rows(source, folder, [row["index"] for row in played])
         if scores and not (how.merged and column != "policy"):
@@ -1047,7 +1054,7 @@ OWN = {"check": (), "predictions": ("benchmark", "source", "split", "out", "subm
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, 1 when a model left dialogues without an answer, or 2 on bad input."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0 if arguments else 2
     words = {*OWN, *(key for keys in OWN.values() for key in keys)}

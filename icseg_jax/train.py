@@ -500,7 +500,7 @@ def check_config(c: Config) -> Config:
         "group statistics need 2 or more (8 in the paper)",
     )
     need(
-        c.rollout.temperature > 0,
+        math.isfinite(c.rollout.temperature) and c.rollout.temperature > 0,
         "rollout.temperature",
         c.rollout.temperature,
         "use a positive number (1.0 in the paper)",
@@ -852,10 +852,13 @@ class Images(struct.PyTreeNode):
 
 
 class Visual(struct.PyTreeNode):
-    """Encoded images of one prompt, as one bank of merged tokens that token sequences point into."""
+    """Encoded images: one bank of merged tokens for each prompt, into which token sequences point.
+
+    Axes as `Policy.run` reads them; before banks are made they are per image: [I, m, D] and [taps, I, m, D].
+    """
 
     tokens: Array  # [P, B, D]
-    deepstack: Array  # [taps, P, B, D]: added after the first LM layers (Qwen3-VL's DeepStack)
+    deepstack: Array  # [taps, P, B, D], in `Batch.visual` [P, taps, B, D]: added after the first LM layers
 
 
 class Keys(struct.PyTreeNode):
@@ -1715,6 +1718,8 @@ def check_mesh(c: Config, mesh: Mesh) -> None:
     if c.stage == "sft":
         rows = 1 if c.warmstart.mix else c.warmstart.rows + c.warmstart.practice
         need(c.warmstart.scenes, rows, "warmstart.scenes", "scenes")
+        if c.update.micro_prompts:
+            need(math.gcd(c.update.micro_prompts, c.warmstart.scenes), rows, "update.micro_prompts", "its scenes")
     if c.stage == "rl":
         size = c.rollout.prompts // c.update.minibatches
         need(c.rollout.prompts, c.rollout.rollouts, "rollout.prompts", "prompts")
@@ -1965,6 +1970,9 @@ def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
     return numbers if all(math.isfinite(x) for x in numbers) else None
 
 
+KEYFRAME = re.compile(r"<keyframe>\s*(-?\d{1,9})\s*</keyframe>")
+
+
 def parse_action(text: str) -> Action:
     """One generation -> what it does (METHOD.md 1.4, 1.5, 1.7). Never raises, linear in the text.
 
@@ -1984,11 +1992,10 @@ def parse_action(text: str) -> Action:
         if request["name"] != "vlm_tool":
             return Action("invalid", error=TOOL_ERRORS["tool"])
         return Action("call", question=request["query"].strip())
-    keyframe = _between(text, "keyframe", last=False)
-    if keyframe is not None:
-        if not re.fullmatch(r"\s*-?\d{1,9}\s*", keyframe):
-            return Action("invalid", error="")  # the released tool server answers nothing here (METHOD.md 1.5)
-        return Action("keyframe", frame=int(keyframe))
+    if keyframe := KEYFRAME.search(text):
+        return Action("keyframe", frame=int(keyframe[1]))
+    if _between(text, "keyframe", last=False) is not None:
+        return Action("invalid", error="")  # the released tool server answers nothing here (METHOD.md 1.5)
     answer = _between(text, "answer", last=False)
     if answer is not None:
         value = _read_json(answer)
@@ -2016,7 +2023,7 @@ def well_formed(texts: Sequence[str], *, mask_type: bool = False) -> bool:
         if not thought or "<thinking>" not in before:
             continue
         after = after.strip()
-        framed |= re.fullmatch(r"<keyframe>\s*-?\d{1,9}\s*</keyframe>", after) is not None
+        framed |= KEYFRAME.fullmatch(after) is not None
         if after.startswith("<answer>") and after.endswith("</answer>") and "\n" not in after:
             value = _read_json(after.removeprefix("<answer>").removesuffix("</answer>"))
             answered |= isinstance(value, dict) and set(value) == keys and parse_action(after).kind == "answer"
@@ -2320,7 +2327,9 @@ class Dialogue:
         self.row.add(ids, trained=True, logp=logp)
         text = speaker.tokenizer.decode(ids)
         closed = text.endswith("<|im_end|>")
-        text = text.removesuffix("<|im_end|>")
+        text = text.removesuffix("<|im_end|>").removesuffix("<|endoftext|>")
+        if not self.later:  # the token that completes a stop string may reach past it, as Qwen's "><" does
+            text = text[: min((text.find(stop) + len(stop) for stop in STOPS if stop in text), default=len(text))]
         action = Action("talk") if self.later else parse_action(text)
         if action.kind == "call" and not self.prompt.offered:  # as any other word that means nothing
             action = Action("invalid", error=TOOL_ERRORS["nothing"])
@@ -2660,9 +2669,9 @@ class Sampler:
 
         position [P,N]: M-RoPE position of the next token; budget [P,N]: tokens a row may still say, 0 for rows that
         are out; state [P,N]: of the stop automaton; keys [P,N,2]; temperature [P,N], 0 takes the likeliest; penalty:
-        None where no row has one; logp is that of the plain logits, whatever the temperature and the penalty. Returns
-        tokens and logp [P,N,R], length and state [P,N], finished [P,N] (a stop string or the end of the turn was said),
-        all of them whole on every device, then the fresh Keys and the hidden state [P,N,D] of the next token.
+        None where no row has one; logp is that of the temperature (0: of the plain logits), whatever the penalty.
+        Returns tokens and logp [P,N,R], length and state [P,N], finished [P,N] (a stop string or the end of the turn
+        was said), all of them whole on every device, then the fresh Keys and the next token's hidden state [P,N,D].
         """
         p, n = budget.shape
         most = min(self.c.protocol.action_tokens, self.c.rollout.decode_tokens)
@@ -2706,6 +2715,8 @@ class Sampler:
             scores = jnp.where(heard, jnp.where(logits > 0, logits / harder, logits * harder), logits)
             return scores - jnp.where(spoken, penalty.presence, 0.0)
 
+        cool = 1 / jnp.where(temperature > 0, temperature, 1.0)
+
         def go_on(carry):
             at, _, live, *_ = carry
             return live.any() & (at < most)
@@ -2715,7 +2726,7 @@ class Sampler:
             logits = words_first(self.policy.apply({"params": params}, hidden, method=Policy.next_words))
             scores = less(logits, said)
             token = draw(jnp.where(self.allowed[:, None, None], scores, MASKED), temperature, chances[at])
-            likely = jnp.take_along_axis(logits, token[None], 0)[0] - jax.nn.logsumexp(logits, 0)
+            likely = jnp.take_along_axis(logits, token[None], 0)[0] * cool - jax.nn.logsumexp(logits * cool, 0)
             token = jnp.where(live, token, self.speaker.tokenizer.end_of_text)
             said = jax.tree.map(lambda x: x.at[token, row[..., 0], lane[:, 0]].set(True), said)
             tokens = tokens.at[:, :, at].set(token)
@@ -3336,6 +3347,14 @@ def total_return(scores: Scores, config: Config) -> Array:
     return sum(config.reward.weights.get(name, 0.0) * scores.terms[name] for name in TERMS)
 
 
+def shared_return(scores: Scores, config: Config) -> Array:
+    """What of R [P,N] belongs to the whole rollout: all of it, or, where each question earns its own
+    (`credit.turn_credit: local`), with the format term in place of the process term (METHOD.md 4.3)."""
+    if config.credit.turn_credit == "local":  # never added, so that equal returns stay equal to the last bit
+        scores = scores.replace(terms={**scores.terms, "process": np.asarray(scores.well_formed, np.float32)})
+    return total_return(scores, config)
+
+
 def group_spread(values: Array, valid: Array) -> np.ndarray:
     """Standard deviation [P] (ddof 1, float64) of values [P,N] over each group's valid rows; 0 with fewer than two."""
     kept = np.ma.masked_array(np.asarray(values, np.float64), ~np.asarray(valid, bool))
@@ -3423,6 +3442,17 @@ def on_question_turns(values: Array, asked_in: Array, turn: Array) -> jax.Array:
     return (here * jnp.asarray(values)[..., None, :]).sum(-1)
 
 
+def weighed_tokens(c: CreditSection, tokens: Array, mask: Array, has_context: Array, asked_in: Array, turn: Array
+                   ) -> Array:
+    """[P,N,T]: the tokens that the step level weighs, all others keep weight 1. tokens [P,N,T]: their advantages."""
+    weighed = jnp.asarray(mask) & jnp.asarray(has_context)[..., None]
+    if c.weigh == "questions":
+        weighed = weighed & (on_question_turns(asked_in >= 0, asked_in, turn) > 0)
+    if c.vanilla_on_nonnegative_adv:
+        weighed = weighed & (tokens < 0)
+    return weighed
+
+
 @functools.partial(jax.jit, static_argnames="c")
 def hierarchical_advantages(
     c: CreditSection,
@@ -3449,16 +3479,24 @@ def hierarchical_advantages(
         turns = turn_advantages(gains, (asked_in >= 0) & valid[..., None])
         tokens = tokens + c.turn_weight * on_question_turns(turns, asked_in, turn) * mask
     weight = step_weights(tokens, logp_teacher, logp_student, has_context, clip=c.weight_clip)
-    weighed = jnp.asarray(mask) & jnp.asarray(has_context)[..., None]
-    if c.weigh == "questions":
-        weighed = weighed & (on_question_turns(asked_in >= 0, asked_in, turn) > 0)
-    if c.vanilla_on_nonnegative_adv:
-        weighed = weighed & (tokens < 0)
+    weighed = weighed_tokens(c, tokens, mask, has_context, asked_in, turn)
     weight = jnp.where(weighed, weight, 1.0)
     if c.normalize_weight_by_seq_mean:  # over the tokens that are weighed; the others keep 1
         mean = jnp.where(weighed, weight, 0.0).sum(-1, keepdims=True) / jnp.maximum(weighed.sum(-1, keepdims=True), 1)
         weight = jnp.where(weighed, weight / jnp.maximum(mean, 1e-6), 1.0)
     return modulate(tokens, weight, lam), weight
+
+
+def teaching_groups(scores: Scores, c: Config) -> np.ndarray:
+    """[P] bool: groups from which the update learns something. The others are replaced (METHOD.md 4.7)."""
+    if c.update.loss == "sdpo":  # without a reward gradient a group of equal returns teaches as well as any
+        return np.ones(len(scores.valid), bool)
+    spread = group_spread(shared_return(scores, c), scores.valid) > 1e-6
+    if c.credit.turn_credit == "local":
+        gains = turn_gains(scores.counts, scores.asked, kind=c.reward.process)
+        turns = turn_advantages(gains, (scores.asked_in >= 0) & scores.valid[..., None])
+        spread = spread | (np.asarray(turns) != 0).any((-2, -1))
+    return spread
 
 
 def teacher_contexts(
@@ -3581,7 +3619,7 @@ class Batch(struct.PyTreeNode):
 
 def encode_bank(encode: Callable[[Images], tuple[Array, Array]], images: Sequence[Images], prompts: int) -> Visual:
     """Images of several sizes, each flat over the prompts -> `Batch.visual`: one bank per prompt, sizes one after the
-    other."""
+    other; tokens [P, B, D], deepstack [P, taps, B, D]."""
     tokens, deepstack = [], []
     for batch in images:
         merged, deep = encode(batch)
@@ -3660,9 +3698,11 @@ def predict(
 
 
 def token_logp(
-    policy: Policy, params: Any, hidden: Array, tokens: Array, chunk: int, spread: tuple[Array, Array] | None = None
-) -> tuple[Array, Array]:
-    """Log-probability and entropy [P,N,T] in fp32 of `tokens` under the predicting hidden states.
+    policy: Policy, params: Any, hidden: Array, tokens: Array, chunk: int, spread: tuple[Array, Array] | None = None,
+    *, temperature: float = 1.0,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Log-probability and entropy [P,N,T] in fp32 of `tokens` under the predicting hidden states, at the temperature
+    that they are sampled at.
 
     In chunks of `chunk` tokens per rollout under remat, so that logits [P,N,T,V] never exist. `spread`: neighbours
     [V,M] and weights [V,M]; the log-probability is then the weighted mean over a token's neighbours (soft targets).
@@ -3670,7 +3710,7 @@ def token_logp(
 
 
     def piece(kernel, hidden, tokens):
-        logits = project(hidden, kernel)
+        logits = project(hidden, kernel) / temperature
         total = jax.nn.logsumexp(logits, -1)
         entropy = total - (jax.nn.softmax(logits, -1) * logits).sum(-1)
         if spread is None:
@@ -3926,6 +3966,30 @@ def take_prompts(tree: Any, prompts: int, start: int, stop: int) -> Any:
     return jax.tree.map(lambda x: x[start * (len(x) // prompts) : stop * (len(x) // prompts)], tree)
 
 
+def in_micros(tree: Any, prompts: int, size: int) -> Any:
+    """[P, ...] -> [micro-batches, P / micro-batches, ...]: whole groups, activations of one live at a time.
+
+    size: prompts of a micro-batch; 0: all. Every n-th prompt is of one micro-batch, so that each device has its part of
+    all of them.
+    """
+    size = math.gcd(size or prompts, prompts)
+
+    def split(x):
+        x = x.reshape(size, prompts // size, len(x) // prompts, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+    return jax.tree.map(split, tree)
+
+
+def summed(one: Callable, micros: Any) -> Any:
+    """The sum of one(micro-batch) over all of `in_micros`, one at a time."""
+    first = jax.tree.map(lambda x: x[0], micros)
+    if len(jax.tree.leaves(micros)[0]) == 1:
+        return one(first)
+    none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
+    return jax.lax.scan(lambda carry, micro: (jax.tree.map(jnp.add, carry, one(micro)), None), none, micros)[0]
+
+
 def make_programs(policy: Policy, config: Config, state: TrainState | None = None) -> tuple[Callable, Callable]:
     """The two jitted programs of the update: log-probabilities of a batch, and one optimiser step on it.
 
@@ -3938,26 +4002,14 @@ def make_programs(policy: Policy, config: Config, state: TrainState | None = Non
         hidden = predict(
             policy, params, batch, share_prefix=c.update.share_prefix, freeze_vision=c.policy.freeze_vision
         )
-        return token_logp(policy, params, hidden, batch.rows.tokens, c.policy.logits_tokens)
-
-    def in_micros(tree, prompts):
-        """[P, ...] -> [micro-batches, P / micro-batches, ...]: whole groups, activations of one live at a time.
-
-        Every n-th prompt is of one micro-batch, so that each device has its part of all of them.
-        """
-        size = math.gcd(c.update.micro_prompts or prompts, prompts)
-
-        def split(x):
-            x = x.reshape(size, prompts // size, len(x) // prompts, *x.shape[1:]).swapaxes(0, 1)
-            return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-        return jax.tree.map(split, tree)
+        heat = c.rollout.temperature
+        return token_logp(policy, params, hidden, batch.rows.tokens, c.policy.logits_tokens, temperature=heat)
 
     def logprob(params, batch: Batch):
         """Log-probability [P,N,T] of every token."""
         prompts = batch.rows.tokens.shape[0]
         params = compute_copy(params, c.policy.dtype)
-        micros = in_micros(batch, prompts)
+        micros = in_micros(batch, prompts, c.update.micro_prompts)
         if len(micros.rows.tokens) == 1:
             logp = forward(params, batch)[0]
         else:
@@ -3988,7 +4040,8 @@ def make_programs(policy: Policy, config: Config, state: TrainState | None = Non
         most = min(c.update.sdpo_top_k, policy.config.vocab_size)
 
         def piece(kernel, its_kernel, hidden, told, tokens):
-            ours, theirs = (jax.nn.log_softmax(project(*x)) for x in ((hidden, kernel), (told, its_kernel)))
+            heat, views = c.rollout.temperature, ((hidden, kernel), (told, its_kernel))
+            ours, theirs = (jax.nn.log_softmax(project(*x) / heat) for x in views)
             top, ids = jax.lax.top_k(ours, most)
             chosen = jnp.take_along_axis(ours, tokens[..., None], -1)[..., 0]
             return top, jnp.take_along_axis(theirs, ids, -1), chosen, -(jnp.exp(ours) * ours).sum(-1)
@@ -4014,19 +4067,12 @@ def make_programs(policy: Policy, config: Config, state: TrainState | None = Non
         teacher = state.teacher if c.update.loss == "sdpo" else None
 
         slope = jax.value_and_grad(micro_loss, has_aux=True)
-        micros = in_micros((batch, credit, guided), prompts)
 
         def one(micro):
             (_, stats), grads = slope(state.params, teacher, *micro, total)
             return grads, stats
 
-        first = jax.tree.map(lambda x: x[0], micros)
-        if len(micros[1].mask) == 1:
-            grads, stats = one(first)
-        else:
-            none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
-            add = lambda carry, micro: (jax.tree.map(jnp.add, carry, one(micro)), None)  # noqa: E731
-            (grads, stats), _ = jax.lax.scan(add, none, micros)
+        grads, stats = summed(one, in_micros((batch, credit, guided), prompts, c.update.micro_prompts))
         stats["gradient_norm"] = optax.tree.norm(grads)
         state = apply_gradients(optimiser, state, grads, rate)
         if state.teacher is not None and c.credit.teacher_update == "ema":
@@ -4080,10 +4126,8 @@ def token_credit(
     are compared with, both [P,N,T], asked for only where they count.
     """
     c = config
-    returns = np.asarray(total_return(scores, c))
+    returns = np.asarray(shared_return(scores, c))
     gains = turn_gains(scores.counts, scores.asked, kind=c.reward.process)
-    if c.credit.turn_credit == "local":  # each question earns its own: the return keeps the format term
-        returns = returns + c.reward.weights.get("process", 0.0) * (scores.well_formed - scores.terms["process"])
     # A group with fewer than two valid rows has nothing to be compared with.
     valid = scores.valid & (scores.valid.sum(-1, keepdims=True) >= 2)
     mask = batch.rows.trained & valid[..., None]
@@ -4102,13 +4146,14 @@ def token_credit(
         mask = mask & has_context[..., None]
     spread = lambda x: float(group_spread(x, valid).mean())  # noqa: E731
     local = sum(c.reward.weights.get(k, 0.0) * scores.terms[k] for k in TERMS if k != "process")
-    counted = weight[mask & has_context[..., None]]
-    # What the guidance changed: Delta over the weighed tokens by the sign of their advantage and by what was said.
+    weighed = np.asarray(weighed_tokens(c.credit, tokens, mask, has_context, scores.asked_in, batch.rows.turn)) & weighs
+    counted = weight[weighed]
+    # What the guidance changed: Delta where there was some, by the sign of the advantage and by what was said.
     delta = np.asarray(told, np.float32) - np.asarray(plain, np.float32)
-    weighed = mask & has_context[..., None] if weighs else np.zeros_like(mask)
+    guided = mask & has_context[..., None] & weighs
     raw = np.exp(np.clip(np.sign(tokens) * delta, -20, 20))[weighed]  # weights before they are clipped
     asking = np.asarray(on_question_turns(scores.asked_in >= 0, scores.asked_in, batch.rows.turn)) > 0
-    over = lambda where: float(delta[weighed & where].mean()) if (weighed & where).any() else 0.0  # noqa: E731
+    over = lambda where: float(delta[guided & where].mean()) if (guided & where).any() else 0.0  # noqa: E731
     stats = {
         "advantage/trajectory_spread": spread(local),
         "advantage/turn_spread": spread(c.reward.weights.get("process", 0.0) * scores.terms["process"]),
@@ -4128,7 +4173,7 @@ def token_credit(
 
 def dialogue_row(d: Dialogue, scores: Scores, i: int, j: int, config: Config) -> dict:
     """One dialogue in the words of METHOD.md 11.7, for `metrics.dialogue_summary`."""
-    k = int(scores.asked[i, j].sum())
+    k, valid, weight = int(scores.asked[i, j].sum()), bool(scores.valid[i, j]), config.reward.weights.get
     questions = [simulator.parse_question(q, d.prompt.sample.query) for q, _ in d.questions[:k]]
     return {
         "id": d.prompt.sample.id,
@@ -4142,8 +4187,8 @@ def dialogue_row(d: Dialogue, scores: Scores, i: int, j: int, config: Config) ->
         "optimal": d.prompt.graph.get("optimal_expected"),
         "budget": max(synthetic.BUDGET, config.protocol.max_turns - 1),  # one for all `turns` rows up to 6
         "format": bool(scores.well_formed[i, j]),
-        "reward": float(sum(config.reward.weights.get(t, 0.0) * scores.terms[t][i, j] for t in TERMS)),
-        "terms": {t: float(scores.terms[t][i, j]) for t in TERMS} | ({} if scores.valid[i, j] else {"mask": None}),
+        "reward": float(sum(weight(t, 0.0) * scores.terms[t][i, j] for t in TERMS)) if valid else None,
+        "terms": {t: float(scores.terms[t][i, j]) for t in TERMS} | ({} if valid else {"mask": None}),
         "J": None,
         "F": None,
     }
@@ -4501,12 +4546,24 @@ class ConversationTeacher:
                 print(f"{sample.id}: {len(row)} tokens, {kept}: where the target is, is not taught", file=sys.stderr)
         return prompt, _cut(row, self.w.row_tokens), prompt.image_of(talk.frame) if shown else None
 
+    def fitting(self, samples: Sequence[data.Sample], index: int) -> tuple[Prompt, Transcript, np.ndarray | None]:
+        """The lesson of a sample, or of the next one whose prompt is not too long. Raises PromptTooLong."""
+        for number in (*range(index, len(samples)), *range(index)):
+            try:
+                return self.lesson(samples[number])
+            except PromptTooLong as error:
+                last = error
+                if str(error) not in self.cut:
+                    self.cut.add(str(error))
+                    print(f"left out: {error}", file=sys.stderr)
+        raise last
+
     def batch(self, step: int) -> tuple[Batch, np.ndarray]:
         """The batch of a step, and words -1 for all its image tokens [P, B, 1]."""
         c, speaker = self.c, self.speaker
         sizes = [len(samples) for samples in self.sets]
         places = data.mixed(c.seed, step, sizes, self.w.rates, self.w.scenes)
-        lessons = [self.lesson(self.sets[k][i]) for k, i in places]
+        lessons = [self.fitting(self.sets[k], i) for k, i in places]
         pad, vision = speaker.tokenizer.end_of_text, speaker.policy.vision
         prompts = stack_rows([[[prompt.row]] for prompt, *_ in lessons], c.protocol.prompt_tokens, pad)
         rows = stack_rows([[[row]] for _, row, _ in lessons], self.w.row_tokens, pad)
@@ -4547,7 +4604,7 @@ def coordinate_spread(
     return near, weight
 
 
-def make_warmstart_optimiser(section: UpdateSection) -> optax.GradientTransformation:
+def make_warmstart_optimiser(config: Config) -> optax.GradientTransformation:
     """Muon for the matrices and Adam for the rest, without the learning rate, like `make_optimiser`.
 
     On the embedded shape it needs half of AdamW's steps for the same loss. RL keeps AdamW, as the paper does.
@@ -4569,12 +4626,15 @@ def make_warmstart_optimiser(section: UpdateSection) -> optax.GradientTransforma
 
         return jax.tree_util.tree_map_with_path(sides, params)
 
+    section, frozen = config.update, config.policy.freeze_vision
+    tower = lambda params: {name: name == "vision" for name in params}  # noqa: E731
     muon = optax.contrib.muon(
         1.0, muon_weight_dimension_numbers=matrices, adam_b1=section.beta1, adam_b2=section.beta2,
         weight_decay=section.weight_decay, adam_weight_decay=section.weight_decay, adam_learning_rate=1.0,
         consistent_rms=0.2,
     )  # fmt: skip
-    return optax.chain(optax.clip_by_global_norm(section.clip_norm), muon, optax.scale(-1.0))
+    still = [optax.masked(optax.set_to_zero(), tower)] if frozen else []  # it would decay
+    return optax.chain(optax.clip_by_global_norm(section.clip_norm), muon, optax.scale(-1.0), *still)
 
 
 def make_warmstart_step(policy: Policy, config: Config, teacher: SceneTeacher | ConversationTeacher) -> Callable:
@@ -4583,32 +4643,43 @@ def make_warmstart_step(policy: Policy, config: Config, teacher: SceneTeacher | 
     The loss is the token mean over everything taught, plus `patch_weight` times how badly the encoded image tokens,
     read by the output head, name what they show. It puts what is seen where the language layers look for words.
     """
-    optimiser = make_warmstart_optimiser(config.update)
+    optimiser = make_warmstart_optimiser(config)
 
-    def naming(params, visual, words):
+    def naming(params, visual, words, total):
         logits = policy.apply({"params": params}, visual.tokens, method=Policy.head)
         there = words[..., 0] >= 0
         loss = sum(
             optax.softmax_cross_entropy_with_integer_labels(logits[..., np.array(ids)], jnp.maximum(words[..., i], 0))
             for i, ids in enumerate(teacher.groups)
         )
-        return (loss * there).sum() / jnp.maximum(there.sum(), 1) / len(teacher.groups)
+        return (loss * there).sum() / jnp.maximum(total, 1) / len(teacher.groups)
 
-    def loss_fn(params, batch, words, spread, patch_weight):
+    def loss_fn(params, micro, totals, spread, patch_weight):
+        """A micro-batch's share of the loss: means are over the tokens of the whole batch."""
+        batch, words = micro
         params = compute_copy(params, config.policy.dtype)
         encode = functools.partial(policy.apply, {"params": params}, method=Policy.encode)
         visual = encode_bank(encode, [batch.frames, batch.keyframes], batch.prompts.tokens.shape[0])
+        if config.policy.freeze_vision:
+            visual = jax.lax.stop_gradient(visual)
         hidden = predict(policy, params, batch.replace(frames=None, keyframes=None, visual=visual))
-        named = naming(params, visual, words)
+        # Of given conversations nobody knows what their pictures show: no logits of image tokens for nothing.
+        named = jnp.zeros(()) if config.warmstart.mix else naming(params, visual, words, totals[1])
         logp, _ = token_logp(policy, params, hidden, batch.rows.tokens, config.policy.logits_tokens, spread)
-        taught = batch.rows.trained
-        loss = -(logp * taught).sum() / jnp.maximum(taught.sum(), 1)
-        stats = {"loss": loss, "patch_words": named, "tokens": taught.sum()}
-        return loss + patch_weight * named, stats
+        loss = -(logp * batch.rows.trained).sum() / jnp.maximum(totals[0], 1)
+        return loss + patch_weight * named, {"loss": loss, "patch_words": named}
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch, words, spread, rate, patch_weight):
-        (_, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, words, spread, patch_weight)
+        totals = batch.rows.trained.sum(), (words[..., 0] >= 0).sum()
+
+        def one(micro):
+            (_, stats), grads = slope(state.params, micro, totals, spread, patch_weight)
+            return grads, stats
+
+        slope = jax.value_and_grad(loss_fn, has_aux=True)
+        grads, stats = summed(one, in_micros((batch, words), len(words), config.update.micro_prompts))
+        stats["tokens"] = totals[0]
         state = apply_gradients(optimiser, state, grads, rate)
         return state.replace(step=state.step + 1), {**stats, "gradient_norm": optax.tree.norm(grads)}
 
@@ -5102,8 +5173,24 @@ def load_policy(path: str | Path, mesh: Mesh | None = None, *, dtype: str | None
     return config, params
 
 
+def tokenizer_source(path: Path) -> Path:
+    """Where the tokenizer of the weights in `path` lies: beside them, or, where they are a run's, in the run (a warm
+    start and an imported policy have one there) or in the policy that it began with. Token ids mean nothing else."""
+    from omegaconf import OmegaConf
+
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    for place in (path, run, run / "policy"):
+        if (place / "tokenizer.json").is_file():
+            return place
+    with contextlib.suppress(Exception):  # missing or damaged: yaml's own errors, and what it may hold instead
+        return resolve_path(str(OmegaConf.load(run / "config.yaml").policy.path))
+    return path
+
+
 def load_tokenizer(path: Path, policy: PolicyConfig) -> weights.Tokenizer:
-    """The tokenizer of a Hugging Face directory. Raises ConfigError, also for one with more tokens than the policy."""
+    """The tokenizer of a Hugging Face directory, a run or a checkpoint. Raises ConfigError, also for one with more
+    tokens than the policy."""
+    path = tokenizer_source(path)
     try:
         tokenizer = weights.Tokenizer(path)
     except Exception as error:  # tokenizers has no error class of its own
@@ -5230,7 +5317,7 @@ def new_policy(config: Config, run: Run) -> tuple[PolicyConfig, weights.Tokenize
 
 def fresh_state(params: Any, config: Config, *, teacher: bool) -> TrainState:
     """The state before the first step; what has no mesh yet (counters) is replicated over that of the parameters."""
-    optimiser = make_warmstart_optimiser(config.update) if config.stage == "sft" else make_optimiser(config)
+    optimiser = make_warmstart_optimiser(config) if config.stage == "sft" else make_optimiser(config)
     zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
     state = TrainState(
         params, optimiser.init(params), jax.tree.map(jnp.copy, params) if teacher else None, zero(), zero()
@@ -5320,7 +5407,7 @@ def train_warmstart(config: Config, run: Run) -> None:
     if int(state.step) == config.steps:
         params = jax.tree.map(to_host, state.params)
         if run.writes:
-            save_policy(run.path / "trained", policy_config, params, source=source)
+            save_policy(run.path / "trained", policy_config, params, source=tokenizer_source(source))
         run.settle(last=True)
         run.summarise(finished=True, steps=config.steps, policy=str(run.path / "trained"))
     else:
@@ -5369,6 +5456,15 @@ def check_sight(who: Any, config: Config, *samples: data.Sample) -> None:
         raise ConfigError(str(error)) from None
 
 
+def video_scores(sample: data.Sample, masks: np.ndarray, foreground: Callable | None = None) -> dict[str, float]:
+    """metrics.video_scores of a sample's masks [T, H, W] on the frames that its benchmark scores. foreground: position
+    -> all that could be a target there."""
+    kept = sample.meta.get("labelled", list(range(len(sample))))
+    over = lambda read: read and np.stack([read(i) for i in kept])  # noqa: E731
+    ignore, others = over(sample.ignore), over(foreground)
+    return metrics.video_scores(masks[kept], over(sample.truth), ignore=ignore, foreground=others)
+
+
 class Trainer:
     """Everything a step of reinforcement learning needs, wired once."""
 
@@ -5378,8 +5474,8 @@ class Trainer:
         self.mesh = make_mesh(c.mesh)
         check_mesh(c, self.mesh)
         self.user, self.test_user, self.expert = meet(c, self.mesh)  # a server that is not there costs no waiting
-        self.source = resolve_path(c.policy.path)
-        policy_config, params = load_policy(self.source, self.mesh, dtype="float32")
+        policy_config, params = load_policy(c.policy.path, self.mesh, dtype="float32")
+        self.source = tokenizer_source(resolve_path(c.policy.path))
         self.tokenizer = load_tokenizer(self.source, policy_config)
         self.policy = Policy(policy_config, c.policy.remat, self.mesh, c.policy.attention)
         self.speaker = Speaker(c.protocol, policy_config, self.tokenizer)
@@ -5431,6 +5527,22 @@ class Trainer:
         shown = data.sample_frames(len(sample.frames), self.config.protocol.frames)
         return Prompt(sample, shown, self.test_speaker)
 
+    def test_prompts(self, count: int) -> Iterator[tuple[int, Prompt]]:
+        """The first samples of the test split, with their numbers. Those that are too long are said and left out;
+        raises the last one's PromptTooLong where none fits."""
+        fitting, last = 0, None
+        for index in range(count):
+            try:
+                prompt = self.test_prompt(self.test[index])
+            except PromptTooLong as error:
+                last = error
+                print(f"left out of the evaluation: {error}", file=sys.stderr)
+                continue
+            fitting += 1
+            yield index, prompt
+        if last is not None and not fitting:
+            raise last
+
     def training_prompts(self, step: int, refill: int) -> list[Prompt]:
         """The prompts of a step: a function of (seed, step, refill). One shown frame surely holds the target; without
         one a frame is chosen as well, so that frame numbers do not tell. In the place of a prompt that is too long
@@ -5481,8 +5593,7 @@ class Trainer:
                 scores, guidance, seen = score(dialogues, c, self.expert, masks, owners)
             for key, value in seen.items():
                 faults[key] = faults.get(key, 0) + value
-            # Without a reward gradient (sdpo) a group of equal returns teaches as well as any.
-            lively = (group_spread(total_return(scores, c), scores.valid) > 1e-6) | (c.update.loss == "sdpo")
+            lively = teaching_groups(scores, c)
             last = refill == c.rollout.refills
             kept += [
                 (dialogues[i], jax.tree.map(lambda x, i=i: np.asarray(x)[i], scores), guidance[i], lively[i])
@@ -5569,7 +5680,7 @@ class Trainer:
             "step": number,
             **stats,
             **{word: summary[word] for word in words},
-            **{f"reward/{t}": float(scores.terms[t][heard].mean()) if heard.any() else None for t in TERMS},
+            **{f"reward/{t}": summary["terms"].get(t) for t in TERMS},
             **levels,
             "lam": lam,
             "learning_rate": rate,
@@ -5641,23 +5752,27 @@ class Trainer:
             return rows, stories
 
         # Masks and tracks of a batch are made by the sidecar while the next one is played.
-        with concurrent.futures.ThreadPoolExecutor(1) as rater:
+        title, quiet = f"evaluate {name or ''}".strip(), None if self.run.writes else True
+        bar = tqdm(total=-(-count // c.evaluate.prompts), desc=title, unit="batch", dynamic_ncols=True, disable=quiet)
+        asked = self.test_prompts(count)
+        with contextlib.closing(bar), concurrent.futures.ThreadPoolExecutor(1) as rater:
             rated = []
-            starts = range(0, count, c.evaluate.prompts)
-            title, quiet = f"evaluate {name or ''}".strip(), None if self.run.writes else True
-            for start in tqdm(starts, title, unit="batch", dynamic_ncols=True, disable=quiet):
-                # The last batch is filled up by wrapping round, so that one set of programs serves all.
-                indices = [(start + k) % count for k in range(c.evaluate.prompts)]
+            while True:
                 with clock("data"):
-                    prompts = [self.test_prompt(self.test[i]) for i in indices]
+                    batch = list(itertools.islice(asked, c.evaluate.prompts))
+                if not batch:
+                    break
+                # The last batch is filled up with some of its own, so that one set of programs serves all.
+                prompts = [prompt for _, prompt in itertools.islice(itertools.cycle(batch), c.evaluate.prompts)]
                 dialogues = self.sampler.play(
                     params, prompts, temperatures, self.test_user, seed=c.seed, step=EVALUATION,
                     clock=clock, max_turns=c.evaluate.max_turns,
                     penalties=(c.evaluate.repetition_penalty, c.evaluate.presence_penalty),
                 )  # fmt: skip
-                rated.append(rater.submit(rate, indices[: count - start], dialogues))
+                rated.append(rater.submit(rate, [index for index, _ in batch], dialogues[: len(batch)]))
                 if jax.process_count() > 1:  # what processes say to each other keeps one order
                     rated[-1].result()
+                bar.update()
             with clock("reward"):
                 done = [part.result() for part in rated]
         if name and self.run.writes:
@@ -5677,8 +5792,7 @@ class Trainer:
         except SidecarError as error:  # the row is left out of J&F, the evaluation goes on
             print(f"{sample.id}: no masks ({error})", file=sys.stderr)
             return {}
-        truth = np.stack([sample.truth(i) for i in range(len(sample.frames))])
-        return {k: v for k, v in metrics.video_jf(masks, truth).items() if k in ("J", "F")}
+        return {k: v for k, v in video_scores(sample, masks).items() if k in ("J", "F")}
 
     def story(self, d: Dialogue, row: dict) -> dict:
         """One dialogue as the report shows it, its pictures beside it."""
@@ -5924,7 +6038,7 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
             if due(step) and not stop:  # who stops it may not wait so long; it is made up for
                 row["evaluate"] = trainer.evaluate()
                 book(trainer.clock.take(), "evaluate/")
-        except (ConfigError, data.DataError, SidecarError):  # the first: a sample with too long a prompt
+        except (ConfigError, data.DataError, SidecarError):  # the first: samples whose prompts are all too long
             if step > begun and jax.process_count() == 1:  # what was learned so far is kept
                 if row is not None:
                     run.log(row)
@@ -5941,11 +6055,11 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
             run.save(trainer.state, step)
     bar.close()
     if step == config.steps:
-        after = trainer.evaluate("after") if config.evaluate.every else {}
-        book(trainer.clock.take(), "evaluate/")
         params = jax.tree.map(to_host, trainer.state.params)
         if run.writes:
             save_policy(run.path / "trained", trainer.policy.config, params, source=trainer.source)
+        after = trainer.evaluate("after") if config.evaluate.every else {}
+        book(trainer.clock.take(), "evaluate/")
         if after and run.writes:
             say_scores("after", after)
         run.settle(last=True)
@@ -6002,14 +6116,10 @@ def clocked(items: Iterable[Any], clock: Clock, phase: str) -> Iterable[Any]:
         yield item
 
 
-# What goes wrong with this machine and not with a record: it is mended, and the same command goes on.
-MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EROFS}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m icseg_jax.train CONFIG [key=value ...]`. Returns 0 when done or saved, 2 on bad input."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0 if arguments else 2
     run = None
@@ -6030,7 +6140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {data.first_line(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in MACHINE | {errno.EACCES, errno.EPERM}:
+        if error.errno not in data.MACHINE | {errno.EACCES, errno.EPERM}:
             raise
         works = "give it room and the right to write, or another run_dir= or data.path="
         print(f"error: {error.filename or 'a write'}: {error.strerror}; {works}; the same command then goes on from "

@@ -10,6 +10,7 @@ byte-level BPE or the embedded word-level one) without importing transformers, w
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 import math
 import os
@@ -658,6 +659,18 @@ def find_checkpoint(path: str | Path) -> Path | None:
     return path / "checkpoints" / str(max(steps))
 
 
+def fingerprint(path: Path) -> str:
+    """Tells weights apart that lay in the same place one after the other: a file's bytes, those of a directory's JSON
+    and weights, or when a checkpoint was written. Of what is not there, that of nothing."""
+    stamp = path / "_CHECKPOINT_METADATA"
+    files = [stamp] if stamp.is_file() else [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in [*files, *sorted(path.glob("*.json"))]:
+        with file.open("rb") as opened:
+            digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
 def read_checkpoint(path: Path, shapes: Any = None, *, dtype: Any = None, shardings: Any = None) -> Any:
     """The parameters of a checkpoint; dtype: None keeps the stored one; shardings: None puts all on one device.
 
@@ -824,7 +837,7 @@ tokenizer and processor files go along, for a run that was not imported."""
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 on bad input."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0 if arguments else 2
     name, places = arguments[0], [a for a in arguments[1:] if not a.startswith("tokenizer=")]

@@ -107,6 +107,8 @@ def test_table_is_mean_and_deviation_over_finished_seeds(tmp_path):
     assert "| full | 2 of 2 |  | 0.60 ± 0.14 |" in text and "| grpo | 1 of 2 |  | 0.25 |" in text
     assert json.loads((tmp_path / "table.json").read_text()) == table
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+    others = ablate.gather(tmp_path, ["full", "grpo"], [0, 1], {("full", 1)})  # which has another config
+    assert others["full"]["seeds"] == [0] and others["full"]["greedy"]["success_ambiguous"]["values"] == [0.5]
     assert {p.name for p in tmp_path.iterdir()} == {"full", "grpo", "table.md", "table.json", "table.png"}
 
 

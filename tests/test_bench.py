@@ -1,6 +1,7 @@
 """The measurements print what they promise, at a small size."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -44,9 +45,10 @@ def test_the_shipped_base_reads_its_lists(capsys):
     assert set(told) == {"first", "later"}
     for kinds in told.values():
         kept = {name for name in kinds if not name.startswith("misses ")}
-        assert kept <= {"more", "place", "fits", "ruled_out", "differ", "named"} and "more" in kinds
-        assert all(kind["right"] > 0.8 and kind["of"] > 0 for name, kind in kinds.items() if name != "place")
-    assert told["later"]["place"]["of"] == told["later"]["ruled_out"]["of"] > 20
+        assert kept <= {"more", "place", "fits", "differ", "named"} and "more" in kinds
+        assert all(kind["right"] > 0.7 and kind["of"] > 0 for name, kind in kinds.items() if name != "place")
+    lines = sum(kind["of"] for name, kind in told["later"].items() if name == "fits" or name.startswith("misses "))
+    assert told["later"]["place"]["of"] == lines > 20
     assert told["later"]["place"]["right"] > 0.95
 
 
@@ -143,6 +145,9 @@ def test_a_shared_prompt_costs_its_length_once(capsys):
 
 
 def test_bad_input_is_one_line(capsys):
+    assert bench.main(["lists", "data.path=nowhere", "data.generate_train=0"]) == 2
+    assert re.fullmatch(r"error: .*nowhere.*\n", capsys.readouterr().err)
+    assert bench.main(["lists", "--help"]) == 0 and "bench lists" in capsys.readouterr().out
     assert bench.main(["metrics", "seed=1"]) == 2
     assert capsys.readouterr().err == "error: metrics takes no config and no key=value, not seed=1\n"
     assert bench.main(["advantages", "update.loss=sdpo"]) == 2

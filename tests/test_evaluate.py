@@ -1,6 +1,7 @@
 """Scores of policies and of masks from elsewhere; agreement of models with the exact user and expert, over a real
 server on loopback."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -223,6 +224,13 @@ def test_what_is_there_is_not_played_again_and_nothing_else_goes_there(world, sc
     assert play(world, scored, "evaluate.repetition_penalty=1.1") == 2
     assert re.fullmatch(r"error: out=.* belongs to another evaluation: evaluate.repetition_penalty \(1.0 -> 1.1\); "
                         r"give another out=\n", capsys.readouterr().err)
+    weights = json.loads((scored / "evaluation.json").read_text())["weights"]
+    assert len(set(weights.values())) == 2
+    with monkeypatch.context() as patch:  # such as a later export of the same run
+        patch.setattr(evaluate.weights, "fingerprint", lambda path: "other")
+        assert play(world, scored) == 2 and "weights.checkpoint" in capsys.readouterr().err
+    assert play(world, scored, "protocol.prompt_tokens=400") == 0  # nothing that is there depends on it
+    capsys.readouterr()
     held = evaluate.Log(scored, 0)
     assert play(world, scored) == 2 and "another evaluation is writing here" in capsys.readouterr().err
     held.close()
@@ -317,6 +325,9 @@ def test_perfect_masks_score_1_and_none_little(name, tmp_path, capsys, monkeypat
     table = json.loads((tmp_path / "scores" / "table.json").read_text())["table"]["policy"]["scores"]
     if name in ("ambi_rvos", "ok_vos"):  # whose scorer does not look at what is missing
         assert headline() == 1 and table["overall, missing as 0"]["JF"] <= before
+        told = json.loads((tmp_path / "scores" / "table.json").read_text())["table"]["policy"]["interval"]["scores"]
+        low, high = told["overall, missing as 0"]["JF"]
+        assert low < before and high == 1  # of resamples without what is missing, too
     elif evaluate.benchmark(name).row is evaluate.video_row:  # 0 also where the target is out of sight
         assert headline() <= before
         rows = [json.loads(line) for line in (tmp_path / "scores" / "rows.jsonl").read_text().splitlines()]
@@ -333,8 +344,23 @@ def test_a_video_of_protocol_a_counts_when_all_of_its_objects_do(tmp_path):
     rows = evaluate.merged_rows(source, tmp_path / "said", range(len(source)))
     assert {row["J"] for row in rows} == {1.0} and len({row["group"] for row in rows}) == 4
     fewer = evaluate.merged_rows(source, tmp_path / "said", range(1, len(source)))
-    assert {row["group"] for row in rows} - {row["group"] for row in fewer} == {
-        f"annotator {source.open(0).meta['annotator']}"}
+    annotator = {f"annotator {source.open(0).meta['annotator']}"}
+    assert {row["group"] for row in rows} - {row["group"] for row in fewer} == annotator
+    # Nor does a video with a refused record, of which nobody knows whose object it was.
+    file = root / "meta_expressions" / "valid" / "meta_expressions.json"
+    meta = json.loads(file.read_text())
+    video, number = source.id_of(0).split("/")
+    meta["videos"][video]["expressions"][number]["exp"] = ""
+    file.write_text(json.dumps(meta))
+    data.prepare("ref_davis17_a", root, tmp_path / "prepared", progress=False)
+    for path in (root, tmp_path / "prepared"):
+        damaged, there = evaluate.Source("ref_davis17_a", path, None), []
+        for k in range(len(damaged)):
+            with contextlib.suppress(data.DataError):
+                there.append(damaged.open(k) and k)
+        assert len(there) == len(source) - 1
+        groups = {row["group"] for row in evaluate.merged_rows(damaged, tmp_path / "said", there)}
+        assert {row["group"] for row in rows} - groups == annotator
 
 
 def test_what_the_machine_lacks_is_no_fault_of_a_record(world, scored, tmp_path, monkeypatch, capsys):

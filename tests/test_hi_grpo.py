@@ -661,3 +661,5 @@ def test_the_last_call_counts_and_multi_line_answers_are_read():
     assert train.parse_action(text).question == "b?"
     assert train.parse_action('<answer>{"bbox_2d": [1,2,3,4],\n"point_2d": [1,2]}</answer>').kind == "answer"
     assert train.parse_action("<keyframe> -1 </keyframe>").frame == -1
+    named = "<thinking> a <keyframe> is next, not <keyframe> x </keyframe> </thinking><keyframe> 12 </keyframe>"
+    assert train.parse_action(named).frame == 12  # the first that holds a number (METHOD.md 1.5)

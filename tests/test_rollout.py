@@ -252,6 +252,30 @@ def test_who_answers_and_does_not_stop_ran_out_of_tokens(world):
         assert d.end == end and d.answer.box == (0, 0, 500, 500)
 
 
+@pytest.mark.parametrize("reach", ["", "<", "</", ".", "\n\n"])
+def test_a_stop_string_may_end_within_a_token(world, reach):
+    """Qwen has "><" and ">." as tokens: what stands behind the stop string was not said, and the tool is called."""
+    call = '<thinking> two fit </thinking><call> {"name": "vlm_tool", "query": "What color is the target?"} </call>'
+    frame = "<thinking> one left </thinking><keyframe> 0 </keyframe>"
+    for said, kind in ((call, "call"), (frame, "keyframe")):
+        d = train.Dialogue(world.prompts([0])[0])
+        d.say([5, 6], [-1.0, -1.0], speaking(world.speaker, said + reach), finished=True, last=False)
+        assert d.end is None and d.actions[-1].kind == kind and d.texts == [said] and len(d.row) == 2
+
+
+def test_an_answer_may_end_with_the_text(world):
+    """METHOD.md 1.7: special tokens are no part of what is read."""
+    frame = "<thinking> one left </thinking><keyframe> 0 </keyframe>"
+    answer = world.speaker.answer("it", [0] * 4, [0] * 2)
+    for ending in ("", "<|im_end|>", "<|endoftext|>"):
+        d = train.Dialogue(world.prompts([0])[0])
+        for text in (frame, answer + ending):
+            d.say([5, 6], [-1.0, -1.0], speaking(world.speaker, text), finished=True, last=False)
+            if d.end is None:
+                d.observe(world.speaker, None)
+        assert d.end == "answered" and d.well_formed
+
+
 def test_an_answer_without_room_was_not_heard(world):
     """Nothing that the policy could not read counts for it."""
     call = '<thinking> two fit </thinking><call> {"name": "vlm_tool", "query": "What color is the target?"} </call>'
@@ -305,6 +329,12 @@ def test_sampler_and_trainer_agree(world, played):
     mask = batch.rows.trained
     assert mask.any() and np.abs(logp - batch.rows.logp)[mask].max() < 1e-4
     assert (logp[mask] <= 0).all()
+    # At another temperature, too: what is learned from is what was drawn.
+    warm = world.play([0, 1], temperatures=(1.5,) * ROLLOUTS)
+    logprob, _ = world.programs(train.load_config(CONFIG, [*SMALL, "rollout.temperature=1.5"]))
+    batch, _ = train.pack(warm, world.config, world.speaker)
+    mask = batch.rows.trained
+    assert np.abs(np.asarray(logprob(world.params, batch)) - batch.rows.logp)[mask].max() < 1e-4
 
 
 def test_each_program_is_compiled_once_for_its_shapes(world, played):
@@ -745,6 +775,20 @@ def test_a_prompt_that_is_too_long_is_left_out(world, capsys):
         ids([dataclasses.replace(s, query="the cross " * 300) for s in world.samples], 0)
 
 
+def test_an_evaluation_leaves_out_prompts_that_are_too_long(world, capsys):
+    class Asking(train.Trainer):
+        def __init__(self, samples):
+            self.config, self.test_speaker, self.test = world.config, world.speaker, samples
+
+    long = [dataclasses.replace(s, query="the cross " * 300) for s in world.samples]
+    asked = list(Asking([world.samples[0], long[1], world.samples[2]]).test_prompts(3))
+    assert [(index, p.sample.id) for index, p in asked] == [(i, world.samples[i].id) for i in (0, 2)]
+    said = capsys.readouterr().err
+    assert said.startswith("left out of the evaluation: protocol.prompt_tokens=") and long[1].id in said
+    with pytest.raises(train.PromptTooLong, match=long[2].id):
+        list(Asking(long).test_prompts(3))
+
+
 def test_the_baseline_may_be_the_teacher_without_context(world, played, scored):
     """credit.delta_baseline: what the guided teacher is compared with decides the weights, whoever it is."""
     scores, _, batch, _ = scored
@@ -1017,6 +1061,51 @@ def test_without_strength_the_teacher_is_not_asked(world, played, scored):
         )  # fmt: skip
     assert not train.needs_teacher(train.load_config(CONFIG, ["credit.lam=0"]))
     assert not train.needs_teacher(train.load_config(CONFIG, ["credit.teacher_context=none"]))
+
+
+def test_equal_rollouts_are_equal_whatever_their_questions_earned(world, scored):
+    """credit.turn_credit=local: the process term is no part of the return, not even as a rounding."""
+    config = train.load_config(CONFIG, [*SMALL, "credit.turn_credit=local", "credit.normalise_std=true",
+                                        "rollout.rollouts=8"])  # fmt: skip
+    rng = np.random.default_rng(0)
+    alike = lambda *_: np.repeat(rng.random((400, 1), np.float32), 8, 1)  # noqa: E731
+    terms = {t: alike() for t in train.TERMS} | {"process": rng.random((400, 8), np.float32)}
+    scores = scored[0].replace(terms=terms, well_formed=np.ones((400, 8), bool))
+    assert not np.asarray(train.group_advantages(train.shared_return(scores, config))).any()
+    assert np.asarray(train.group_advantages(train.total_return(scores, config))).all(-1).any()
+
+
+def test_what_a_group_teaches_where_questions_earn_their_own():
+    """Groups whose questions differ are kept though their returns are equal; guesses beside good questions of equal
+    rollouts are not, though their returns differ."""
+    local = train.load_config(CONFIG, [*SMALL, "credit.turn_credit=local"])
+    # One question to 1 of 3; one of no use, then one to 1 of 3; none: rows of both groups.
+    counts = np.array([[[3, 1, 1], [3, 3, 1]], [[3, 3, 3], [3, 1, 1]]], np.int32)
+    asked = np.array([[[1, 0], [1, 1]], [[0, 0], [1, 0]]], bool)
+    process = np.array([[1, 1], [0, 1]], np.float32)
+    terms = {t: np.ones((2, 2), np.float32) for t in train.TERMS} | {"process": process}
+    yes = np.ones((2, 2), bool)
+    scores = train.Scores(terms, counts, asked, np.where(asked, 0, -2).astype(np.int32), yes, yes, yes)
+    assert train.teaching_groups(scores, local).tolist() == [True, False]
+    assert train.teaching_groups(scores, train.load_config(CONFIG, SMALL)).tolist() == [False, True]
+    assert train.teaching_groups(scores, train.load_config(CONFIG, [*SMALL, "update.loss=sdpo"])).all()
+
+
+def test_statistics_of_the_step_level_are_of_what_it_weighs(world, played, scored):
+    _, made, every = credit_of(world, played, scored, lam=0.5, shift=5.0)
+    assert every["advantage/weight_clipped"] == 1 and made.mask.any()
+    failures = "credit.vanilla_on_nonnegative_adv=true"
+    _, made, some = credit_of(world, played, scored, failures, lam=0.5, shift=5.0)
+    assert some["advantage/weight_clipped"] == 1 and some["advantage/weight_mean"] == pytest.approx(0.8, abs=1e-5)
+    assert some["advantage/step_spread"] < 1e-5 < every["advantage/step_spread"]
+    assert some["advantage/delta_positive"] == every["advantage/delta_positive"] > 0
+
+
+def test_a_row_without_its_mask_has_no_reward(world, played, scored):
+    scores = scored[0].replace(valid=np.arange(ROLLOUTS)[None] != np.zeros((PROMPTS, 1)))
+    lost, there = (train.dialogue_row(played[0][j], scores, 0, j, world.config) for j in (0, 1))
+    assert lost["reward"] is None and lost["terms"]["mask"] is None and lost["terms"]["iou"] is not None
+    assert there["reward"] == pytest.approx(float(np.asarray(train.total_return(scores, world.config))[0, 1]))
 
 
 def test_local_turn_credit_moves_only_question_turns(world, played, scored):

@@ -544,7 +544,7 @@ def test_given_conversations_are_taught(place, talks):
     assert (place / "talk" / "trained" / "config.json").exists()
 
 
-def test_a_lesson_teaches_the_answers_and_then_the_place(talks):
+def test_a_lesson_teaches_the_answers_and_then_the_place(talks, capsys):
     config = train.load_config("experiments/embedded_conversations.yaml",
                                [f"warmstart.mix=[{talks}/prist, {talks}/llava, {talks}/r2sm]"])
     source = train.resolve_path(config.policy.path)
@@ -574,9 +574,58 @@ def test_a_lesson_teaches_the_answers_and_then_the_place(talks):
         taught = tokenizer.decode([t for t, ok in zip(row.tokens, row.trained, strict=True) if ok])
         assert train.parse_action(taught[taught.index("<answer>"):].removesuffix("<|im_end|>")
                                   ).mask_type == sample.mask_type and sample.query in taught
+    good, other = list(teacher.sets[0])[:2]
+    dialogue = [{**good.dialogue[0], "text": "the cross " * 300}, *good.dialogue[1:]]
+    long = dataclasses.replace(good, dialogue=dialogue)
+    assert teacher.fitting([other, long], 1)[0].sample.id == other.id
+    said = capsys.readouterr().err
+    assert said.startswith("left out: protocol.prompt_tokens=") and long.id in said
+    with pytest.raises(train.PromptTooLong, match=long.id):
+        teacher.fitting([long], 0)
+    assert not capsys.readouterr().err  # said once
     first, words = teacher.batch(3)
     assert first.rows.trained.any() and (words == -1).all()
     np.testing.assert_array_equal(first.rows.tokens, teacher.batch(3)[0].rows.tokens)
+
+
+@pytest.mark.slow
+def test_supervised_steps_keep_a_frozen_tower_and_add_up_micro_batches():
+    """As in reinforcement learning: scenes one by one have the gradient of all at once."""
+    states = {}
+    shape = ["policy.path=asset:embedded_base", "policy.shape=null", "warmstart.scenes=4", "update.weight_decay=0.1"]
+    kinds = {"whole": [], "parts": ["update.micro_prompts=1"], "frozen": ["policy.freeze_vision=true"]}
+    for name, changes in kinds.items():
+        config = train.load_config("experiments/embedded_warmstart.yaml", [*shape, *changes])
+        mesh = train.make_mesh(config.mesh)
+        policy_config, params = train.load_policy(config.policy.path, mesh, dtype="float32")
+        before = jax.device_get(params)
+        speaker = train.Speaker(config.protocol, policy_config, train.load_tokenizer(
+            train.resolve_path(config.policy.path), policy_config))  # fmt: skip
+        teacher = train.SceneTeacher(config, speaker)
+        step = train.make_warmstart_step(train.Policy(policy_config), config, teacher)
+        batch, words = teacher.batch(0)
+        spread = train.coordinate_spread(speaker.tokenizer, policy_config.vocab_size, 1.0)
+        state, stats = step(train.fresh_state(params, config, teacher=False), batch, words, spread, 0.01, 0.5)
+        states[name] = {k: float(v) for k, v in stats.items()}, jax.device_get(state.params), before
+    (whole, moved, before), (parts, _, _), (_, frozen, _) = states.values()
+    assert parts == pytest.approx(whole, rel=1e-4) and whole["patch_words"] > 0
+    same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))  # noqa: E731
+    assert same(frozen["vision"], before["vision"]) and not same(moved["vision"], before["vision"])
+    assert not same(frozen["layers"], before["layers"])
+
+
+def test_weights_are_read_with_their_own_words(tmp_path):
+    """The tokenizer of a run's checkpoint: the run's own, or that of the policy that it began with."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "3"
+    checkpoint.mkdir(parents=True)
+    assert train.tokenizer_source(checkpoint) == checkpoint  # none: the error names this place
+    (tmp_path / "run" / "config.yaml").write_text("policy: {path: 'asset:embedded_base'}")
+    for place in (checkpoint, tmp_path / "run"):
+        assert train.tokenizer_source(place) == train.resolve_path("asset:embedded_base")
+    for own in (tmp_path / "run" / "policy", tmp_path / "run"):  # of a warm start, of an imported one
+        own.mkdir(exist_ok=True)
+        (own / "tokenizer.json").write_text("{}")
+        assert train.tokenizer_source(checkpoint) == train.tokenizer_source(tmp_path / "run") == own
 
 
 def test_practice_gives_the_first_list_and_trains_what_follows():

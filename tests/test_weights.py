@@ -673,3 +673,24 @@ def test_a_tokenizer_without_the_special_tokens(tmp_path):
     (tmp_path / "tokenizer.json").write_text(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0})).to_str())
     with pytest.raises(ValueError, match="special token <|endoftext|> is missing".replace("|", r"\|")):
         weights.Tokenizer(tmp_path)
+
+
+def test_a_fingerprint_tells_weights_apart(tmp_path):
+    policy, file = tmp_path / "policy", tmp_path / "sam2.pt"
+    policy.mkdir()
+    for name in ("config.json", "model.safetensors", "README.md"):
+        (policy / name).write_text("1")
+    file.write_text("1")
+    first = weights.fingerprint(policy)
+    (policy / "README.md").write_text("2")
+    assert weights.fingerprint(policy) == first
+    (policy / "model.safetensors").write_text("2")
+    assert weights.fingerprint(policy) != first
+    seen = {weights.fingerprint(file)}
+    file.write_text("2")
+    run = tmp_path / "3"
+    run.mkdir()
+    for stamp in ("1", "2"):
+        (run / "_CHECKPOINT_METADATA").write_text(stamp)
+        seen.add(weights.fingerprint(run))
+    assert len(seen | {weights.fingerprint(file), weights.fingerprint(tmp_path / "nothing")}) == 5
