@@ -223,7 +223,7 @@ def test_a_full_disk_is_no_bad_video(mevis: Path, tmp_path: Path, monkeypatch, c
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
         done.append(copy(source, target))
 
-    def no_more(source: Path) -> None:
+    def no_more(source: Path, formats: tuple = ()) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(source))
 
     def starved(source: Path) -> np.ndarray:
