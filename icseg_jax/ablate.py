@@ -4,7 +4,7 @@
 
 Every row and seed is a run of `python -m icseg_jax.train` in its own process and directory, `OUT/<row>/seed<k>`, so the
 same command goes on where it was stopped and repeats nothing. After each run `OUT/table.md`, `table.json` and
-`table.png` are written anew: mean and standard deviation over the seeds that are finished.
+`table.png` are written anew: mean and standard deviation over the seeds that this command has finished, or found so.
 """
 
 from __future__ import annotations
@@ -82,16 +82,16 @@ def seconds_per_step(run: Path) -> float | None:
         return None
 
 
-def gather(out: Path, rows: Sequence[str], seeds: Sequence[int], foreign: Collection[tuple[str, int]] = ()) -> dict:
+def gather(out: Path, rows: Sequence[str], seeds: Sequence[int], ran: Collection[tuple[str, int]]) -> dict:
     """What the finished runs under `out` say: {row: {"seeds": [...], decoding: {metric: {mean, std, values}}}}.
 
-    foreign: (row, seed) of runs of another config, which are left out.
+    ran: (row, seed) that count; others may be of another config, which only their run itself can tell.
     """
     table: dict[str, dict] = {}
     for row in rows:
         done = []
         for seed in seeds:
-            if (row, seed) in foreign:
+            if (row, seed) not in ran:
                 continue
             summary = train.read_json(out / row / f"seed{seed}" / "summary.json") or {}
             if summary.get("finished") and summary.get("after"):
@@ -172,9 +172,8 @@ def draw(table: dict, path: Path) -> None:
     os.replace(part, path)
 
 
-def write_tables(out: Path, rows: Sequence[str], seeds: Sequence[int], foreign: Collection[tuple[str, int]] = ()
-                 ) -> dict:
-    table = gather(out, rows, seeds, foreign)
+def write_tables(out: Path, rows: Sequence[str], seeds: Sequence[int], ran: Collection[tuple[str, int]]) -> dict:
+    table = gather(out, rows, seeds, ran)
     train.write_atomically(out / "table.json", json.dumps(table, indent=1))
     train.write_atomically(out / "table.md", markdown(table, len(seeds)))
     draw(table, out / "table.png")
@@ -209,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             child.send_signal(signal.SIGTERM if len(stopped) == 1 else number)
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    failed, foreign = [], set()
+    failed, ran = [], set()
     begun = time.monotonic()
     try:
         for number, (config, seed) in enumerate(plan, start=1):
@@ -228,15 +227,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 child.send_signal(signal.SIGTERM)
             code = child.wait()
             child = None
-            if code == 2:  # such as what another command has left there
-                foreign.add((config.stem, seed))
-            write_tables(out, rows, seeds, foreign)
+            if code == 0:  # not what another command has left there
+                ran.add((config.stem, seed))
+            write_tables(out, rows, seeds, ran)
             if code and not stopped:
                 failed.append(f"{config.stem} seed {seed} (exit code {code})")
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
-    table = write_tables(out, rows, seeds, foreign)
+    table = write_tables(out, rows, seeds, ran)
     print(markdown(table, len(seeds)))
     print(f"{out}/table.md, table.json, table.png")
     if stopped:

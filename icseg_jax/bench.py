@@ -9,8 +9,8 @@
 `python -m icseg_jax.bench world`
     Synthetic videos a minute of one core: written to disk in Ambi-RVOS's layout, and drawn in memory.
 `python -m icseg_jax.bench perception [CONFIG] policy.path=DIR [key=value ...]`
-    What a warm-started policy sees in 60 scenes that it was not trained on: words and boxes of demonstrations, each
-    token predicted after the true ones. CONFIG defaults to experiments/embedded_warmstart.yaml.
+    What a warm-started policy sees in three batches of scenes that it was not trained on: words and boxes of
+    demonstrations, each token predicted after the true ones. CONFIG defaults to experiments/embedded_warmstart.yaml.
 `python -m icseg_jax.bench reading [CONFIG] policy.path=DIR [key=value ...]`
     How it writes lists of candidates: first ones, which must be seen, and later ones, which follow from the list
     before and the answer. CONFIG defaults to experiments/embedded_warmstart.yaml.
@@ -503,12 +503,12 @@ def first_list(d: train.Dialogue) -> tuple[str, float]:
     return kind, float(np.diff(edges).min(initial=np.inf)) * 1000 / graph["size"][1]
 
 
-def teacher_forced(config: train.Config) -> tuple[Callable, train.SceneTeacher, weights.Tokenizer]:
+def teacher_forced(config: train.Config) -> tuple[Callable, train.SceneLessons, weights.Tokenizer]:
     """(batch -> logits of its rows, the demonstrations, the tokenizer) of the policy in the config."""
     source = train.resolve_path(config.policy.path)
     policy_config, params = train.load_policy(source, dtype="float32")
     tokenizer, policy = train.load_tokenizer(source, policy_config), train.Policy(policy_config, False)
-    scenes = train.SceneTeacher(config, train.Speaker(config.protocol, policy_config, tokenizer))
+    scenes = train.SceneLessons(config, train.Speaker(config.protocol, policy_config, tokenizer))
 
     @jax.jit
     def logits_of(batch: train.Batch) -> jax.Array:

@@ -696,8 +696,8 @@ def prepare(name: str, source: str | Path, out: str | Path, *, progress: bool = 
 
     Every frame and mask is decoded once; bad records are left out and reported, with `strict` the first one stops
     it. What has been prepared from the same tables is reused, a prepare of them that was killed goes on where it
-    stopped; what is damaged, or lacks refused records, which may be mended since, is made again. Nothing appears under
-    `out` before all of it is there. `keys`: see `readers.read`. Returns {"reused": bool, "splits": {split: {"examples":
+    stopped; what is damaged is made again, with `strict` also what lacks refused records. Nothing appears under `out`
+    before all of it is there. `keys`: see `readers.read`. Returns {"reused": bool, "splits": {split: {"examples":
     int, "refused": [[id, reason], ...]}}, ...}.
 
     Raises DataError for an unknown name, a source that is no such dataset, no usable record, or an `out`
@@ -713,16 +713,18 @@ def prepare(name: str, source: str | Path, out: str | Path, *, progress: bool = 
     labels = [(split, folder) for split in splits for label in known.labels
               if (folder := root / label.format(split=split)).is_dir()]
     places = [f"{split}/{path.relative_to(root)}" for split, path in tables + labels]
-    fingerprint = _fingerprint(name, keys, root, [table for _, table in tables], places)
-    if made := _reusable(out, fingerprint):
+    # The last as it was until 30 November 2026: folders of that time are as good, but for what the places tell.
+    fingerprint, before = (_fingerprint(name, keys, root, [table for _, table in tables], x) for x in (places, ()))
+    if made := _reusable(out, (fingerprint, before), strict):
         return made | {"reused": True}
 
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = _begin(out, {"fingerprint": fingerprint, "source": str(root)}, strict)
     try:
         written = _write_records(name, source, splits, partial, progress, strict, keys)
-    except DataError:
-        shutil.rmtree(partial, ignore_errors=True)
+    except DataError as error:
+        if not of_machine(error):
+            shutil.rmtree(partial, ignore_errors=True)
         raise  # after anything else (Ctrl-C, a full disk) the next prepare goes on with it
     folder = partial / name / RECORD_VERSION
     files = [path for path in sorted(folder.iterdir()) if path.name != MARKER]  # which one killed at its end has left
@@ -730,7 +732,7 @@ def prepare(name: str, source: str | Path, out: str | Path, *, progress: bool = 
             "files": {path.name: path.stat().st_size for path in files}}
     (folder / MARKER).write_text(json.dumps(made, indent=1))
     try:
-        there = _reusable(out, fingerprint)  # hours may have passed
+        there = _reusable(out, (fingerprint, before), strict)  # hours may have passed
     except DataError as error:
         raise DataError(f"{error}; once {out} is free, the same command goes on with what it has written") from None
     if there is None:
@@ -741,18 +743,18 @@ def prepare(name: str, source: str | Path, out: str | Path, *, progress: bool = 
     return (there or made) | {"reused": there is not None}
 
 
-def _reusable(out: Path, fingerprint: str) -> dict | None:
-    """What `prepare` need not do again: the marker of `out` when all of it is there and nothing was refused, which may
-    be mended since. None when it may be replaced, DataError when it holds anything else."""
+def _reusable(out: Path, fingerprints: Sequence[str], strict: bool) -> dict | None:
+    """What `prepare` need not do again: the marker of `out` when all of it is there, for `strict` without a refusal,
+    which may be mended since. None when it may be replaced, DataError when it holds anything else."""
     if not out.exists():
         return None
     made = None
     with contextlib.suppress(DataError):
         made = _check_prepared(out)
-    if made and made["fingerprint"] != fingerprint:
+    if made and made["fingerprint"] not in fingerprints:
         raise DataError(f"{out} holds records of other tables or of another version, or lacks labels that have come "
                         f"since; it was made from {made['source']}: remove it or give another out=")
-    if made and not any(split["refused"] for split in made["splits"].values()):
+    if made and not (strict and any(split["refused"] for split in made["splits"].values())):
         return made
     _refuse_foreign(out)
     return None
@@ -870,6 +872,8 @@ def _records_job(name: str, source: str, split: str, keys: dict[str, str], first
             try:
                 example = features.serialize_example(_to_record(sample))
             except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # half a letter, a count above int32
+                if of_machine(error):
+                    raise
                 sample = f"it cannot be written as a record ({error})"
         if isinstance(sample, str):
             told = {"id": _one_line(id), "reason": _one_line(sample)[:500]}
@@ -1291,6 +1295,8 @@ def _prepare_and_report(name: str, source: str, out: str | None = None, strict: 
               + (" (prepared before)" if made["reused"] else ""))
         for id, reason in result["refused"]:
             print(f"  refused {id}: {reason}")
+        if made["reused"] and result["refused"]:
+            print("  strict=true looks at all of them again")
     print(out)
 
 

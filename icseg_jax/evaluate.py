@@ -347,8 +347,12 @@ class Source:
         return self._records[number][1]()
 
     def ids(self) -> list[str]:
-        """Of all records, those that are refused too. Raises DataError for a damaged prepared one."""
-        return [*self._refused, *(id or read().id for id, read in self._records)]
+        """Of all records that have one to be read, those that are refused too."""
+        ids = list(self._refused)
+        for id, read in self._records:
+            with contextlib.suppress(ValueError, OSError):
+                ids.append(id or read().id)
+        return ids
 
     def id_of(self, number: int) -> str:
         return self._records[number][0] or f"number {number}"
@@ -544,11 +548,12 @@ class Player:
         self.user = user if isinstance(user, train.MODELS) else Exact(user)
         self.expert = expert if isinstance(expert, train.MODELS) else Exact(expert)
         policy_config, params = train.load_policy(path, self.mesh, dtype=c.policy.dtype)
+        words = train.tokenizer_source(Path(path), otherwise=train.resolve_path(c.policy.path))
         policy = train.Policy(policy_config, mesh=self.mesh, attention=c.policy.attention)
         self.params = train.reading_copy(policy, self.mesh, c.policy.dtype)(params)
         clarify = c.protocol.clarify if c.evaluate.clarify is None else c.evaluate.clarify
         protocol = dataclasses.replace(c.protocol, clarify=clarify)
-        self.speaker = train.Speaker(protocol, policy_config, train.load_tokenizer(Path(path), policy_config))
+        self.speaker = train.Speaker(protocol, policy_config, train.load_tokenizer(words, policy_config))
         self.sampler = train.Sampler(c, policy, self.speaker, self.mesh)
         self.clock = train.Clock()
         self.segmenter = SegmenterClient(
@@ -586,8 +591,10 @@ class Player:
         described: dict[int, train.Prompt] = {}
         for i, prompt in enumerate(prompts):
             if self.baselines and simulator.describe_target(prompt.sample):
-                with contextlib.suppress(train.PromptTooLong):  # the column is then left out
+                try:
                     described[i] = self.prompt(train.described(prompt.sample))
+                except train.PromptTooLong as error:
+                    print(f"no column `described`: with the description {error}", file=sys.stderr)
         if not described:
             return played, [None] * len(prompts)
         # A query without a target stays as it is.
@@ -734,13 +741,16 @@ def same_evaluation(out: Path, told: Mapping[str, Any]) -> None:
     if not any(rows.stat().st_size for rows in out.glob("rows.*.jsonl")):  # a start that failed binds nobody
         train.write_atomically(file, json.dumps(told, indent=1))
     old, new = train._flat(train.read_json(file) or {}), train._flat(dict(told))
-    differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    free = {f"{section}.{key}" for section, keys in FREE.items() for key in keys}
+    # Weights that lie on another machine, or were written down by an earlier version, are known by their names only.
+    free |= {k for k in old.keys() | new.keys() if k.startswith("weights.") and None in (old.get(k), new.get(k))}
+    differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in free]
     if differing:
         shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in differing[:4])
         raise train.ConfigError(f"out={out} belongs to another evaluation: {shown}; give another out=")
 
 
-# What a row does not depend on: batches, deadlines, where servers run; how long a prompt may be, if it is played.
+# What a row does not depend on: batches, deadlines, where servers run; how long a prompt may be that was played.
 FREE = train.SERVERS | {
     "protocol": {"prompt_tokens"},
     "evaluate": {"prompts", "draws", "split", "samples", "every", "clips", "gallery", "before", "describe"}
@@ -1069,6 +1079,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise train.ConfigError(f"{unused[0]}={given[unused[0]]}: is not for {kind}=; see --help")
         if empty := [key for key, value in given.items() if not value]:
             raise train.ConfigError(f"{empty[0]}= is empty")
+        if kind != "predictions" and not config:
+            raise train.ConfigError(f"{kind}={given[kind]}: give a config first, such as experiments/embedded.yaml")
         if kind == "predictions":
             if config:
                 raise train.ConfigError(f"{config}: predictions= takes no config")

@@ -1294,7 +1294,7 @@ class SegmenterClient:
         keys = [key for key in dict.fromkeys(asked) if key in self._frames]
         for key in keys:
             self._frames.move_to_end(key)
-        self._waiting.difference_update(keys)
+        self._waiting.clear()  # of several processes each asks about its own rows, and registers all
 
         def attempt() -> list[dict]:
             for _ in range(2):

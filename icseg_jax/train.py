@@ -3,21 +3,30 @@
 "Don't Guess, Just Ask" (arXiv 2605.17531). Read it from top to bottom; it runs as
 `python -m icseg_jax.train experiments/embedded.yaml [key=value ...]`.
 
-    section                     paper / METHOD.md
-    1   Config                  5.1 recipe, 11 decisions
-    2   Policy                  Qwen3-VL
-    3   Mesh and sharding       (ours)
-    4   Protocol                1   agent protocol: prompts, tags, transcript
-    5   Rollout                 1.3 the dialogue loop
-    6   Rewards                 3   trajectory terms, turn-level process reward
-    7   Hi-GRPO                 4   three levels of credit, losses
-    8   Update                  4.6-4.9; and the supervised warm start, which shares it
-    9   Checkpoints and logs    (ours)
-    10  Evaluation and main     5.3, 11.7
+    section                         what it computes, by the notes' numbers
+    1   Config                      5.1 recipe, 11 decisions
+    2   Policy                      Qwen3-VL
+    3   Mesh and sharding
+    4   Protocol                    1: prompts, tags, transcript
+    5   Rollout                     1.3 the dialogue loop, 1.4 and 1.5 what the environment answers
+    6   Rewards                     2.2 counts, 3: trajectory terms, turn-level process reward
+    7   Hi-GRPO                     4.2-4.7, 4.10: three levels of credit, group filter, losses
+    8   Update                      4.5 the teacher, 4.6, 4.8, 5.1
+    9   Training step, evaluation   4.7 refills, 4.9 a step, 5.2 masks, 5.3 and 11.7 scores
+    10  Supervised warm start       11: the embedded base
+    11  Checkpoints, logs, files
+    12  Config files, command line
 
-Shapes: P prompts, N rollouts of a prompt, T tokens of a rollout, S tokens of a prompt, L layers, H query heads,
-K key/value heads, h head size, D width, V vocabulary, F frames, Q questions. The group axis is explicit: what
-belongs to a prompt is [P, ...], what belongs to a rollout [P, N, ...].
+METHOD.md n and DATA.md n number the project's notes, which are not in this repository; what they state is written out
+here. Hi-GRPO is GRPO with a turn-level term and RLSD's step weights (arXiv 2604.03128; `update.loss: rlsd` is the
+paper's method); `sdpo` is arXiv 2601.20802. "The parent" is Seg-ReSearch (arXiv 2602.04454), on whose code the authors
+built.
+
+Shapes: P prompts, N rollouts of a prompt, T tokens of a rollout, t of one call, S of a prompt, L layers, H query heads,
+K key/value heads, g = H/K, h head size, D width, V vocabulary, F frames, Q questions; I images, M patches and m merged
+tokens of one, B merged tokens of a prompt's images (its frames, then its key frames), C slots of a rollout's cache, R
+tokens of one stretch of decoding, or rows that rollouts share. The group axis is explicit: what belongs to a prompt is
+[P, ...], what belongs to a rollout [P, N, ...].
 
 Where this departs from the released scripts, or chooses where they are silent (METHOD.md 11.3):
  1. The process reward is the mean normalised reduction of the candidate count, gated by format; its formula is not
@@ -39,6 +48,13 @@ Where this departs from the released scripts, or chooses where they are silent (
 13. The parent's process term (`reward.process: parent_tpr`) counts malformed calls too.
 14. Which models answered and diagnosed in the paper is not known, nor are their prompts: ours are in simulator.py, and
     the exact user and expert of the synthetic world are the default. `simulator.kind`, `expert.kind`.
+15. `protocol.response_tokens` bounds what follows the prompt; the release's number bounds both together.
+16. Test prompts longer than `protocol.prompt_tokens` are left out too; the release takes 4096 there, unfiltered.
+17. Prompts, error texts and the teacher's wording are ours. `PROMPTS`, `TOOL_ERRORS`, `GUIDANCE`, `SOLUTION`.
+18. Guidance that holds a number or a value of the target is not shown to the teacher.
+19. The student of a step's token weights is that of its start, for both minibatches. `credit.delta_baseline`.
+20. Dual clip under `rlsd` as well. `update.dual_clip`.
+21. Box and point prompt SAM2 together, the parent gives one after the other. `sidecar.prompting`.
 """
 
 from __future__ import annotations
@@ -90,7 +106,7 @@ class ConfigError(ValueError):
 
 
 class PromptTooLong(ConfigError):
-    """A sample's prompt has more than protocol.prompt_tokens; training leaves it out (METHOD.md 1.3)."""
+    """A sample's prompt has more than protocol.prompt_tokens; it is left out (METHOD.md 1.3)."""
 
 
 # ======================================================================================================
@@ -103,7 +119,7 @@ class PolicySection:
     path: str = "asset:embedded_base"  # a Hugging Face directory, such as a run's trained/; "asset:" is in the package
     shape: str | None = None  # a config.json: random weights to start from (stage: sft), what dryrun compiles
     dtype: str = "bfloat16"  # type of the computation; master parameters are always float32
-    attention: str = "xla"  # of many queries: xla everywhere | splash on TPU | cudnn on NVIDIA, in bfloat16
+    attention: str = "xla"  # kernel of calls of 128 queries or more: xla | splash (TPU) | cudnn (NVIDIA, bfloat16)
     remat: bool = True  # recompute activations in the backward pass
     freeze_vision: bool = False  # METHOD.md 5.1: the released recipe trains the vision tower
     logits_tokens: int = 512  # tokens whose vocabulary logits exist at a time
@@ -113,8 +129,8 @@ class PolicySection:
 class DataSection:
     path: str = "data/synthetic"  # prepared by `python -m icseg_jax.data prepare`, whatever the dataset
     generate_train: int = 0  # synthetic scenes to write and prepare when `path` does not exist yet; 0: never
-    generate_test: int = 0
-    generate_seed: int = 0
+    generate_test: int = 0  # and their test split
+    generate_seed: int = 0  # of the world
     repeat: dict[str, int] = field(default_factory=dict)  # times a level's samples come in an epoch; 1 if not named
 
 
@@ -123,7 +139,7 @@ class ProtocolSection:
     frames: int = 6  # frames shown with the query
     frame_size: int = 448  # pixels, square (METHOD.md 1.1)
     keyframe_size: int = 864  # pixels of the high-resolution key frame
-    max_turns: int = 6  # tool calls: at most max_turns - 1 questions and the key frame
+    max_turns: int = 6  # tool calls; a dialogue that answers has asked at most max_turns - 1 questions
     keyframe: str = "last"  # the valid key frame that counts: last before the answer | first
     prompts: str = "full"  # full | brief: how much the system prompt explains
     clarify: list[str] = field(default_factory=lambda: ["simple", "medium", "difficult"])  # abilities that may ask
@@ -137,12 +153,12 @@ class ProtocolSection:
 class RolloutSection:
     prompts: int = 16  # P per step
     rollouts: int = 8  # N per prompt
-    temperature: float = 1.0
+    temperature: float = 1.0  # of sampling, and of the probabilities that the update learns from
     refills: int = 3  # times that zero-spread groups are replaced by new prompts
     cache_buckets: list[int] = field(default_factory=lambda: [1024, 2048, 4096, 8192])  # lengths of a rollout's cache
     observation_buckets: list[int] = field(default_factory=lambda: [64, 256, 1024, 4096])  # of a turn's observations
-    decode_tokens: int = 512  # tokens said before they join the cache, whose bucket then fits what was really said
-    least_prompts: int = 4  # ended prompts are left behind down to this many: each size is a program
+    decode_tokens: int = 512  # new tokens collect in a buffer of this size and then join the cache
+    least_prompts: int = 4  # ended prompts leave the batch by halves, down to this many: each size is compiled
 
 
 @dataclass(frozen=True)
@@ -170,7 +186,7 @@ class CreditSection:
     lam_decay: int = 100  # steps over which it then falls to 0
     weight_clip: float = 0.2  # a token's weight stays within 1 -+ this
     weigh: str = "all"  # whose tokens are weighed: all | questions (the generations that asked)
-    vanilla_on_nonnegative_adv: bool = False  # weigh the tokens of failures only
+    vanilla_on_nonnegative_adv: bool = False  # tokens of advantage 0 and above keep weight 1: only failures are weighed
     normalize_weight_by_seq_mean: bool = False  # divide the weights of a rollout by their mean
     delta_baseline: str = "student"  # what the teacher is compared with: student | teacher_plain (it without context)
     teacher_context: str = "guidance"  # what it is told: guidance | solution | solution_else_guidance | both | none
@@ -188,22 +204,22 @@ class UpdateSection:
     warmup: int = 10  # steps
     decay: float = 0.0  # last share of the run in which the learning rate falls to 0; the paper's stays
     weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    beta1: float = 0.9
+    clip_norm: float = 1.0  # of the gradient, all parameters together
+    beta1: float = 0.9  # AdamW's
     beta2: float = 0.999
     loss: str = "rlsd"  # rlsd | vanilla (no step level) | sdpo (self-distillation, no reward gradient)
     minibatches: int = 2  # optimiser updates per step, each on P / minibatches prompts
     micro_prompts: int = 0  # prompts whose activations live at a time; 0: the whole minibatch
     share_prefix: bool = True  # run each prompt once per group, in the update too
-    clip_low: float = 0.2
+    clip_low: float = 0.2  # the ratio to the old policy counts within 1 - clip_low .. 1 + clip_high
     clip_high: float | None = None  # null: 0.28 under vanilla (the released 8B script: 0.30), else 0.2
-    dual_clip: float = 3.0
+    dual_clip: float = 3.0  # a failure costs at most this many times its advantage
     sdpo_top_k: int = 100  # sdpo: tokens compared one by one; the rest is one bucket
     sdpo_alpha: float = 0.5  # sdpo: 0 is KL(teacher|student), 1 KL(student|teacher), between them Jensen-Shannon
     sdpo_is_clip: float = 2.0  # sdpo: cap of the importance ratio
-    mask_overlong: bool = True
+    mask_overlong: bool = True  # rollouts that ran out of tokens stay out of the loss
     token_buckets: list[int] = field(default_factory=lambda: [2048, 4096, 8192])  # T of a step's rollouts
-    # Rows that the rollouts of a prompt may lie in, several to a row; []: each in a row of its own, as in sdpo's update
+    # Numbers of rows that a prompt's rollouts may be packed into; []: one each, as in sdpo's update always
     row_buckets: list[int] = field(default_factory=list)
 
 
@@ -211,12 +227,12 @@ class UpdateSection:
 class WarmstartSection:
     scenes: int = 32  # scenes per step
     rows: int = 2  # packed rows per scene
-    practice: int = 0  # further rows, of dialogues about lists that are given: reading, without seeing
+    practice: int = 0  # further rows per scene, whose list of objects is given as text: reading, not seeing
     reading: float = 0.0  # first share of the run, in which all rows are such practice
-    row_tokens: int = 224
+    row_tokens: int = 224  # length of a row; what is longer is cut
     keyframes: int = 2  # distinct high-resolution frames per scene
-    learning_rate: float = 0.01  # of Muon with consistent RMS: updates of 0.2 times this
-    warmup: int = 30
+    learning_rate: float = 0.01  # Muon's, with consistent RMS: an update has an RMS of 0.2 times this
+    warmup: int = 30  # steps
     skill: float = 0.0  # 0: noisy askers, 1: optimal ones
     guided: float = 0.2  # share of dialogues that follow the expert's guidance
     conversations: float = 0.06  # share of scenes that are conversations
@@ -236,7 +252,7 @@ class SidecarSection:
     segmenter: str = "asset:sam2_mini"  # directory of config and weights, or a SAM 2.1 checkpoint (.pt)
     address: str | None = None  # a sidecar on another machine instead of one per host
     timeout: float = 60.0  # seconds per request
-    threads: int = 1
+    threads: int = 1  # of PyTorch on a CPU
     prompting: str = "joint"  # box and point together, or sequential: box first, then the point (METHOD.md 5.2)
     cache_gb: float = 0.0  # of disk for the shown frames' embeddings, for hosts where encoding them takes the time
 
@@ -309,9 +325,9 @@ class ProfileSection:
 
 @dataclass(frozen=True)
 class Config:
-    name: str = "run"
+    name: str = "run"  # of the run directory and the progress bar
     stage: str = "rl"  # rl | sft (the supervised warm start)
-    seed: int = 0
+    seed: int = 0  # of all that is drawn: samples, tokens, random parameters
     steps: int = 100
     run_dir: str | None = None  # default runs/<name>
     topology: str | None = None  # the machine: chooses from the YAML's `topologies:`, such as v5p:4x4x4 or gpu:8
@@ -338,353 +354,6 @@ LEVELS = ("simple", "medium", "difficult", "clear", "none")
 TURN_KINDS = ("reduction", "ratio", "log", "resolution_x_efficiency", "linear", "format", "parent_tpr")
 LOSSES = ("rlsd", "vanilla", "sdpo")
 CONTEXTS = ("guidance", "solution", "solution_else_guidance", "both", "none")
-
-
-# Least values of whole numbers (or of lists of them), and numbers that must be above 0; `check_config` says the rest.
-WHOLE = {
-    "": {"seed": 0},
-    "policy": {"logits_tokens": 1},
-    "data": {"generate_train": 0, "generate_test": 0, "generate_seed": 0},
-    "protocol": {"frames": 1, "frame_size": 1, "keyframe_size": 1, "prompt_tokens": 1, "response_tokens": 1}
-    | {"action_tokens": 1, "observation_tokens": 1},
-    "rollout": {"prompts": 1, "refills": 0, "cache_buckets": 1, "observation_buckets": 1, "decode_tokens": 1}
-    | {"least_prompts": 1},
-    "update": {"warmup": 0, "minibatches": 1, "micro_prompts": 0, "token_buckets": 1, "row_buckets": 1},
-    "warmstart": {"scenes": 1, "rows": 1, "practice": 0, "row_tokens": 1, "keyframes": 1, "warmup": 0},
-    "sidecar": {"threads": 1},
-    "simulator": {"max_in_flight": 1},
-    "expert": {"max_in_flight": 1},
-    "evaluate": {"every": 0, "prompts": 1, "draws": 1, "samples": 0, "clips": 0, "gallery": 0},
-    "checkpoint": {"every": 0, "keep": 1},
-}
-POSITIVE = {
-    "reward": ("box_l1", "point_l2"),
-    "update": ("learning_rate", "clip_norm", "clip_high"),
-    "warmstart": ("learning_rate",),
-    "sidecar": ("timeout",),
-    "simulator": ("timeout",),
-    "expert": ("timeout",),
-    "evaluate": ("repetition_penalty",),
-}
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML with `base:` inheritance and `key.sub=value` overrides into a checked, frozen Config.
-
-    Raises ConfigError, one line, for a missing file, an unknown key (the closest known one is named), a wrong type,
-    or a combination that can not work.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    def read(file: Path, seen: tuple[Path, ...]) -> Any:
-        if file in seen:
-            raise ConfigError(f"{file}: base: leads back to itself")
-        try:
-            raw = OmegaConf.load(file)
-        except FileNotFoundError:
-            raise ConfigError(f"{file}: no such config; ready ones are in experiments/") from None
-        except Exception as error:  # yaml's and OmegaConf's own errors
-            raise ConfigError(f"{file}: not a YAML mapping ({data.first_line(error)})") from None
-        if not OmegaConf.is_dict(raw):
-            raise ConfigError(f"{file}: a config is a mapping of keys, this is a list or a single value")
-        base = raw.pop("base", None)
-        if base is None:
-            return raw
-        if not isinstance(base, str):
-            raise ConfigError(f"{file}: base: must be the path of another YAML, not {base!r}")
-        return OmegaConf.merge(read((file.parent / base).resolve(), (*seen, file)), raw)
-
-    def known(raw: Mapping[str, Any], section: type, where: str, prefix: str = "") -> None:
-        names = {f.name: f for f in dataclasses.fields(section)}
-        for key, value in raw.items():
-            if key not in names:
-                close = difflib.get_close_matches(str(key), names, 1, 0.4)
-                hint = f"; closest is {prefix}{close[0]}" if close else f"; known: {', '.join(names)}"
-                raise ConfigError(f"{where}: unknown key {prefix}{key}{hint}")
-            inner = type(names[key].default)
-            if dataclasses.is_dataclass(inner):
-                if not isinstance(value, Mapping):
-                    raise ConfigError(f"{where}: {prefix}{key} is a section of keys, got {value!r}")
-                known(value, inner, where, f"{prefix}{key}.")
-
-    def on_topology(raw: Any, name: Any) -> Any:
-        """What a YAML says of the machine that was chosen stands between its common keys and the command line."""
-        machines = raw.pop("topologies", None) or {}
-        if name is None or not machines:
-            return raw
-        if not OmegaConf.is_dict(machines) or not OmegaConf.is_dict(machines.get(name)):
-            names = ", ".join(map(str, machines)) if OmegaConf.is_dict(machines) else "a mapping of names to keys only"
-            raise ConfigError(f"topology={name}: {path} knows {names}")
-        known(OmegaConf.to_container(machines[name]), Config, f"{path}: topologies.{name}")
-        return OmegaConf.merge(raw, machines[name])
-
-    file = Path(path).resolve()
-    try:
-        raw, told = read(file, ()), OmegaConf.create()
-        for item in overrides:
-            key, equals, value = item.partition("=")
-            if not equals:
-                raise ConfigError(f"override {item!r} is not key=value, for example steps=4")
-            try:
-                given = OmegaConf.from_dotlist([item])
-            except OmegaConfBaseException:
-                raise
-            except Exception as error:  # yaml's own errors
-                reason = data.first_line(error)
-                raise ConfigError(f"override {item!r} is not YAML ({reason}); such as steps=4") from None
-            known(OmegaConf.to_container(given), Config, "command line")
-            told = OmegaConf.merge(told, given)
-        raw = OmegaConf.merge(on_topology(raw, told.get("topology", raw.get("topology"))), told)
-        known(OmegaConf.to_container(raw, resolve=True), Config, str(path))
-        schema = OmegaConf.structured(Config)
-        for node in (schema, *(schema[f.name] for f in dataclasses.fields(Config))):
-            if OmegaConf.is_config(node):  # frozen dataclasses come as read-only nodes
-                OmegaConf.set_readonly(node, False)
-        config = OmegaConf.to_object(OmegaConf.merge(schema, raw))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {getattr(error, 'full_key', '')}: {data.first_line(error)}") from None
-    return check_config(settled(config))
-
-
-def settled(c: Config) -> Config:
-    """The config with the defaults that depend on `update.loss` filled in (METHOD.md 4.6, 4.10, 5.1)."""
-    loss = c.update.loss
-    update = {"learning_rate": 1e-5 if loss == "sdpo" else 1e-6, "clip_high": 0.28 if loss == "vanilla" else 0.2}
-    credit = {"teacher_update": "ema" if loss == "sdpo" else "sync"}
-    missing = lambda section, defaults: {k: v for k, v in defaults.items() if getattr(section, k) is None}  # noqa: E731
-    return dataclasses.replace(
-        c,
-        update=dataclasses.replace(c.update, **missing(c.update, update)),
-        credit=dataclasses.replace(c.credit, **missing(c.credit, credit)),
-    )
-
-
-def check_config(c: Config) -> Config:
-    """Refuses what can not work before anything is compiled. Raises ConfigError."""
-
-    def need(ok: bool, key: str, given: Any, works: str) -> None:
-        if not ok:
-            raise ConfigError(f"{key}={given}: {works}")
-
-    need(c.stage in ("rl", "sft"), "stage", c.stage, "use rl or sft")
-    need(c.steps >= 1, "steps", c.steps, "use 1 or more")
-    need(c.seed < 2**31, "seed", c.seed, "use a number below 2147483648")
-    need(c.policy.dtype in ("float32", "bfloat16"), "policy.dtype", c.policy.dtype, "use float32 or bfloat16")
-    kinds = ("xla", "splash", "cudnn")
-    need(c.policy.attention in kinds, "policy.attention", c.policy.attention, f"use one of {', '.join(kinds)}")
-    need(
-        c.policy.attention == "xla" or c.stage == "rl",
-        "policy.attention",
-        c.policy.attention,
-        "stage=sft packs several dialogues into a row, which only xla masks",
-    )
-    need(
-        c.policy.attention == "xla" or not c.update.row_buckets,
-        "update.row_buckets",
-        c.update.row_buckets,
-        "several rollouts in a row are masked by policy.attention=xla alone; use [] or that",
-    )
-    need(
-        c.policy.attention != "cudnn" or c.policy.dtype == "bfloat16",
-        "policy.dtype",
-        c.policy.dtype,
-        "policy.attention=cudnn computes in bfloat16",
-    )
-    need(c.protocol.prompts in PROMPTS, "protocol.prompts", c.protocol.prompts, f"use one of {', '.join(PROMPTS)}")
-    need(c.protocol.max_turns >= 1, "protocol.max_turns", c.protocol.max_turns, "use 1 or more (6 in the paper)")
-    need(
-        c.rollout.rollouts >= 2 or c.stage == "sft",
-        "rollout.rollouts",
-        c.rollout.rollouts,
-        "group statistics need 2 or more (8 in the paper)",
-    )
-    need(
-        math.isfinite(c.rollout.temperature) and c.rollout.temperature > 0,
-        "rollout.temperature",
-        c.rollout.temperature,
-        "use a positive number (1.0 in the paper)",
-    )
-    for section, keys in WHOLE.items():
-        for key, least in keys.items():
-            given = getattr(getattr(c, section) if section else c, key)
-            name = f"{section}.{key}" if section else key
-            for value in given if isinstance(given, list) else [given]:
-                need(value >= least, name, given, f"use {least} or more")
-            need(given != [] or key == "row_buckets", name, given, "give at least one size")
-    try:
-        profiled(c)
-    except ValueError:
-        need(False, "profile.steps", c.profile.steps, f"use first..last from 1 to steps={c.steps}, for example 3..5")
-    for section, keys in POSITIVE.items():
-        for key in keys:
-            given = getattr(getattr(c, section), key)
-            need(math.isfinite(given) and given > 0, f"{section}.{key}", given, "use a positive number")
-    divisors = lambda n: ", ".join(str(k) for k in range(1, n + 1) if n % k == 0)  # noqa: E731
-    need(
-        c.rollout.prompts % c.update.minibatches == 0,
-        "update.minibatches",
-        c.update.minibatches,
-        f"must divide rollout.prompts={c.rollout.prompts}; use one of {divisors(c.rollout.prompts)}",
-    )
-    per = c.rollout.prompts // c.update.minibatches
-    need(
-        c.update.micro_prompts == 0 or per % c.update.micro_prompts == 0,
-        "update.micro_prompts",
-        c.update.micro_prompts,
-        f"must divide the {per} prompts of a minibatch; use 0 (all at once) or one of {divisors(per)}",
-    )
-    need(0 <= c.credit.lam <= 1, "credit.lam", c.credit.lam, "use a number from 0 to 1 (0.5 in the paper)")
-    need(c.credit.lam_decay > 0, "credit.lam_decay", c.credit.lam_decay, "use 1 or more steps")
-    need(0 <= c.credit.weight_clip < 1, "credit.weight_clip", c.credit.weight_clip, "use a number from 0 to below 1")
-    for name, levels in (("protocol.clarify", c.protocol.clarify), ("evaluate.clarify", c.evaluate.clarify or [])):
-        for level in set(levels) - set(LEVELS):  # other datasets have levels of their own; a slip of the pen is refused
-            close = difflib.get_close_matches(level, LEVELS, 1, 0.75)
-            need(not close, name, levels, f"no query is {level!r}; closest is {close and close[0]}")
-    for level, times in c.data.repeat.items():
-        need(times >= 0, f"data.repeat.{level}", times, "use 0 (leave them out) or more")
-    for key, given, kinds in (
-        ("update.loss", c.update.loss, LOSSES),
-        ("credit.teacher_context", c.credit.teacher_context, CONTEXTS),
-        ("credit.teacher_update", c.credit.teacher_update, ("sync", "ema")),
-        ("credit.delta_baseline", c.credit.delta_baseline, ("student", "teacher_plain")),
-        ("credit.turn_credit", c.credit.turn_credit, ("scalar", "local")),
-        ("credit.weigh", c.credit.weigh, ("all", "questions")),
-        ("reward.no_question", c.reward.no_question, ("zero", "format")),
-        ("protocol.keyframe", c.protocol.keyframe, ("last", "first")),
-    ):
-        need(given in kinds, key, given, f"use one of {', '.join(kinds)}")
-    need(
-        c.update.loss != "sdpo" or c.credit.teacher_context != "none",
-        "credit.teacher_context",
-        "none",
-        "update.loss=sdpo distils a teacher that is told something; use guidance",
-    )
-    need(0 < c.credit.ema_rate <= 1, "credit.ema_rate", c.credit.ema_rate, "use 0 < rate <= 1 (0.05 in the paper)")
-    for key, given in (
-        ("credit.turn_weight", c.credit.turn_weight),
-        ("reward.redundant_cost", c.reward.redundant_cost),
-        ("update.weight_decay", c.update.weight_decay),
-    ):
-        need(math.isfinite(given) and given >= 0, key, given, "use a number from 0 up")
-    for key, given in (("update.beta1", c.update.beta1), ("update.beta2", c.update.beta2)):
-        need(0 <= given < 1, key, given, "use a number from 0 to below 1")
-    need(c.credit.guidance_tokens >= 16, "credit.guidance_tokens", c.credit.guidance_tokens, "use 16 or more")
-    need(c.update.sdpo_top_k >= 1, "update.sdpo_top_k", c.update.sdpo_top_k, "use 1 or more (100 in the paper)")
-    need(0 <= c.update.sdpo_alpha <= 1, "update.sdpo_alpha", c.update.sdpo_alpha, "use a number from 0 to 1")
-    need(c.update.sdpo_is_clip > 0, "update.sdpo_is_clip", c.update.sdpo_is_clip, "use a positive number (2.0)")
-    need(c.credit.sync_interval >= 1, "credit.sync_interval", c.credit.sync_interval, "use 1 or more steps")
-    need(c.reward.process in TURN_KINDS, "reward.process", c.reward.process, f"use one of {', '.join(TURN_KINDS)}")
-    unknown = set(c.reward.weights) - set(TERMS)
-    need(not unknown, "reward.weights", sorted(unknown), f"known terms: {', '.join(TERMS)}")
-    need(
-        any(w > 0 for w in c.reward.weights.values()),
-        "reward.weights",
-        dict(c.reward.weights),
-        "at least one weight must be above 0",
-    )
-    need(0 <= c.update.decay <= 1, "update.decay", c.update.decay, "use a share of the run, from 0 to 1")
-    need(c.update.dual_clip > 1, "update.dual_clip", c.update.dual_clip, "use a number above 1 (3.0 in the paper)")
-    need(0 < c.update.clip_low < 1, "update.clip_low", c.update.clip_low, "use 0 < clip_low < 1 (0.2 in the paper)")
-    need(
-        c.credit.turn_credit == "scalar" or c.reward.process in ("reduction", "ratio", "log"),
-        "reward.process",
-        c.reward.process,
-        "credit.turn_credit=local gives each question its own gain; use reduction, ratio or log",
-    )
-    for term, weight in c.reward.weights.items():
-        need(math.isfinite(weight) and weight >= 0, f"reward.weights.{term}", weight, "use a number from 0 up")
-    need(0 < c.reward.iou < 1, "reward.iou", c.reward.iou, "use a number between 0 and 1 (0.5 in the paper)")
-    need(0 < c.reward.success <= 1, "reward.success", c.reward.success, "use a share of the maximum (0.7 in the paper)")
-    rates, mix = c.warmstart.rates, c.warmstart.mix
-    alone = "random weights and the synthetic world's words cannot be taught these; null starts from policy.path"
-    need(not (c.stage == "sft" and mix and c.policy.shape), "policy.shape", c.policy.shape, f"{alone} (warmstart.mix)")
-    ok = len(rates) == len(mix) and all(math.isfinite(rate) and rate > 0 for rate in rates)
-    need(ok, "warmstart.rates", rates, f"give a number above 0 for each of the {len(mix)} folders of warmstart.mix")
-    need(0 <= c.warmstart.reading <= 1, "warmstart.reading", c.warmstart.reading, "a share of the run, from 0 to 1")
-    shares = c.warmstart.conversations + c.warmstart.mask_types
-    need(shares <= 1, "warmstart.mask_types", c.warmstart.mask_types, "with conversations it must stay within 1")
-    for name in ("conversations", "mask_types", "skill", "guided", "dialogues_start", "dialogues", "decay"):
-        given = getattr(c.warmstart, name)
-        need(0 <= given <= 1, f"warmstart.{name}", given, "use a share, from 0 to 1")
-    given = c.warmstart.patch_words
-    need(math.isfinite(given) and given >= 0, "warmstart.patch_words", given, "use a weight from 0 up")
-    for key, given in (
-        ("simulator.flip", c.simulator.flip),
-        ("simulator.refuse", c.simulator.refuse),
-        ("evaluate.flip", c.evaluate.flip),
-        ("evaluate.refuse", c.evaluate.refuse),
-    ):
-        need(given is None or 0 <= given <= 1, key, given, "use a probability, from 0 to 1")
-    presence = c.evaluate.presence_penalty
-    need(math.isfinite(presence), "evaluate.presence_penalty", presence, "use 0 (off) or a number such as 1.0")
-    turns = c.evaluate.max_turns
-    works = f"use 1 to protocol.max_turns={c.protocol.max_turns}"
-    need(turns is None or 1 <= turns <= c.protocol.max_turns, "evaluate.max_turns", turns, works)
-    if c.sidecar.address is not None:
-        try:
-            parse_address(c.sidecar.address)
-        except ValueError as error:
-            raise ConfigError(f"sidecar.address={c.sidecar.address}: {error}") from None
-    kinds = ("joint", "sequential")
-    need(c.sidecar.prompting in kinds, "sidecar.prompting", c.sidecar.prompting, f"use one of {', '.join(kinds)}")
-    room = c.sidecar.cache_gb
-    need(math.isfinite(room) and room >= 0, "sidecar.cache_gb", room, "use a number of GB, or 0 to keep none")
-    kinds = ("oracle", "person", "endpoint", "local")
-    need(c.simulator.kind in kinds, "simulator.kind", c.simulator.kind, f"use one of {', '.join(kinds)}")
-    need(c.expert.kind in ("oracle", "endpoint"), "expert.kind", c.expert.kind, "use oracle or endpoint")
-    for name, there in (("simulator", c.simulator), ("expert", c.expert)):
-        if there.kind == "endpoint":
-            need(bool(there.model), f"{name}.model", there.model, "give a name that the server lists under /models")
-            try:
-                simulator.check_url(there.url or "")
-            except ValueError as error:  # the URL itself may hold a password: it is not repeated
-                raise ConfigError(f"{name}.url: {error}") from None
-    need(
-        c.simulator.kind != "local" or bool(c.simulator.path),
-        "simulator.path",
-        c.simulator.path,
-        "a local user is a policy; give its directory, such as asset:embedded_base",
-    )
-    errs = any((c.simulator.flip, c.simulator.refuse, c.evaluate.flip, c.evaluate.refuse))
-    need(
-        c.simulator.kind not in ("endpoint", "local") or not errs,
-        "simulator.kind",
-        c.simulator.kind,
-        "flip and refuse are for users of the synthetic world; leave them 0",
-    )
-    need(
-        max(c.update.token_buckets) >= c.protocol.response_tokens,
-        "update.token_buckets",
-        list(c.update.token_buckets),
-        f"the largest must hold protocol.response_tokens={c.protocol.response_tokens}",
-    )
-    need(
-        max(c.rollout.cache_buckets) >= c.protocol.response_tokens,
-        "rollout.cache_buckets",
-        list(c.rollout.cache_buckets),
-        f"the largest must hold protocol.response_tokens={c.protocol.response_tokens}",
-    )
-    # Each process asks about its own rows: a policy on all their devices answers only when all of them ask, and most of
-    # them have no terminal.
-    alone = c.simulator.kind not in ("local", "person") or not c.mesh.distributed
-    need(alone, "simulator.kind", c.simulator.kind, "with mesh.distributed=true use endpoint or oracle")
-    need(c.mesh.preset in PRESETS, "mesh.preset", c.mesh.preset, f"use one of {', '.join(PRESETS)}")
-    for axis in AXES:
-        size = getattr(c.mesh, axis)
-        ok = size is None or size == -1 or size >= 1
-        need(ok, f"mesh.{axis}", size, "use -1 (what is left) or a count of devices")
-    return c
-
-
-def profiled(c: Config) -> range:
-    """The steps of `profile.steps`. Raises ValueError."""
-    if c.profile.steps is None:
-        return range(0)
-    first, last = map(int, c.profile.steps.split(".."))
-    if not 1 <= first <= last <= c.steps:
-        raise ValueError
-    return range(first, last + 1)
 
 
 def resolve_path(path: str) -> Path:
@@ -839,12 +508,13 @@ class PolicyConfig:
 
 
 class Images(struct.PyTreeNode):
-    """Images of one batch as patches, in the merge-major order that Qwen's image processor emits.
+    """Images of one batch as patches, in the merge-major order that Qwen's image processor emits: the four patches that
+    become one token stand together.
 
     Images of unequal grids are padded to the longest; what each patch needs to know of its place is data.
     """
 
-    patches: Array  # [I, M, C*t*p*p]
+    patches: Array  # [I, M, patch_dim]
     corners: Array  # [I, M, 4] int32: the four cells of the learned position grid around the patch
     corner_weights: Array  # [I, M, 4]: their bilinear weights
     place: Array  # [I, M, 2] int32: row and column, for the rotary embedding
@@ -979,11 +649,10 @@ LOGITS = 2**28  # a gibibyte of them on a device, at most
 def _over_queries(
     step: Callable, most: int, carry: Any, queries: tuple[Array, ...], masks: tuple[Array, ...]
 ) -> tuple[Any, Any]:
-    """step(carry, queries, masks) -> (carry, results) for `most` queries after the other; their axis is the fifth of
-    queries and results, the third of masks.
+    """step(carry, queries, masks) -> (carry, results) of blocks of at most `most` queries, one after the other. Queries
+    are axis 4 of queries and results, axis 2 of masks.
 
-    A block holds every n-th query, so that each device's part of a sequence that is split over devices gives to every
-    block.
+    A block holds every n-th query, so that of a sequence that is split over devices each has a part of every block.
     """
     t = queries[0].shape[4]
     pieces = -(-t // most)
@@ -1503,7 +1172,7 @@ def mrope_positions(policy_config: PolicyConfig, input_ids, image_grid_thw=None,
 def policy_logits(policy_config, params, input_ids, *, pixel_values=None, image_grid_thw=None, attention_mask=None):
     """Whole-sequence forward with Hugging Face's input conventions.
 
-    input_ids [B,T]; pixel_values [patches, C*t*p*p]; image_grid_thw [images,3]; attention_mask [B,T], right padding.
+    input_ids [B,T]; pixel_values [patches, patch_dim]; image_grid_thw [images,3]; attention_mask [B,T], right padding.
     Returns logits [B,T,V] fp32, computed in the parameters' dtype at highest matmul precision. Raises ConfigError
     when image tokens and grids do not match.
     """
@@ -1547,7 +1216,7 @@ def split_patches(pixel_values: np.ndarray, grids: np.ndarray) -> list[np.ndarra
 
 
 def pack_images(config: VisionConfig, patches: Sequence[np.ndarray], grids: Iterable[Any]) -> Images:
-    """Images of any grids as one padded batch. patches: [h*w, C*t*p*p] for each image; grids: (h, w) in patches."""
+    """Images of any grids as one padded batch. patches: [h*w, patch_dim] for each image; grids: (h, w) in patches."""
     most = max(len(p) for p in patches)
     out = Images(
         patches=np.zeros((len(patches), most, config.patch_dim), np.float32),
@@ -1664,12 +1333,6 @@ def agreed(mine: bool) -> bool:
     return any(exchange({jax.process_index(): bool(mine)}).values())
 
 
-def leave_together() -> None:
-    """Holds all processes until the first has written everything: five minutes after one has left, JAX ends it."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("the end")
-
-
 def all_see(look: Callable[[], bool]) -> bool:
     """Whether all processes find what they look for. A network file system may take a moment."""
     end, seen = time.monotonic() + 10, look()
@@ -1718,8 +1381,6 @@ def check_mesh(c: Config, mesh: Mesh) -> None:
     if c.stage == "sft":
         rows = 1 if c.warmstart.mix else c.warmstart.rows + c.warmstart.practice
         need(c.warmstart.scenes, rows, "warmstart.scenes", "scenes")
-        if c.update.micro_prompts:
-            need(math.gcd(c.update.micro_prompts, c.warmstart.scenes), rows, "update.micro_prompts", "its scenes")
     if c.stage == "rl":
         size = c.rollout.prompts // c.update.minibatches
         need(c.rollout.prompts, c.rollout.rollouts, "rollout.prompts", "prompts")
@@ -1949,7 +1610,8 @@ def _between(text: str, tag: str, *, last: bool) -> str | None:
 
 
 def _read_json(text: str) -> Any:
-    """Strict JSON: no NaN, no infinities, no bottomless nesting. Returns None when it is not."""
+    """Strict JSON: no bottomless nesting, and NaN and infinities are read as null, of which no number is made. Returns
+    None when it is not."""
     if len(text) > 20_000:
         return None
     try:
@@ -2036,6 +1698,8 @@ class Transcript:
     Token ids only move forward: sampled ids are appended as they are, never decoded and encoded again.
     """
 
+    FIELDS = ("tokens", "trained", "turn", "slots", "positions", "logp")
+
     def __init__(self, position: int = 0):
         self.tokens: list[int] = []
         self.trained: list[bool] = []  # sampled by the policy, so part of the loss
@@ -2048,6 +1712,12 @@ class Transcript:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def part(self, start: int = 0, stop: int | None = None) -> Transcript:
+        out = Transcript()
+        for name in self.FIELDS:
+            setattr(out, name, getattr(self, name)[start:stop])
+        return out
 
     def add(self, ids: Sequence[int], *, trained: bool = False, logp: Sequence[float] | None = None) -> None:
         n = len(ids)
@@ -2112,6 +1782,13 @@ def stack_rows(grid: Sequence[Sequence[Sequence[Transcript]]], length: int, pad:
                     out.logp[i, j, span] = row.logp
                 at = span.stop
     return out
+
+
+def own_mask(rows: Rows) -> Array:
+    """[P,N,T,T]: a token sees itself and what came before in its own segment."""
+    same = (rows.segment[..., :, None] == rows.segment[..., None, :]) & (rows.segment[..., None, :] > 0)
+    length = rows.segment.shape[-1]
+    return same & jnp.tril(jnp.ones((length, length), bool))
 
 
 class Speaker:
@@ -2208,7 +1885,7 @@ class Speaker:
         return f"{self.thought(thinking)}<answer> {json.dumps(value)} </answer>"
 
     def patches(self, image: np.ndarray, grid: tuple[int, int], method: str) -> np.ndarray:
-        """uint8 [h,w,3] -> [patches, C*t*p*p] at the grid's size (METHOD.md 1.1, 1.5)."""
+        """uint8 [h,w,3] -> [patches, patch_dim] at the grid's size (METHOD.md 1.1, 1.5)."""
         unit = self.policy.vision.patch_size * self.policy.vision.spatial_merge_size
         return patchify(self.policy.vision, data.resize(image, grid[0] * unit, grid[1] * unit, method=method))
 
@@ -2219,7 +1896,7 @@ class Speaker:
         return self.patches(image, self.keyframe_grid, "lanczos")
 
     def images(self, patches: np.ndarray, grid: tuple[int, int]) -> Images:
-        """patches [I, M, C*t*p*p] of one grid."""
+        """patches [I, M, patch_dim] of one grid."""
         merge = self.policy.vision.spatial_merge_size
         corners, corner_weights, place = vision_place(self.policy.vision, grid[0] * merge, grid[1] * merge)
         count = (len(patches),)
@@ -2233,7 +1910,7 @@ class Speaker:
 
 
 def patchify(config: VisionConfig, image: np.ndarray) -> np.ndarray:
-    """uint8 [h,w,3], sides whole merged tokens -> [h/p * w/p, C*t*p*p] float32 in merge-major order.
+    """uint8 [h,w,3], sides whole merged tokens -> [h/p * w/p, patch_dim] float32 in merge-major order.
 
     Values are scaled to -1..1 (Qwen3-VL's mean and deviation of 0.5); a still fills its temporal patch twice.
     """
@@ -2248,6 +1925,36 @@ def patchify(config: VisionConfig, image: np.ndarray) -> np.ndarray:
 # ======================================================================================================
 # 5  Rollout: the dialogue loop
 # ======================================================================================================
+
+
+class Clock:
+    """Seconds per phase of a step; nested phases count for themselves only."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._stack: list[str] = []
+        self._last = time.perf_counter()
+
+    def _book(self) -> None:
+        now = time.perf_counter()
+        if self._stack:
+            self.seconds[self._stack[-1]] = self.seconds.get(self._stack[-1], 0.0) + now - self._last
+        self._last = now
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str):
+        self._book()
+        self._stack.append(phase)
+        try:
+            yield
+        finally:
+            self._book()
+            self._stack.pop()
+
+    def take(self) -> dict[str, float]:
+        self._book()
+        out, self.seconds = {k: round(v, 4) for k, v in self.seconds.items()}, {}
+        return out
 
 
 class Prompt:
@@ -2291,7 +1998,7 @@ class Prompt:
         return int.from_bytes(hashlib.blake2s(self.sample.id.encode(), digest_size=4).digest(), "big") >> 1
 
     def patches(self, speaker: Speaker) -> np.ndarray:
-        """[protocol.frames, patches, C*t*p*p]: blank ones follow where a video is shorter, and nothing looks there."""
+        """[F, patches, patch_dim]: blank ones follow where a video is shorter, and nothing looks there."""
         shown = np.stack([speaker.frame_patches(image) for image in self.images])
         return np.pad(shown, ((0, speaker.config.frames - len(shown)), (0, 0), (0, 0)))
 
@@ -2383,7 +2090,7 @@ class Dialogue:
         said = len(self.row)
         speaker.observe(self.row, text, slot, ended=action.kind == "talk" and self.closed)
         if len(self.row) >= speaker.config.response_tokens:  # nothing can follow: the row ends with what was said
-            self.end, self.row, self.replies[-1] = "overlong", _cut(self.row, said), ""
+            self.end, self.row, self.replies[-1] = "overlong", self.row.part(stop=said), ""
             if action.kind == "call":  # whoever was not told knows no more than before
                 self.questions[-1] = (action.question, "")
 
@@ -2534,12 +2241,13 @@ class Sampler:
         allowed[[tokenizer.end_of_turn, tokenizer.end_of_text]] = True
         self.allowed = jnp.asarray(allowed)
         self.ends = jnp.asarray([tokenizer.end_of_turn, tokenizer.end_of_text])
-        for name in ("encode", "insert", "prefill", "extend", "decode", "resize", "commit", "pick", "keys"):
-            static = {"resize": ("length",), "prefill": ("rollouts",), "insert": ("rollouts",)}.get(name)
-            given_up = 0 if name in ("insert", "commit") else None  # nobody reads what it was before
-            setattr(
-                self, name, Program(name, getattr(self, f"_{name}"), static_argnames=static, donate_argnums=given_up)
-            )
+        self.encode = Program("encode", self._encode)
+        self.prefill = Program("prefill", self._prefill, static_argnames="rollouts")
+        self.insert = Program("insert", self._insert, static_argnames="rollouts", donate_argnums=0)
+        self.decode, self.extend = Program("decode", self._decode), Program("extend", self._extend)
+        self.resize = Program("resize", self._resize, static_argnames="length")
+        self.commit = Program("commit", self._commit, donate_argnums=0)
+        self.pick, self.keys = Program("pick", self._pick), Program("keys", self._keys)
 
     def layout(self, prompts: int, rollouts: int) -> list[NamedSharding]:
         """Where each part of the lanes lies, in the order of their leaves: prompts over data, rollouts over fsdp, heads
@@ -2888,7 +2596,7 @@ class Sampler:
                 if new:
                     lanes = self.show(params, lanes, lane_prompts, new)
                 grid, lane_prompts, lanes = self.compact(grid, lane_prompts, lanes, live)
-                chunks = [[self._tail(d, starts[id(d)]) if live(d) else Transcript() for d in row] for row in grid]
+                chunks = [[d.row.part(starts[id(d)]) if live(d) else Transcript() for d in row] for row in grid]
                 buckets = [*c.rollout.observation_buckets, speaker.longest_observation]
                 width = bucket(max(len(x) for row in chunks for x in row), buckets)
                 rows = stack_rows([[[x] for x in row] for row in chunks], width, speaker.tokenizer.end_of_text)
@@ -2936,14 +2644,6 @@ class Sampler:
             else:
                 return lanes, fresh, length, words, finished
 
-    @staticmethod
-    def _tail(dialogue: Dialogue, start: int) -> Transcript:
-        """The part of a transcript that the cache does not hold yet."""
-        row, out = dialogue.row, Transcript()
-        for name in ("tokens", "trained", "turn", "slots", "positions", "logp"):
-            setattr(out, name, getattr(row, name)[start:])
-        return out
-
     def compact(self, grid, lane_prompts, lanes, live):
         """Leaves ended rows behind once half of the prompts have none that goes on; the group axis stays whole."""
         p, n = len(grid), len(grid[0])
@@ -2984,7 +2684,7 @@ def frozen_generator(c: Config, path: str, mesh: Mesh) -> Callable[[str, list[li
         return Sampler(dataclasses.replace(c, protocol=protocol, rollout=rollout), policy, speaker, mesh, stops=())
 
     def read(speaker: Speaker, system: str, message: list[dict]) -> tuple[Transcript, np.ndarray]:
-        """A message as a prompt, and its pictures' patches [F, patches, C*t*p*p]; those it lacks are zeros."""
+        """A message as a prompt, and its pictures' patches [F, patches, patch_dim]; those it lacks are zeros."""
         row = Transcript()
         row.add(speaker.ids(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"))
         patches: list[np.ndarray] = []
@@ -3054,7 +2754,8 @@ def localisation_rewards(
     frame: chosen frame id; box (x1,y1,x2,y2), point (x,y) in thousandths of the frame, None when the answer did not
     parse; truth: {fid: {bbox_2d, point_2d, area, max_conn_area}}. All terms are 0 when the frame does not hold the
     target or something is missing. Thresholds: IoU above `iou`, mean coordinate error below `box_l1`, point inside
-    the predicted box and nearer than `point_l2`.
+    the predicted box and nearer than `point_l2`. frame: the largest connected part of the target on that frame, over
+    the same on the best of the shown ones.
     """
     nothing = {"iou": 0.0, "box": 0.0, "point": 0.0, "frame": 0.0}
     found = truth.get(str(frame), truth.get(frame)) if frame is not None else None
@@ -3105,12 +2806,12 @@ def process_reward(
 ) -> jax.Array:  # fmt: skip
     """The turn level's term R_proc in [0,1] (METHOD.md 3.3).
 
-    counts [...,Q+1], asked [...,Q], well_formed [...] (the format term), ambiguous [...]: the sample needs a question;
-    leading axes broadcast. Without a question: 0 when ambiguous with counts[0] > 1 (guessing), else the format term.
-    `linear` takes `redundant_cost` off for each question that shrinks nothing; `format` ignores the turns;
-    `parent_tpr` is the parent project's term, which rewards calls: on ambiguous samples 1-0.3^k with k the calls (at
-    most 10; malformed ones too, which the parent leaves out) and the format term, on others the format term. Raises
-    ValueError for an unknown kind.
+    counts c [...,Q+1], asked [...,Q], well_formed [...] (the format term R_fmt), ambiguous [...]: the sample needs a
+    question; leading axes broadcast. With K questions of gains g (`turn_gains`), and c_K candidates left at the end:
+    reduction, ratio, log: R_fmt * mean(g); resolution_x_efficiency: R_fmt * (c_0-c_K)/(c_0-1) * #{g > 0}/K; linear:
+    R_fmt * max(0, (c_0-c_K)/(c_0-1) - redundant_cost * #{g = 0}). For these, K = 0 gives 0 to a guess (ambiguous, c_0 >
+    1), else R_fmt. format: R_fmt. parent_tpr, the parent's term, which rewards calls: 1 - 0.3^(min(K,10) + R_fmt) when
+    ambiguous, else R_fmt; malformed calls count, which the parent leaves out. Raises ValueError for an unknown kind.
     """
     if kind not in TURN_KINDS:
         raise ValueError(f"process reward {kind!r} is unknown; use one of {', '.join(TURN_KINDS)}")
@@ -3491,10 +3192,11 @@ def teaching_groups(scores: Scores, c: Config) -> np.ndarray:
     """[P] bool: groups from which the update learns something. The others are replaced (METHOD.md 4.7)."""
     if c.update.loss == "sdpo":  # without a reward gradient a group of equal returns teaches as well as any
         return np.ones(len(scores.valid), bool)
-    spread = group_spread(shared_return(scores, c), scores.valid) > 1e-6
+    valid = scores.valid & (scores.valid.sum(-1, keepdims=True) >= 2)  # as in `token_credit`
+    spread = group_spread(shared_return(scores, c), valid) > 1e-6
     if c.credit.turn_credit == "local":
         gains = turn_gains(scores.counts, scores.asked, kind=c.reward.process)
-        turns = turn_advantages(gains, (scores.asked_in >= 0) & scores.valid[..., None])
+        turns = turn_advantages(gains, (scores.asked_in >= 0) & valid[..., None])
         spread = spread | (np.asarray(turns) != 0).any((-2, -1))
     return spread
 
@@ -3539,6 +3241,8 @@ def policy_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Clipped surrogate with dual clip, mean over the tokens of `mask` (METHOD.md 4.6). All [...,T], broadcast, fp32.
 
+    rho = exp(logp - old), its exponent within 20 of 0; l = max(-A rho, -A clip(rho, 1-clip_low, 1+clip_high)), and
+    where A < 0 at most -A dual_clip.
     Returns the scalar and stats: ratio, clip_fraction, kl (KL(old|new), k3 estimator). Masked tokens touch neither
     value nor gradient, whatever they hold; an empty mask gives 0.
     """
@@ -3626,13 +3330,6 @@ def encode_bank(encode: Callable[[Images], tuple[Array, Array]], images: Sequenc
         tokens.append(merged.reshape(prompts, -1, merged.shape[-1]))
         deepstack.append(deep.reshape(deep.shape[0], prompts, -1, merged.shape[-1]).swapaxes(0, 1))
     return Visual(jnp.concatenate(tokens, 1), jnp.concatenate(deepstack, 2))
-
-
-def own_mask(rows: Rows) -> Array:
-    """[P,N,T,T]: a token sees itself and what came before in its own segment."""
-    same = (rows.segment[..., :, None] == rows.segment[..., None, :]) & (rows.segment[..., None, :] > 0)
-    length = rows.segment.shape[-1]
-    return same & jnp.tril(jnp.ones((length, length), bool))
 
 
 def predict(
@@ -3779,6 +3476,32 @@ def make_optimiser(config: Config) -> optax.GradientTransformation:
     )
 
 
+def learning_rate(section: UpdateSection | WarmstartSection, step: int, steps: int) -> float:
+    """Of step 1..steps: warm-up, a plateau, then a linear fall towards zero."""
+    fall = (steps - step + 1) / (section.decay * steps) if section.decay else 1.0
+    return section.learning_rate * min(1.0, step / max(section.warmup, 1), fall)
+
+
+def fresh_state(params: Any, config: Config, *, teacher: bool) -> TrainState:
+    """The state before the first step; what has no mesh yet (counters) is replicated over that of the parameters."""
+    optimiser = make_warmstart_optimiser(config) if config.stage == "sft" else make_optimiser(config)
+    zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
+    state = TrainState(
+        params, optimiser.init(params), jax.tree.map(jnp.copy, params) if teacher else None, zero(), zero()
+    )
+    home = jax.tree.leaves(params)[0].sharding
+    if not isinstance(home, NamedSharding):
+        return state
+    whole = placement(home.mesh, [])  # where a state lies is part of what is compiled
+
+    def settle(x: jax.Array) -> jax.Array:
+        if isinstance(x.sharding, NamedSharding):
+            return x
+        return jax.make_array_from_callback(x.shape, whole, lambda index: np.asarray(x)[index])
+
+    return jax.tree.map(settle, state)
+
+
 def apply_gradients(optimiser: optax.GradientTransformation, state: TrainState, grads: Any, rate: Array) -> TrainState:
     updates, optimiser_state = optimiser.update(grads, state.optimiser, state.params)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
@@ -3794,11 +3517,6 @@ def reading_copy(policy: Policy, mesh: Mesh, dtype: str) -> Callable:
     """params -> their copy for decoding, in the type of the computation and cut by heads only: made once for all turns
     of a step, so that the decode loop gathers no weights."""
     return jax.jit(functools.partial(compute_copy, dtype=dtype), out_shardings=parameter_specs(policy, mesh, "tensor"))
-
-
-# ------------------------------------------------------------------------------------------------------
-# 8a  Policy update
-# ------------------------------------------------------------------------------------------------------
 
 
 class Credit(struct.PyTreeNode):
@@ -3836,7 +3554,7 @@ def pack(
     heads, rows = [], []
     for i, row in enumerate(dialogues):
         prompt = row[0].prompt
-        heads.append(prompt.row if contexts is None else _cut(prompt.row, prompt.query_end))
+        heads.append(prompt.row if contexts is None else prompt.row.part(stop=prompt.query_end))
         line = []
         for j, d in enumerate(row):
             if contexts is None:
@@ -3848,7 +3566,7 @@ def pack(
             whole.add(speaker.closing())
             starts[i, j] = len(whole)
             shift = whole.position - prompt.row.position
-            for name in ("tokens", "trained", "turn", "slots", "logp"):
+            for name in set(Transcript.FIELDS) - {"positions"}:
                 getattr(whole, name).extend(getattr(d.row, name))
             whole.positions += [(t + shift, h + shift, w + shift) for t, h, w in d.row.positions]
             line.append([whole])
@@ -3954,13 +3672,6 @@ def own_tokens(values: Array, starts: Array, length: int) -> jax.Array:
     return jnp.take_along_axis(values, at.reshape(*at.shape, *[1] * (values.ndim - 3)), 2)
 
 
-def _cut(row: Transcript, length: int) -> Transcript:
-    out = Transcript()
-    for name in ("tokens", "trained", "turn", "slots", "positions", "logp"):
-        setattr(out, name, getattr(row, name)[:length])
-    return out
-
-
 def take_prompts(tree: Any, prompts: int, start: int, stop: int) -> Any:
     """The part of a batch that belongs to prompts start..stop-1; images lie flat, several of them to a prompt."""
     return jax.tree.map(lambda x: x[start * (len(x) // prompts) : stop * (len(x) // prompts)], tree)
@@ -3981,8 +3692,14 @@ def in_micros(tree: Any, prompts: int, size: int) -> Any:
     return jax.tree.map(split, tree)
 
 
-def summed(one: Callable, micros: Any) -> Any:
-    """The sum of one(micro-batch) over all of `in_micros`, one at a time."""
+def accumulate(loss: Callable, params: Any, micros: Any) -> Any:
+    """Gradients and stats of loss(params, micro-batch), summed over all of `in_micros`, one at a time."""
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def one(micro):
+        (_, stats), grads = gradient(params, micro)
+        return grads, stats
+
     first = jax.tree.map(lambda x: x[0], micros)
     if len(jax.tree.leaves(micros)[0]) == 1:
         return one(first)
@@ -4066,13 +3783,9 @@ def make_programs(policy: Policy, config: Config, state: TrainState | None = Non
         total = credit.mask.sum()
         teacher = state.teacher if c.update.loss == "sdpo" else None
 
-        slope = jax.value_and_grad(micro_loss, has_aux=True)
-
-        def one(micro):
-            (_, stats), grads = slope(state.params, teacher, *micro, total)
-            return grads, stats
-
-        grads, stats = summed(one, in_micros((batch, credit, guided), prompts, c.update.micro_prompts))
+        micros = in_micros((batch, credit, guided), prompts, c.update.micro_prompts)
+        loss = lambda params, micro: micro_loss(params, teacher, *micro, total)  # noqa: E731
+        grads, stats = accumulate(loss, state.params, micros)
         stats["gradient_norm"] = optax.tree.norm(grads)
         state = apply_gradients(optimiser, state, grads, rate)
         if state.teacher is not None and c.credit.teacher_update == "ema":
@@ -4097,16 +3810,20 @@ def encode_once(encode: Callable, params: Any, batch: Batch, mesh: Mesh) -> Batc
     return batch.replace(frames=None, keyframes=None, visual=jax.tree.map(np.asarray, visual))
 
 
+def weighs_steps(c: Config) -> bool:
+    """Whether the step level takes part: a teacher who is told something weighs the tokens (METHOD.md 4.4)."""
+    return c.update.loss == "rlsd" and c.credit.lam > 0 and c.credit.teacher_context != "none"
+
+
 def needs_teacher(c: Config) -> bool:
     """Whether a second set of weights is kept at all."""
-    weighs = c.update.loss == "rlsd" and c.credit.lam > 0 and c.credit.teacher_context != "none"
-    return weighs or c.update.loss == "sdpo"
+    return weighs_steps(c) or c.update.loss == "sdpo"
 
 
 def reading_room(c: Config) -> int:
     """Places behind each row when log-probabilities are read: a teacher's context takes them, and one program reads for
     student and teacher."""
-    return c.credit.guidance_tokens if needs_teacher(c) and c.update.loss == "rlsd" else 0
+    return c.credit.guidance_tokens if weighs_steps(c) else 0
 
 
 def token_credit(
@@ -4194,9 +3911,732 @@ def dialogue_row(d: Dialogue, scores: Scores, i: int, j: int, config: Config) ->
     }
 
 
-# ------------------------------------------------------------------------------------------------------
-# 8b  Supervised warm start (stage: sft): the embedded base learns to see and to speak the protocol
-# ------------------------------------------------------------------------------------------------------
+# ======================================================================================================
+# 9  Training step, evaluation, loop
+# ======================================================================================================
+
+
+def meet(c: Config, mesh: Mesh) -> tuple[Any, Any, Any]:
+    """The user, the user at test, and the expert.
+
+    Raises ConfigError for an endpoint that does not serve, or a local policy that can not be read.
+    """
+    own = lambda at_test, common: common if at_test is None else at_test  # noqa: E731
+
+    def endpoint(name: str, *, pictures: bool) -> simulator.Endpoint:
+        s = getattr(c, name)
+        there = simulator.Endpoint(name, s.url, s.model, timeout=s.timeout, max_in_flight=s.max_in_flight)
+        there.check(pictures=pictures)
+        return there
+
+    u, host, expert = c.simulator, None, simulator.OracleExpert()
+    try:
+        if u.kind == "endpoint":
+            host = endpoint("simulator", pictures=True)
+        if c.expert.kind == "endpoint":
+            expert = simulator.ModelExpert(endpoint("expert", pictures=False))
+    except simulator.EndpointError as error:
+        raise ConfigError(str(error)) from None
+    if u.kind == "local":
+        host = simulator.Local(u.path, frozen_generator(c, u.path, mesh), size=c.protocol.frame_size)
+    if host is not None:
+        user = simulator.ModelUser(host, description=u.description)
+        return user, user, expert
+    flip, refuse = own(c.evaluate.flip, u.flip), own(c.evaluate.refuse, u.refuse)
+    user = simulator.load_user(u.kind, flip=u.flip, refuse=u.refuse, seed=c.seed)
+    return user, simulator.load_user(u.kind, flip=flip, refuse=refuse, seed=c.seed), expert
+
+
+def check_sight(who: Any, config: Config, *samples: data.Sample) -> None:
+    """Raises ConfigError when the user or expert would have to see one of them and its server does not take that."""
+    try:
+        for sample in samples if isinstance(who, MODELS) else ():
+            shown = data.sample_frames(len(sample.frames), config.protocol.frames)
+            who.check_sight(sample, [sample.frame_ids[i] for i in shown])
+    except simulator.EndpointError as error:
+        raise ConfigError(str(error)) from None
+
+
+def video_scores(sample: data.Sample, masks: np.ndarray, foreground: Callable | None = None) -> dict[str, float]:
+    """metrics.video_scores of a sample's masks [T, H, W] on the frames that its benchmark scores. foreground: position
+    -> all that could be a target there."""
+    kept = sample.meta.get("labelled", list(range(len(sample))))
+    over = lambda read: read and np.stack([read(i) for i in kept])  # noqa: E731
+    ignore, others = over(sample.ignore), over(foreground)
+    return metrics.video_scores(masks[kept], over(sample.truth), ignore=ignore, foreground=others)
+
+
+class Trainer:
+    """Everything a step of reinforcement learning needs, wired once."""
+
+    def __init__(self, config: Config, run: Run):
+        c = self.config = config
+        self.run = run
+        self.mesh = make_mesh(c.mesh)
+        check_mesh(c, self.mesh)
+        self.user, self.test_user, self.expert = meet(c, self.mesh)  # a server that is not there costs no waiting
+        policy_config, params = load_policy(c.policy.path, self.mesh, dtype="float32")
+        self.source = tokenizer_source(resolve_path(c.policy.path))
+        self.tokenizer = load_tokenizer(self.source, policy_config)
+        self.policy = Policy(policy_config, c.policy.remat, self.mesh, c.policy.attention)
+        self.speaker = Speaker(c.protocol, policy_config, self.tokenizer)
+        self.sampler = Sampler(c, self.policy, self.speaker, self.mesh)
+        self.cast = reading_copy(self.policy, self.mesh, c.policy.dtype)
+        clarify = c.protocol.clarify if c.evaluate.clarify is None else c.evaluate.clarify
+        self.test_speaker = Speaker(dataclasses.replace(c.protocol, clarify=clarify), policy_config, self.tokenizer)
+        self.clock = Clock()
+        self.train, self.test = open_data(c)
+        self.pool = training_pool(self.train, c)
+        for who in (self.user, self.expert):
+            check_sight(who, c, self.train[0], self.test[0])
+        knowing = not (isinstance(self.user, MODELS) and isinstance(self.expert, MODELS))
+        if knowing and not (self.train[0].privileged or {}).get("scene_graph"):
+            raise ConfigError(
+                f"data.path={c.data.path}: holds no scene graphs, which the exact user and expert read; use models "
+                "(simulator.kind and expert.kind=endpoint) or the synthetic world (`python -m icseg_jax.data generate`)"
+            )
+        self.segmenter = SegmenterClient(
+            c.sidecar.address, segmenter=resolve_path(c.sidecar.segmenter), timeout_s=c.sidecar.timeout,
+            threads=c.sidecar.threads, log_file=run.own_file("sidecar.log"), prompting=c.sidecar.prompting,
+            cache_gb=c.sidecar.cache_gb,
+        )  # fmt: skip
+        self.segmenter.start(wait=False)
+        self.mask_reward = MaskReward(self.segmenter, self.mesh)
+        self.state = fresh_state(params, c, teacher=needs_teacher(c))
+        self.logprob, self.update = make_programs(self.policy, c, self.state)
+        run.write("policy.json", json.dumps(config_json(policy_config), indent=1))
+
+    def models(self) -> dict[str, dict]:
+        """The models that answered and diagnosed, for the summary: a result depends on them (METHOD.md 8, Q7, Q8). How
+        their questions went is counted over all processes, which call this together."""
+        told = {"simulator": self.user, "expert": self.expert}
+        asked = {name: who for name, who in told.items() if isinstance(who, MODELS)}
+        everywhere = exchange({jax.process_index(): {name: who.host.counts for name, who in asked.items()}}).values()
+        return {
+            name: who.about() | {key: sum(counts[name][key] for counts in everywhere) for key in who.host.counts}
+            for name, who in asked.items()
+        }
+
+    def test_prompt(self, sample: data.Sample) -> Prompt:
+        """As `evaluate` asks for it. A described query keeps its scene graph: what is counted stays the same."""
+        if self.config.evaluate.describe:
+            sample = described(sample)
+        shown = data.sample_frames(len(sample.frames), self.config.protocol.frames)
+        return Prompt(sample, shown, self.test_speaker)
+
+    def test_prompts(self, count: int) -> Iterator[tuple[int, Prompt]]:
+        """The first samples of the test split, with their numbers. Those that are too long are said and left out;
+        raises the last one's PromptTooLong where none fits."""
+        fitting, last = 0, None
+        for index in range(count):
+            try:
+                prompt = self.test_prompt(self.test[index])
+            except PromptTooLong as error:
+                last = error
+                print(f"left out of the evaluation: {error}", file=sys.stderr)
+                continue
+            fitting += 1
+            yield index, prompt
+        if last is not None and not fitting:
+            raise last
+
+    def training_prompts(self, step: int, refill: int) -> list[Prompt]:
+        """The prompts of a step: a function of (seed, step, refill). One shown frame surely holds the target; without
+        one a frame is chosen as well, so that frame numbers do not tell. In the place of a prompt that is too long
+        comes one of others, drawn as a further refill would be."""
+        c = self.config
+
+        def drawn(refill: int) -> Iterator[int]:
+            return iter(self.pool[data.order(c.seed, step, refill, len(self.pool), c.rollout.prompts)].tolist())
+
+        def prompt(index: int) -> Prompt:
+            sample = self.train[index]
+            rng = np.random.default_rng([c.seed, step, refill, index])
+            seen = [i for i in range(len(sample.frames)) if sample.masks is not None and sample.truth(i).any()]
+            try:
+                anchor = int(rng.choice(seen or range(len(sample.frames))))
+                shown = data.sample_frames(len(sample.frames), c.protocol.frames, anchor=anchor)
+                return Prompt(sample, shown, self.speaker)
+            except PromptTooLong as error:
+                instead = next(others, None)
+                if instead is None:
+                    raise
+                print(f"left out of step {step + 1}: {error}", file=sys.stderr)
+                return prompt(instead)
+
+        others = drawn(c.rollout.refills + 1 + refill)
+        return [prompt(index) for index in drawn(refill)]
+
+    def collect(self, step: int) -> tuple[list[list[Dialogue]], Scores, list[list[str]], dict[str, float]]:
+        """Rollouts and scores of a step; groups without spread are replaced by new prompts, at most `refills` times."""
+        c = self.config
+        kept: list[tuple] = []
+        faults: dict[str, float] = {}
+        with self.clock("prefill"):
+            params = self.cast(self.state.params)
+        for refill in range(c.rollout.refills + 1):
+            with self.clock("data"):
+                prompts = self.training_prompts(step, refill)
+            dialogues = self.sampler.play(
+                params,
+                prompts,
+                [c.rollout.temperature] * c.rollout.rollouts,
+                self.user,
+                seed=c.seed,
+                step=step,
+                clock=self.clock,
+            )
+            with self.clock("reward"):
+                masks = self.mask_reward if c.reward.weights.get("mask", 0) > 0 else None
+                owners = row_owners(self.mesh, len(dialogues), c.rollout.rollouts)
+                scores, guidance, seen = score(dialogues, c, self.expert, masks, owners)
+            for key, value in seen.items():
+                faults[key] = faults.get(key, 0) + value
+            lively = teaching_groups(scores, c)
+            kept += [
+                (dialogues[i], jax.tree.map(lambda x, i=i: np.asarray(x)[i], scores), guidance[i], lively[i])
+                for i in range(len(prompts))
+            ]
+            if sum(teaches for *_, teaches in kept) >= c.rollout.prompts:
+                break
+        faults["refills"] = refill
+        chosen = sorted(kept, key=lambda group: not group[-1])[: c.rollout.prompts]
+        dialogues, scores, guidance, _ = zip(*chosen, strict=True)
+        return list(dialogues), jax.tree.map(lambda *x: np.stack(x), *scores), list(guidance), faults
+
+    def step(self) -> dict:
+        """One training step (METHOD.md 4.9). Returns its row of metrics.jsonl."""
+        c, clock = self.config, self.clock
+        number = int(self.state.step) + 1
+        dialogues, scores, guidance, faults = self.collect(number - 1)
+        with clock("pack"):
+            batch, _ = pack(dialogues, c, self.speaker)
+        lam = float(step_strength(c.credit, number))
+        room = reading_room(c) if lam > 0 else 0
+        with clock("logprob"):
+            if c.policy.freeze_vision:  # student, teacher and update see the same
+                batch = encode_once(self.sampler.encode, self.cast(self.state.params), batch, self.mesh)
+            old_logp = self.read(self.state.params, batch, room)
+
+        contexts = teacher_contexts(dialogues, total_return(scores, c), guidance, c)
+
+        def teacher_logp() -> tuple[np.ndarray, np.ndarray]:
+            with clock("teacher"):
+                view, starts = pack(dialogues, c, self.speaker, contexts=contexts, seen=batch)
+                logp, plain = self.read(self.state.teacher, view), old_logp
+                if c.credit.delta_baseline == "teacher_plain":
+                    plain = self.read(self.state.teacher, batch, room)
+                return np.asarray(own_tokens(logp, starts, batch.rows.tokens.shape[-1])), plain
+
+        most = context_room(c, self.speaker)
+        told = [len(self.speaker.tokenizer.encode(text)) for row in contexts for text in row if text]
+        faults["context_cut"] = sum(length > most for length in told) / max(len(told), 1)
+
+        credit, levels = token_credit(
+            batch, scores, contexts, np.array([[d.end == "overlong" for d in row] for row in dialogues]), c,
+            old_logp=old_logp, teacher_logp=teacher_logp if needs_teacher(c) else None, lam=lam,
+        )  # fmt: skip
+        guided: Guided | None = None
+        if c.update.loss == "sdpo":
+            with clock("pack"):
+                view, starts = pack(dialogues, c, self.speaker, contexts=contexts, seen=batch)
+                guided = Guided(view, starts)
+        rate = learning_rate(c.update, number, c.steps)
+        with clock("update"):
+            parts = []
+            for mini, earned, seen in self.minibatches((batch, credit, guided)):
+                if guided is None:  # sdpo compares two views token by token: their rows stay side by side
+                    mini, source = share_rows(mini, c.update.row_buckets)
+                    earned = jax.tree.map(lambda x, at=source: take_tokens(x, at, 0), earned)
+                part = shard_batch(self.mesh, (mini, earned, seen))
+                self.state, stats = self.update(self.state, *part, rate)
+                parts.append(stats)
+            stats = {k: float(np.mean([p[k] for p in parts])) for k in parts[0]}
+            stats["final_ratio"] = float(parts[-1]["ratio"])
+            self.state = self.state.replace(step=self.state.step + 1)
+            syncs = c.credit.teacher_update == "sync" and number % c.credit.sync_interval == 0
+            if self.state.teacher is not None and syncs:
+                self.state = self.state.replace(teacher=jax.tree.map(jnp.copy, self.state.params))
+        gap = np.abs(old_logp - batch.rows.logp)[batch.rows.trained]
+        heard = np.array([[not d.lost for d in row] for row in dialogues])
+        rows = [dialogue_row(dialogues[i][j], scores, i, j, c) for i, j in np.argwhere(heard).tolist()]
+        summary = metrics.dialogue_summary(rows)
+        words = (
+            "success",
+            "success_ambiguous",
+            "success_clear",
+            "questions_ambiguous",
+            "questions_clear",
+            "resolved_rate",
+            "redundant_question_rate",
+            "regret",
+            "format_rate",
+            "reward",
+        )
+        ends = [d.end for row in dialogues for d in row]
+        return {
+            "step": number,
+            **stats,
+            **{word: summary[word] for word in words},
+            **{f"reward/{t}": summary["terms"].get(t) for t in TERMS},
+            **levels,
+            "lam": lam,
+            "learning_rate": rate,
+            "sampler_difference/mean": float(gap.mean()),
+            "sampler_difference/p99": float(np.quantile(gap, 0.99)),
+            "sampler_difference/max": float(gap.max()),
+            "tokens_per_rollout": float(batch.rows.trained.sum(-1).mean()),
+            "ended": {kind: ends.count(kind) / len(ends) for kind in END_KINDS},
+            **faults,
+            "seconds": clock.take(),
+        }
+
+    def minibatches(self, tree: Any) -> Iterator[Any]:
+        """The parts of a step's batch that one update each learns from: equally many prompts."""
+        prompts, parts = self.config.rollout.prompts, self.config.update.minibatches
+        size = prompts // parts
+        for k in range(parts):
+            yield take_prompts(tree, prompts, k * size, (k + 1) * size)
+
+    def read(self, params: Any, batch: Batch, room: int = 0) -> np.ndarray:
+        """Log-probability [P,N,T] of every token; what stands at padding means nothing. room: places left free behind
+        each row, for the shape of longer ones."""
+        buckets, out = self.config.update.row_buckets, []
+
+        def lengthen(x: np.ndarray) -> np.ndarray:
+            return np.pad(x, [(0, room if axis == 2 else 0) for axis in range(x.ndim)])
+
+        for part in self.minibatches(batch) if buckets else [batch]:  # a part has the rows that it needs
+            shared, source = share_rows(part, buckets)
+            shared = shared.replace(rows=jax.tree.map(lengthen, shared.rows))
+            logp = jax.device_get(self.logprob(params, shard_batch(self.mesh, shared)))[..., : source.shape[-1]]
+            out.append(put_back(logp, source, part.rows.tokens.shape[1]))
+        return np.concatenate(out)
+
+    def evaluate(self, name: str | None = None) -> dict[str, dict]:
+        """Greedy and sampled scores on the test split (METHOD.md 11.7); with a name, the gallery is kept under it."""
+        from tqdm import tqdm
+
+        c, clock = self.config, self.clock
+        params = self.cast(self.state.params)
+        count = min(c.evaluate.samples or len(self.test), len(self.test))
+        decodings = ["greedy"] + ["sampled"] * c.evaluate.draws  # of a sample's dialogues, side by side
+        temperatures = [0.0] + [c.rollout.temperature] * c.evaluate.draws
+        clips = set(np.linspace(0, count - 1, min(c.evaluate.clips, count)).astype(int).tolist())
+        gallery = set(np.linspace(0, count - 1, min(c.evaluate.gallery, count)).astype(int).tolist()) if name else set()
+        lost = dict.fromkeys(DECODINGS, 0)  # dialogues that the user or the expert left without an answer
+
+        def rate(indices: Sequence[int], dialogues: list[list[Dialogue]]) -> tuple[dict[str, list[dict]], list[dict]]:
+            owners = row_owners(self.mesh, len(dialogues), len(decodings))
+            scores, _, _ = score(dialogues, c, self.expert, self.mask_reward, owners)
+            seen = {
+                i * len(decodings) + j: self.track(dialogues[i][j])
+                for i, index in enumerate(indices) for j in range(len(decodings))
+                if index in clips and owners[i, j] == jax.process_index()
+            }  # fmt: skip
+            seen = exchange(seen)
+            rows: dict[str, list[dict]] = {decoding: [] for decoding in DECODINGS}
+            stories = []
+            for i, index in enumerate(indices):
+                for j, decoding in enumerate(decodings):
+                    d = dialogues[i][j]
+                    if d.lost:
+                        lost[decoding] += 1
+                        continue
+                    row = dialogue_row(d, scores, i, j, c) | seen.get(i * len(decodings) + j, {})
+                    rows[decoding].append(row)
+                    if index in gallery and decoding == "greedy" and self.run.writes:
+                        stories.append(self.story(d, row))
+            return rows, stories
+
+        # Masks and tracks of a batch are made by the sidecar while the next one is played.
+        title, quiet = f"evaluate {name or ''}".strip(), None if self.run.writes else True
+        bar = tqdm(total=-(-count // c.evaluate.prompts), desc=title, unit="batch", dynamic_ncols=True, disable=quiet)
+        asked = self.test_prompts(count)
+        with contextlib.closing(bar), concurrent.futures.ThreadPoolExecutor(1) as rater:
+            rated = []
+            while True:
+                with clock("data"):
+                    batch = list(itertools.islice(asked, c.evaluate.prompts))
+                if not batch:
+                    break
+                # The last batch is filled up with some of its own, so that one set of programs serves all.
+                prompts = [prompt for _, prompt in itertools.islice(itertools.cycle(batch), c.evaluate.prompts)]
+                dialogues = self.sampler.play(
+                    params, prompts, temperatures, self.test_user, seed=c.seed, step=EVALUATION,
+                    clock=clock, max_turns=c.evaluate.max_turns,
+                    penalties=(c.evaluate.repetition_penalty, c.evaluate.presence_penalty),
+                )  # fmt: skip
+                rated.append(rater.submit(rate, [index for index, _ in batch], dialogues[: len(batch)]))
+                if jax.process_count() > 1:  # what processes say to each other keeps one order
+                    rated[-1].result()
+                bar.update()
+            with clock("reward"):
+                done = [part.result() for part in rated]
+        if name and self.run.writes:
+            lines = [json.dumps(story) + "\n" for _, stories in done for story in stories]
+            write_atomically(self.run.path / "dialogues" / f"{name}.jsonl", "".join(lines))
+        return {
+            decoding: metrics.dialogue_summary([row for rows, _ in done for row in rows[decoding]])
+            | ({"lost": lost[decoding]} if lost[decoding] else {})
+            for decoding in DECODINGS
+        }
+
+    def track(self, d: Dialogue) -> dict[str, float]:
+        """J and F over the whole video of the masks that SAM2 makes of the answer; no answer is an empty video."""
+        sample = d.prompt.sample
+        try:
+            masks = video_masks(self.segmenter, sample, *answered(d))
+        except SidecarError as error:  # the row is left out of J&F, the evaluation goes on
+            print(f"{sample.id}: no masks ({error})", file=sys.stderr)
+            return {}
+        if not sample.meta.get("labelled", True):  # no frame has a truth to compare with
+            return {}
+        return {k: v for k, v in video_scores(sample, masks).items() if k in ("J", "F")}
+
+    def story(self, d: Dialogue, row: dict) -> dict:
+        """One dialogue as the report shows it, its pictures beside it."""
+        from PIL import Image
+
+        folder = self.run.path / "dialogues" / "images"
+        folder.mkdir(parents=True, exist_ok=True)
+        safe = re.sub(r"[^A-Za-z0-9_.-]", "_", d.prompt.sample.id)
+
+        def keep(name: str, picture: np.ndarray) -> str:
+            file = folder / f"{safe}_{name}.png"
+            Image.fromarray(picture).save(file)
+            return str(file.relative_to(self.run.path))
+
+        images = {str(fid): keep(str(fid), image) for fid, image in zip(d.prompt.fids, d.prompt.images, strict=True)}
+        mask = truth_mask = truth_box = None
+        if d.frame in d.prompt.fids:
+            position = d.prompt.positions[d.prompt.fids.index(d.frame)]
+            truth_mask = keep(f"{d.frame}_truth", d.prompt.sample.truth(position).astype(np.uint8) * 255)
+            truth_box = (d.prompt.truth.get(str(d.frame)) or {}).get("bbox_2d")
+            if d.answer is not None:
+                ask = {
+                    "video": d.prompt.sample.id,
+                    "frame": d.frame,
+                    "mask_type": wanted_mask(d.prompt.sample, d.answer),
+                    "box": np.clip(d.answer.box, 0, 1000).tolist(),
+                    "point": np.clip(d.answer.point, 0, 1000).tolist(),
+                }
+                self.segmenter.register(
+                    d.prompt.sample.id, d.frame, d.prompt.image_of(d.frame), d.prompt.sample.truth(position)
+                )
+                tag = hashlib.blake2s(repr(d.answer).encode(), digest_size=4).hexdigest()
+                with contextlib.suppress(SidecarError):  # the story is then told without its mask
+                    drawn = self.segmenter.segment([ask])[0]
+                    mask = keep(f"{d.frame}_{tag}", np.asarray(drawn).astype(np.uint8) * 255)
+        turns, asked = [], 0
+        for number, (text, action, reply) in enumerate(zip(d.texts, d.actions, d.replies, strict=True)):
+            is_question = action.kind == "call" or number in d.asked_in
+            asked += is_question and bool(reply)
+            after = row["counts"][min(asked, len(row["counts"]) - 1)] if is_question else None
+            turns.append(
+                {"role": "assistant", "text": text, "kind": action.kind, "frame": action.frame}
+                | {"count_after": None if reply else after}  # the answer shrinks the candidates, not the question
+            )
+            if reply:
+                turns.append({"role": "user", "text": reply, "kind": "reply", "frame": None, "count_after": after})
+        answer = d.answer
+        return {
+            "id": d.prompt.sample.id, "level": d.prompt.sample.ability, "query": d.prompt.sample.query, "split": "test",
+            "decoding": "greedy", "turns": turns, "frames": d.prompt.fids, "images": images, "keyframe": d.frame,
+            "box": list(answer.box) if answer else None, "point": list(answer.point) if answer else None,
+            "truth_box": truth_box, "mask": mask, "truth_mask": truth_mask, "counts": row["counts"],
+            "success": row["success"], "reward": row["reward"], "optimal": row["optimal"],
+        }  # fmt: skip
+
+
+def described(sample: data.Sample) -> data.Sample:
+    """The sample with its target's description behind the query, where one is known: the upper bound."""
+    return dataclasses.replace(sample, query=f"{sample.query} {simulator.describe_target(sample)}".strip())
+
+
+def answered(d: Dialogue) -> tuple[int | None, Action | None]:
+    """Position of the key frame in the video and the answer, both None where the dialogue names no frame or none."""
+    if d.answer is None or d.frame not in d.prompt.fids:
+        return None, None
+    return d.prompt.positions[d.prompt.fids.index(d.frame)], d.answer
+
+
+def video_masks(segmenter: SegmenterClient, sample: data.Sample, position: int | None, answer: Action | None
+                ) -> np.ndarray:
+    """bool [T,H,W]: what SAM2 makes of an answer on the frame at `position`; nothing for no answer. Raises
+    SidecarError."""
+    masks = np.zeros((len(sample.frames), *sample.size), bool)
+    if answer is None:
+        return masks
+    asked = {"position": position, "box": np.clip(answer.box, 0, 1000).tolist(),
+             "point": np.clip(answer.point, 0, 1000).tolist(), "mask_type": wanted_mask(sample, answer)}  # fmt: skip
+    for i, _, mask in segmenter.stream(sample.image, len(sample.frames), [asked]):
+        masks[i] = mask
+    return masks
+
+
+EVALUATION = 2**30  # the step under which evaluations fold their random keys, so that before and after compare
+
+
+def open_data(config: Config) -> tuple[data.PreparedDataset, data.PreparedDataset]:
+    """The prepared splits; with `data.generate_*` the synthetic world is made first when it is not there yet.
+
+    Raises ConfigError when what is there is another world, of other sizes, or too few samples for a step.
+    """
+    c = config.data
+    path = Path(c.path)
+    generated = bool(c.generate_train and c.generate_test)
+    if jax.process_index() > 0:  # the first process makes it; hosts with disks of their own make it again after that
+        multihost_utils.sync_global_devices("data")
+    if generated and not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"data.path={path}: can not be made ({error.strerror}); give another") from None
+        raw = path.with_name(f".{path.name}.raw.{os.getpid()}")  # another run may be at it too
+        shutil.rmtree(raw, ignore_errors=True)
+        try:
+            synthetic.write_dataset(raw, train=c.generate_train, test=c.generate_test, seed=c.generate_seed)
+            data.prepare("ambi_rvos", raw, path)
+        finally:
+            shutil.rmtree(raw, ignore_errors=True)
+    if jax.process_count() > 1 and jax.process_index() == 0:
+        multihost_utils.sync_global_devices("data")
+    try:
+        train, test = data.load_prepared(path, "train"), data.load_prepared(path, config.evaluate.split)
+        if generated:
+            train[0], test[0]  # damage shows before the first step
+    except data.DataError as error:
+        if not generated:
+            raise
+        raise ConfigError(
+            f"data.path={path}: damaged ({data.first_line(error)}); remove that folder, and this command makes it again"
+        ) from None
+    if generated and Path(train.source).name.startswith(f".{path.name}.raw."):  # it was made here
+        works = "remove that folder or give another data.path="
+        if (len(train), len(test)) != (c.generate_train, c.generate_test):
+            raise ConfigError(
+                f"data.path={path}: holds {len(train)} and {len(test)} samples where data.generate_train and "
+                f"generate_test say {c.generate_train} and {c.generate_test}; {works}"
+            )
+        # Several: what was changed since may leave a scene as it was.
+        for sample in itertools.chain(*(itertools.islice(samples, 16) for samples in (train, test))):
+            split, seed, index = sample.id.rsplit("-", 2)
+            if int(seed) != c.generate_seed:
+                raise ConfigError(
+                    f"data.path={path}: holds the world of data.generate_seed={seed}, not {c.generate_seed}; {works}"
+                )
+            drawn = synthetic.scene_graph(synthetic.make_scene(int(index), seed=c.generate_seed, split=split))
+            if json.loads(json.dumps(drawn)) != sample.privileged["scene_graph"]:
+                raise ConfigError(f"data.path={path}: holds the world as an earlier version drew it; {works}")
+    if len(train) < config.rollout.prompts:
+        raise ConfigError(
+            f"rollout.prompts={config.rollout.prompts}: the training split has {len(train)} samples; use at most that"
+        )
+    return train, test
+
+
+def training_pool(train: Sequence[data.Sample], config: Config) -> np.ndarray:
+    """The indices of the samples of an epoch, each as often as `data.repeat` says (METHOD.md 3.5, Q14).
+
+    A sample that a step draws twice gives the same rollouts twice: their random keys are the sample's own.
+    Raises ConfigError for a level that no sample has, or when less than a step's prompts are left.
+    """
+    repeat = config.data.repeat
+    if not repeat:
+        return np.arange(len(train))
+    levels = [sample.ability or "" for sample in train]
+    if unknown := sorted(set(repeat) - set(levels)):
+        known = ", ".join(sorted(set(levels)))
+        raise ConfigError(f"data.repeat.{unknown[0]}={repeat[unknown[0]]}: no such level in training; it has {known}")
+    pool = np.repeat(np.arange(len(train)), [repeat.get(level, 1) for level in levels])
+    if len(pool) < config.rollout.prompts:
+        raise ConfigError(
+            f"data.repeat={repeat}: leaves {len(pool)} samples, less than rollout.prompts={config.rollout.prompts}"
+        )
+    return pool
+
+
+def train_policy(config: Config, run: Run) -> None:
+    """stage: rl. Hi-GRPO from the base policy, evaluated before, during and after."""
+    begun_at = time.perf_counter()
+    compiled = count_compilations()
+    trainer = Trainer(config, run)
+    with contextlib.closing(trainer.segmenter):
+        train_on(trainer, begun_at, compiled)
+
+
+def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -> None:
+    """The loop of `train_policy`; begun_at, compiled: when it started, and what XLA has compiled since."""
+    from tqdm import tqdm
+
+    config, run = trainer.config, trainer.run
+    known = {"summary": read_json(run.path / "summary.json") or {}, "begun": run.begun} if run.writes else {}
+    known = exchange(known)
+    summary = known["summary"]
+    for name, who in trainer.models().items() if known["begun"] else ():
+        was = ((summary.get("models") or {}).get(name) or who)["prompt_hash"]
+        if was != who["prompt_hash"]:
+            raise ConfigError(f"{run.path}: its {name} was asked with prompts {was}, today's are {who['prompt_hash']}; "
+                              "give another run_dir=")
+    trainer.state = run.restore(trainer.state) or trainer.state
+    begun = int(trainer.state.step)
+    if run.writes:
+        (run.path / "dialogues").mkdir(exist_ok=True)
+    seconds: dict[str, float] = dict(summary.get("seconds") or {})
+
+    def book(spent: Mapping[str, float], prefix: str = "") -> None:
+        for key, value in spent.items():
+            seconds[prefix + key] = round(seconds.get(prefix + key, 0.0) + value, 3)
+
+    trainer.segmenter.start()  # waits until it answers: a wrong one is known before the first step
+    run.summarise(models=trainer.models())
+    book({"setup": time.perf_counter() - begun_at})
+    if config.evaluate.every and config.evaluate.before and "before" not in summary and begun == 0:
+        asked = itertools.islice(trainer.test, config.evaluate.samples or None)  # those that `evaluate` plays
+        graphs = [s.privileged["scene_graph"] for s in asked if (s.privileged or {}).get("scene_graph")]
+        graphs = [graph for graph in graphs if graph["initial_count"] > 1]  # there is nothing to ask about the others
+        before = trainer.evaluate("before")
+        book(trainer.clock.take(), "evaluate/")
+        summary = run.summarise(
+            before=before, baselines=synthetic.baselines(graphs, config.seed) if graphs else {}, seed=config.seed,
+            models=trainer.models(),
+        )  # fmt: skip
+        if run.writes:
+            say_scores("before", before)
+
+    def due(step: int) -> bool:
+        return config.evaluate.every > 0 and step % config.evaluate.every == 0 and 0 < step < config.steps
+
+    if due(begun):
+        last = exchange({"row": (run.rows() or [{}])[-1]} if run.writes else {})["row"]
+        if last.get("step") == begun and "evaluate" not in last:  # it failed then, and the step was kept
+            last["evaluate"] = trainer.evaluate()
+            book(trainer.clock.take(), "evaluate/")
+            run.keep_rows(begun - 1)
+            run.log(last)
+    bar = tqdm(
+        total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True,
+        disable=None if run.writes else True,
+    )  # fmt: skip
+    step, traced = begun, profiled(config)
+    tracing, stop = False, agreed(run.stop)
+    while step < config.steps and not stop:
+        if step + 1 in traced and not tracing:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # every Python call, otherwise
+            jax.profiler.start_trace(run.own_file("profile"), profiler_options=options)
+            tracing = True
+        row = None
+        try:
+            row = trainer.step()
+            step, stop = row["step"], agreed(run.stop)
+            book(row["seconds"])
+            if tracing and (step + 1 not in traced or stop):
+                jax.profiler.stop_trace()
+                tracing = False
+            if due(step) and not stop:  # who stops it may not wait so long; it is made up for
+                row["evaluate"] = trainer.evaluate()
+                book(trainer.clock.take(), "evaluate/")
+        except (ConfigError, data.DataError, SidecarError):  # the first: samples whose prompts are all too long
+            if step > begun and jax.process_count() == 1:  # what was learned so far is kept
+                if row is not None:
+                    run.log(row)
+                run.save(trainer.state, step)
+            raise
+        run.log(row)
+        bar.update()
+        slow = sorted(row["seconds"].items(), key=lambda x: -x[1])[:3]
+        bar.set_postfix_str(
+            f"reward {row['reward'] or 0:.2f} success {row['success'] or 0:.2f} "
+            f"questions {row['questions_ambiguous'] or 0:.2f} " + " ".join(f"{k} {v:.1f}s" for k, v in slow)
+        )
+        if (config.checkpoint.every and step % config.checkpoint.every == 0) or step == config.steps or stop:
+            run.save(trainer.state, step)
+    bar.close()
+    if step == config.steps:
+        params = jax.tree.map(to_host, trainer.state.params)
+        if run.writes:
+            save_policy(run.path / "trained", trainer.policy.config, params, source=trainer.source)
+        del params  # of a large policy as much again as the evaluation needs
+        after = trainer.evaluate("after") if config.evaluate.every else {}
+        book(trainer.clock.take(), "evaluate/")
+        if after and run.writes:
+            say_scores("after", after)
+        run.settle(last=True)
+        book({"total": time.perf_counter() - begun_at, "compile": compiled["seconds"]})
+        run.summarise(
+            after=after,
+            models=trainer.models(),
+            seconds=seconds,
+            steps=config.steps,
+            seed=config.seed,
+            peak_memory_gb={"trainer": peak_memory("self"), "sidecar": peak_memory(trainer.segmenter.pid)},
+            finished=True,
+            compilations=int(compiled["programs"]),
+            sidecar_failures=sum(exchange({jax.process_index(): trainer.segmenter.failures}).values()),
+        )
+        from icseg_jax import report
+
+        if after and run.writes:
+            print(f"{report.write_report(run.path)}: open it in a browser")
+    else:
+        run.settle(last=True)
+        book({"total": time.perf_counter() - begun_at, "compile": compiled["seconds"]})
+        run.summarise(seconds=seconds, models=trainer.models())
+        print(f"stopped after step {step} of {config.steps}; the same command goes on from there")
+    run.leave_together()
+
+
+def say_scores(name: str, scores: Mapping[str, Mapping]) -> None:
+    for decoding, told in scores.items():
+        words = (
+            "success_ambiguous",
+            "success_clear",
+            "jf",
+            "questions_ambiguous",
+            "questions_clear",
+            "resolved_rate",
+            "redundant_question_rate",
+            "regret",
+            "format_rate",
+        )
+        print(
+            f"{name:>7} {decoding:>8}  " + "  ".join(f"{w} {told[w]:.2f}" for w in words if told.get(w) is not None),
+            flush=True,
+        )
+
+
+def clocked(items: Iterable[Any], clock: Clock, phase: str) -> Iterable[Any]:
+    iterator = iter(items)
+    while True:
+        with clock(phase):
+            item = next(iterator, clock)
+        if item is clock:
+            return
+        yield item
+
+
+def leave(command: Callable[[], int]) -> NoReturn:
+    """Runs a command and ends this process with the code that it returns, or 1 after what it raises. Of several
+    processes one that failed ends at once: JAX would wait for the others, which wait for this one in a program."""
+    try:
+        code = command()
+    except BaseException:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+# ======================================================================================================
+# 10  Supervised warm start (stage: sft): the embedded base learns to see and to speak the protocol
+# ======================================================================================================
 
 
 COORDINATE_STEP = synthetic.COORDINATE_STEP  # of the embedded tokenizer's grid, thousandths of the frame
@@ -4227,7 +4667,7 @@ def build_warmstart_tokenizer() -> Any:
 FIRST = 0.6  # share of practice dialogues that end with their first list
 
 
-class SceneTeacher:
+class SceneLessons:
     """Turns synthetic scenes into packed demonstrations on one visual prefix per scene.
 
     A scene gives several dialogues (its own query and others on the same objects) and short grounding segments
@@ -4321,11 +4761,12 @@ class SceneTeacher:
             return row
 
         def practice() -> Transcript:
-            """A dialogue of a good asker about objects that are not in the picture.
+            """A dialogue of a good asker about invented objects: it teaches reading, not asking.
 
-            The first list is given but for what does not fit in it, and so is what is asked: only reading is taught
-            here, habits of asking are not. Many end with that list: what does not fit is the harder to learn. Where one
-            is left, it is named after the key frame as an answer does, which is read from the list as well.
+            The first list is given as text, and so are the calls. Taught are the attribute by which a listed object
+            does not fit, whether the list goes on, and what is concluded behind it. Most end with the first list, since
+            what does not fit is the harder to learn; others name the object that is left after the key frame, as an
+            answer does.
             """
             first = bool(rng.random() < FIRST)
             others = synthetic.imagine(scene, rng, near=first)
@@ -4500,7 +4941,7 @@ class SceneTeacher:
         return Batch(prompts, rows, frames, keyframes), np.stack([s[4] for s in scenes])
 
 
-class ConversationTeacher:
+class ConversationLessons:
     """Turns given conversations into demonstrations, one per row (DATA.md 1.4).
 
     The token loss is on every answer, then on key frame, box and point, or, where nothing is to localise, on the last
@@ -4532,7 +4973,7 @@ class ConversationTeacher:
         if talk.frame is None:
             if talk.answer and "[SEG]" not in talk.answer:  # a mask that is not known is not talked about
                 row.add([*encode(talk.answer), speaker.tokenizer.end_of_turn], trained=True)
-            return prompt, _cut(row, self.w.row_tokens), None
+            return prompt, row.part(stop=self.w.row_tokens), None
         thought = str(sample.meta.get("focus", sample.query))
         row.add(encode(speaker.keyframe(thought, talk.frame)), trained=True)
         shown = talk.frame != -1
@@ -4544,7 +4985,7 @@ class ConversationTeacher:
             if len(self.cut) <= 20:
                 kept = f"warmstart.row_tokens={self.w.row_tokens} are kept"
                 print(f"{sample.id}: {len(row)} tokens, {kept}: where the target is, is not taught", file=sys.stderr)
-        return prompt, _cut(row, self.w.row_tokens), prompt.image_of(talk.frame) if shown else None
+        return prompt, row.part(stop=self.w.row_tokens), prompt.image_of(talk.frame) if shown else None
 
     def fitting(self, samples: Sequence[data.Sample], index: int) -> tuple[Prompt, Transcript, np.ndarray | None]:
         """The lesson of a sample, or of the next one whose prompt is not too long. Raises PromptTooLong."""
@@ -4637,22 +5078,26 @@ def make_warmstart_optimiser(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(section.clip_norm), muon, optax.scale(-1.0), *still)
 
 
-def make_warmstart_step(policy: Policy, config: Config, teacher: SceneTeacher | ConversationTeacher) -> Callable:
+def make_warmstart_step(policy: Policy, config: Config, lessons: SceneLessons | ConversationLessons) -> Callable:
     """(state, batch, words, spread, rate, patch_weight) -> (state, stats): one supervised update.
 
     The loss is the token mean over everything taught, plus `patch_weight` times how badly the encoded image tokens,
     read by the output head, name what they show. It puts what is seen where the language layers look for words.
     """
-    optimiser = make_warmstart_optimiser(config)
+    optimiser, scenes = make_warmstart_optimiser(config), config.warmstart.scenes
+    # A micro-batch is as large as it must be for all devices to have a part of it.
+    rows = 1 if config.warmstart.mix else config.warmstart.rows + config.warmstart.practice
+    whole = [k for k in range(1, scenes + 1) if scenes % k == 0 and fills(policy.mesh, k, rows)]
+    size = min((k for k in whole if k >= config.update.micro_prompts > 0), default=scenes)
 
     def naming(params, visual, words, total):
         logits = policy.apply({"params": params}, visual.tokens, method=Policy.head)
         there = words[..., 0] >= 0
         loss = sum(
             optax.softmax_cross_entropy_with_integer_labels(logits[..., np.array(ids)], jnp.maximum(words[..., i], 0))
-            for i, ids in enumerate(teacher.groups)
+            for i, ids in enumerate(lessons.groups)
         )
-        return (loss * there).sum() / jnp.maximum(total, 1) / len(teacher.groups)
+        return (loss * there).sum() / jnp.maximum(total, 1) / len(lessons.groups)
 
     def loss_fn(params, micro, totals, spread, patch_weight):
         """A micro-batch's share of the loss: means are over the tokens of the whole batch."""
@@ -4672,13 +5117,8 @@ def make_warmstart_step(policy: Policy, config: Config, teacher: SceneTeacher | 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch, words, spread, rate, patch_weight):
         totals = batch.rows.trained.sum(), (words[..., 0] >= 0).sum()
-
-        def one(micro):
-            (_, stats), grads = slope(state.params, micro, totals, spread, patch_weight)
-            return grads, stats
-
-        slope = jax.value_and_grad(loss_fn, has_aux=True)
-        grads, stats = summed(one, in_micros((batch, words), len(words), config.update.micro_prompts))
+        loss = lambda params, micro: loss_fn(params, micro, totals, spread, patch_weight)  # noqa: E731
+        grads, stats = accumulate(loss, state.params, in_micros((batch, words), scenes, size))
         stats["tokens"] = totals[0]
         state = apply_gradients(optimiser, state, grads, rate)
         return state.replace(step=state.step + 1), {**stats, "gradient_norm": optax.tree.norm(grads)}
@@ -4686,8 +5126,128 @@ def make_warmstart_step(policy: Policy, config: Config, teacher: SceneTeacher | 
     return step
 
 
+def warmstart_sigma(config: Config, step: int) -> float:
+    """Coordinate targets sharpen over the first four fifths of the run."""
+    w = config.warmstart
+    return w.coordinate_sigma_end + (w.coordinate_sigma - w.coordinate_sigma_end) * max(
+        0.0, 1 - step / (0.8 * config.steps)
+    )
+
+
+def named_shape(config: Config) -> PolicyConfig:
+    """The shape of a config's policy: of policy.path where that is there, else policy.shape. Raises ConfigError."""
+    here = resolve_path(config.policy.path) / "config.json"
+    shape = here if here.is_file() or config.policy.shape is None else resolve_path(config.policy.shape)
+    raw = read_json(shape)
+    if raw is None:
+        raise ConfigError(f"{shape}: missing or not JSON; policy.shape= may name a config.json of the policy")
+    return PolicyConfig.from_json(raw, str(shape))
+
+
+def new_policy(config: Config, run: Run) -> tuple[PolicyConfig, weights.Tokenizer, Path]:
+    """A policy of random weights; its config.json and tokenizer are written into the run, whose folder comes last."""
+    source = run.path / "policy"
+    if run.writes:
+        source.mkdir(exist_ok=True)
+        weights.save_word_tokenizer(build_warmstart_tokenizer(), source)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("tokenizer")
+    tokenizer = weights.Tokenizer(source)
+    shape = resolve_path(config.policy.shape)
+    raw = read_json(shape)
+    if raw is None:
+        raise ConfigError(f"policy.shape={shape}: missing or not JSON; experiments/embedded_shape.json is one")
+    raw.setdefault("text_config", {})["vocab_size"] = -(-len(tokenizer) // 64) * 64
+    for key in ("image", "video"):
+        raw[f"{key}_token_id"] = tokenizer.ids[f"<|{key}_pad|>"]
+    for key in ("vision_start", "vision_end"):
+        raw[f"{key}_token_id"] = tokenizer.ids[f"<|{key}|>"]
+    policy_config = PolicyConfig.from_json(raw, str(shape))
+    if run.writes:
+        write_atomically(source / "config.json", json.dumps(config_json(policy_config), indent=1))
+    return policy_config, tokenizer, source
+
+
+def ahead(make: Callable[[int], Any], start: int, stop: int, depth: int = 2) -> Iterable[Any]:
+    """make(i) for i in start..stop-1, in order, computed by one thread that runs `depth` ahead."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(make, i) for i in range(start, min(start + depth, stop))]
+        for i in range(start, stop):
+            if i + depth < stop:
+                waiting.append(pool.submit(make, i + depth))
+            yield waiting.pop(0).result()
+
+
+def comparing(params: Any) -> Any:
+    """Random parameters that learn sooner to compare words, by which lists are read.
+
+    Keys start as their group's first queries: alike tokens attend to each other from the first step (Trockman and
+    Kolter, arXiv 2305.09828). Embeddings start ten times as long: what all seldom said words get in common outgrows a
+    standard deviation of 0.02 within some thirty steps, and then hides for thousands which of them one is.
+    """
+    layers = params["layers"]
+    groups = layers["k"].shape[2]
+    first = layers["q"][:, :, :: layers["q"].shape[2] // groups]
+    return {**params, "embedding": 10 * params["embedding"], "layers": {**layers, "k": first}}
+
+
+def train_warmstart(config: Config, run: Run) -> None:
+    """stage: sft. Imitates noisy askers on endless synthetic scenes, or the answers of given conversations; writes the
+    policy as a Hugging Face directory."""
+    from tqdm import tqdm
+
+    mesh = make_mesh(config.mesh)
+    check_mesh(config, mesh)
+    if config.policy.shape:
+        policy_config, tokenizer, source = new_policy(config, run)
+        init = lambda key: nn.unbox(Policy(policy_config).init(key, example_images(policy_config.vision)))["params"]  # noqa: E731
+        specs = parameter_specs(Policy(policy_config), mesh)
+        params = jax.jit(lambda key: comparing(init(key)), out_shardings=specs)(jax.random.key(config.seed))
+    else:
+        source = resolve_path(config.policy.path)
+        policy_config, params = load_policy(source, mesh, dtype="float32")
+        tokenizer = load_tokenizer(source, policy_config)
+    run.write("policy.json", json.dumps(config_json(policy_config), indent=1))
+    speaker = Speaker(config.protocol, policy_config, tokenizer)
+    lessons = (ConversationLessons if config.warmstart.mix else SceneLessons)(config, speaker)
+    policy = Policy(policy_config, config.policy.remat, mesh, config.policy.attention)
+    state = fresh_state(params, config, teacher=False)
+    state = run.restore(state) or state
+    step = make_warmstart_step(policy, config, lessons)
+    clock, begun = Clock(), int(state.step)
+    quiet = None if run.writes else True
+    bar = tqdm(total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True, disable=quiet)
+    with contextlib.closing(ahead(lessons.batch, begun, config.steps)) as batches:
+        for number, (batch, words) in enumerate(clocked(batches, clock, "data"), start=begun + 1):
+            with clock("update"):
+                patch_weight = config.warmstart.patch_words * max(0.0, 1 - 2 * (number - 1) / config.steps)
+                spread = coordinate_spread(tokenizer, policy_config.vocab_size, warmstart_sigma(config, number - 1))
+                rate = learning_rate(config.warmstart, number, config.steps)
+                state, stats = step(state, *shard_batch(mesh, (batch, words)), spread, rate, patch_weight)
+                stats = {k: float(v) for k, v in stats.items()}
+            run.log({"step": number, **stats, "learning_rate": rate, "seconds": clock.take()})
+            bar.update()
+            bar.set_postfix(loss=f"{stats['loss']:.3f}")
+            due = config.checkpoint.every and number % config.checkpoint.every == 0
+            stop = agreed(run.stop)
+            if due or stop or number == config.steps:
+                run.save(state, number)
+            if stop:
+                break
+    bar.close()
+    if int(state.step) == config.steps:
+        params = jax.tree.map(to_host, state.params)
+        if run.writes:
+            save_policy(run.path / "trained", policy_config, params, source=tokenizer_source(source))
+        run.settle(last=True)
+        run.summarise(finished=True, steps=config.steps, policy=str(run.path / "trained"))
+    else:
+        run.settle(last=True)
+    run.leave_together()
+
+
 # ======================================================================================================
-# 9  Checkpoints and logs
+# 11  Checkpoints, logs and files
 # ======================================================================================================
 
 
@@ -5107,36 +5667,6 @@ def read_json(path: Path) -> dict | None:
     return value if isinstance(value, dict) else None
 
 
-class Clock:
-    """Seconds per phase of a step; nested phases count for themselves only."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self._stack: list[str] = []
-        self._last = time.perf_counter()
-
-    def _book(self) -> None:
-        now = time.perf_counter()
-        if self._stack:
-            self.seconds[self._stack[-1]] = self.seconds.get(self._stack[-1], 0.0) + now - self._last
-        self._last = now
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str):
-        self._book()
-        self._stack.append(phase)
-        try:
-            yield
-        finally:
-            self._book()
-            self._stack.pop()
-
-    def take(self) -> dict[str, float]:
-        self._book()
-        out, self.seconds = {k: round(v, 4) for k, v in self.seconds.items()}, {}
-        return out
-
-
 # Where a policy comes from and goes to: see weights.py for the files.
 
 
@@ -5173,18 +5703,23 @@ def load_policy(path: str | Path, mesh: Mesh | None = None, *, dtype: str | None
     return config, params
 
 
-def tokenizer_source(path: Path) -> Path:
+def tokenizer_source(path: Path, otherwise: Path | None = None) -> Path:
     """Where the tokenizer of the weights in `path` lies: beside them, or, where they are a run's, in the run (a warm
-    start and an imported policy have one there) or in the policy that it began with. Token ids mean nothing else."""
+    start and an imported policy have one there) or with the policy that it began with, which may be another run's.
+    Where it is nowhere: `otherwise`, or `path`."""
     from omegaconf import OmegaConf
 
-    run = path.parent.parent if path.parent.name == "checkpoints" else path
-    for place in (path, run, run / "policy"):
-        if (place / "tokenizer.json").is_file():
-            return place
-    with contextlib.suppress(Exception):  # missing or damaged: yaml's own errors, and what it may hold instead
-        return resolve_path(str(OmegaConf.load(run / "config.yaml").policy.path))
-    return path
+    place = path
+    for _ in range(16):  # runs that began with one another
+        run = place.parent.parent if place.parent.name == "checkpoints" else place
+        for here in (place, run, run / "policy"):
+            if (here / "tokenizer.json").is_file():
+                return here
+        try:
+            place = resolve_path(str(OmegaConf.load(run / "config.yaml").policy.path))
+        except Exception:  # missing or damaged: yaml's own errors, and what it may hold instead
+            break
+    return otherwise or path
 
 
 def load_tokenizer(path: Path, policy: PolicyConfig) -> weights.Tokenizer:
@@ -5263,857 +5798,355 @@ def config_json(c: PolicyConfig) -> dict:
 
 
 # ======================================================================================================
-# 10  Evaluation and main
+# 12  Config files and the command line
 # ======================================================================================================
 
 
-def learning_rate(section: UpdateSection | WarmstartSection, step: int, steps: int) -> float:
-    """Of step 1..steps: warm-up, a plateau, then a linear fall towards zero."""
-    fall = (steps - step + 1) / (section.decay * steps) if section.decay else 1.0
-    return section.learning_rate * min(1.0, step / max(section.warmup, 1), fall)
+# Least values of whole numbers (or of lists of them), and numbers that must be above 0; `check_config` says the rest.
+WHOLE = {
+    "": {"seed": 0},
+    "policy": {"logits_tokens": 1},
+    "data": {"generate_train": 0, "generate_test": 0, "generate_seed": 0},
+    "protocol": {"frames": 1, "frame_size": 1, "keyframe_size": 1, "prompt_tokens": 1, "response_tokens": 1}
+    | {"action_tokens": 1, "observation_tokens": 1},
+    "rollout": {"prompts": 1, "refills": 0, "cache_buckets": 1, "observation_buckets": 1, "decode_tokens": 1}
+    | {"least_prompts": 1},
+    "update": {"warmup": 0, "minibatches": 1, "micro_prompts": 0, "token_buckets": 1, "row_buckets": 1},
+    "warmstart": {"scenes": 1, "rows": 1, "practice": 0, "row_tokens": 1, "keyframes": 1, "warmup": 0},
+    "sidecar": {"threads": 1},
+    "simulator": {"max_in_flight": 1},
+    "expert": {"max_in_flight": 1},
+    "evaluate": {"every": 0, "prompts": 1, "draws": 1, "samples": 0, "clips": 0, "gallery": 0},
+    "checkpoint": {"every": 0, "keep": 1},
+}
+POSITIVE = {
+    "reward": ("box_l1", "point_l2"),
+    "update": ("learning_rate", "clip_norm", "clip_high"),
+    "warmstart": ("learning_rate",),
+    "sidecar": ("timeout",),
+    "simulator": ("timeout",),
+    "expert": ("timeout",),
+    "evaluate": ("repetition_penalty",),
+}
 
 
-def warmstart_sigma(config: Config, step: int) -> float:
-    """Coordinate targets sharpen over the first four fifths of the run."""
-    w = config.warmstart
-    return w.coordinate_sigma_end + (w.coordinate_sigma - w.coordinate_sigma_end) * max(
-        0.0, 1 - step / (0.8 * config.steps)
-    )
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML with `base:` inheritance and `key.sub=value` overrides into a checked, frozen Config.
 
-
-def named_shape(config: Config) -> PolicyConfig:
-    """The shape of a config's policy: of policy.path where that is there, else policy.shape. Raises ConfigError."""
-    here = resolve_path(config.policy.path) / "config.json"
-    shape = here if here.is_file() or config.policy.shape is None else resolve_path(config.policy.shape)
-    raw = read_json(shape)
-    if raw is None:
-        raise ConfigError(f"{shape}: missing or not JSON; policy.shape= may name a config.json of the policy")
-    return PolicyConfig.from_json(raw, str(shape))
-
-
-def new_policy(config: Config, run: Run) -> tuple[PolicyConfig, weights.Tokenizer, Path]:
-    """A policy of random weights; its config.json and tokenizer are written into the run, whose folder comes last."""
-    source = run.path / "policy"
-    if run.writes:
-        source.mkdir(exist_ok=True)
-        weights.save_word_tokenizer(build_warmstart_tokenizer(), source)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("tokenizer")
-    tokenizer = weights.Tokenizer(source)
-    shape = resolve_path(config.policy.shape)
-    raw = read_json(shape)
-    if raw is None:
-        raise ConfigError(f"policy.shape={shape}: missing or not JSON; experiments/embedded_shape.json is one")
-    raw.setdefault("text_config", {})["vocab_size"] = -(-len(tokenizer) // 64) * 64
-    for key in ("image", "video"):
-        raw[f"{key}_token_id"] = tokenizer.ids[f"<|{key}_pad|>"]
-    for key in ("vision_start", "vision_end"):
-        raw[f"{key}_token_id"] = tokenizer.ids[f"<|{key}|>"]
-    policy_config = PolicyConfig.from_json(raw, str(shape))
-    if run.writes:
-        write_atomically(source / "config.json", json.dumps(config_json(policy_config), indent=1))
-    return policy_config, tokenizer, source
-
-
-def fresh_state(params: Any, config: Config, *, teacher: bool) -> TrainState:
-    """The state before the first step; what has no mesh yet (counters) is replicated over that of the parameters."""
-    optimiser = make_warmstart_optimiser(config) if config.stage == "sft" else make_optimiser(config)
-    zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
-    state = TrainState(
-        params, optimiser.init(params), jax.tree.map(jnp.copy, params) if teacher else None, zero(), zero()
-    )
-    home = jax.tree.leaves(params)[0].sharding
-    if not isinstance(home, NamedSharding):
-        return state
-    whole = placement(home.mesh, [])  # where a state lies is part of what is compiled
-
-    def settle(x: jax.Array) -> jax.Array:
-        if isinstance(x.sharding, NamedSharding):
-            return x
-        return jax.make_array_from_callback(x.shape, whole, lambda index: np.asarray(x)[index])
-
-    return jax.tree.map(settle, state)
-
-
-def ahead(make: Callable[[int], Any], start: int, stop: int, depth: int = 2) -> Iterable[Any]:
-    """make(i) for i in start..stop-1, in order, computed by one thread that runs `depth` ahead."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waiting = [pool.submit(make, i) for i in range(start, min(start + depth, stop))]
-        for i in range(start, stop):
-            if i + depth < stop:
-                waiting.append(pool.submit(make, i + depth))
-            yield waiting.pop(0).result()
-
-
-def comparing(params: Any) -> Any:
-    """Random parameters that learn sooner to compare words, by which lists are read.
-
-    Keys start as their group's first queries: alike tokens attend to each other from the first step (Trockman and
-    Kolter, arXiv 2305.09828). Embeddings start ten times as long: what all seldom said words get in common outgrows a
-    standard deviation of 0.02 within some thirty steps, and then hides for thousands which of them one is.
+    Raises ConfigError, one line, for a missing file, an unknown key (the closest known one is named), a wrong type,
+    or a combination that can not work.
     """
-    layers = params["layers"]
-    groups = layers["k"].shape[2]
-    first = layers["q"][:, :, :: layers["q"].shape[2] // groups]
-    return {**params, "embedding": 10 * params["embedding"], "layers": {**layers, "k": first}}
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
+    def read(file: Path, seen: tuple[Path, ...]) -> Any:
+        if file in seen:
+            raise ConfigError(f"{file}: base: leads back to itself")
+        try:
+            raw = OmegaConf.load(file)
+        except FileNotFoundError:
+            raise ConfigError(f"{file}: no such config; ready ones are in experiments/") from None
+        except Exception as error:  # yaml's and OmegaConf's own errors
+            raise ConfigError(f"{file}: not a YAML mapping ({data.first_line(error)})") from None
+        if not OmegaConf.is_dict(raw):
+            raise ConfigError(f"{file}: a config is a mapping of keys, this is a list or a single value")
+        base = raw.pop("base", None)
+        if base is None:
+            return raw
+        if not isinstance(base, str):
+            raise ConfigError(f"{file}: base: must be the path of another YAML, not {base!r}")
+        return OmegaConf.merge(read((file.parent / base).resolve(), (*seen, file)), raw)
 
-def train_warmstart(config: Config, run: Run) -> None:
-    """stage: sft. Imitates noisy askers on endless synthetic scenes, or the answers of given conversations; writes the
-    policy as a Hugging Face directory."""
-    from tqdm import tqdm
+    def known(raw: Mapping[str, Any], section: type, where: str, prefix: str = "") -> None:
+        names = {f.name: f for f in dataclasses.fields(section)}
+        for key, value in raw.items():
+            if key not in names:
+                close = difflib.get_close_matches(str(key), names, 1, 0.4)
+                hint = f"; closest is {prefix}{close[0]}" if close else f"; known: {', '.join(names)}"
+                raise ConfigError(f"{where}: unknown key {prefix}{key}{hint}")
+            inner = type(names[key].default)
+            if dataclasses.is_dataclass(inner):
+                if not isinstance(value, Mapping):
+                    raise ConfigError(f"{where}: {prefix}{key} is a section of keys, got {value!r}")
+                known(value, inner, where, f"{prefix}{key}.")
 
-    mesh = make_mesh(config.mesh)
-    check_mesh(config, mesh)
-    if config.policy.shape:
-        policy_config, tokenizer, source = new_policy(config, run)
-        init = lambda key: nn.unbox(Policy(policy_config).init(key, example_images(policy_config.vision)))["params"]  # noqa: E731
-        specs = parameter_specs(Policy(policy_config), mesh)
-        params = jax.jit(lambda key: comparing(init(key)), out_shardings=specs)(jax.random.key(config.seed))
-    else:
-        source = resolve_path(config.policy.path)
-        policy_config, params = load_policy(source, mesh, dtype="float32")
-        tokenizer = load_tokenizer(source, policy_config)
-    run.write("policy.json", json.dumps(config_json(policy_config), indent=1))
-    speaker = Speaker(config.protocol, policy_config, tokenizer)
-    teacher = (ConversationTeacher if config.warmstart.mix else SceneTeacher)(config, speaker)
-    policy = Policy(policy_config, config.policy.remat, mesh, config.policy.attention)
-    state = fresh_state(params, config, teacher=False)
-    state = (
-        run.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)) or state
-    )
-    step = make_warmstart_step(policy, config, teacher)
-    clock, begun = Clock(), int(state.step)
-    quiet = None if run.writes else True
-    bar = tqdm(total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True, disable=quiet)
-    with contextlib.closing(ahead(teacher.batch, begun, config.steps)) as batches:
-        for number, (batch, words) in enumerate(clocked(batches, clock, "data"), start=begun + 1):
-            with clock("update"):
-                patch_weight = config.warmstart.patch_words * max(0.0, 1 - 2 * (number - 1) / config.steps)
-                spread = coordinate_spread(tokenizer, policy_config.vocab_size, warmstart_sigma(config, number - 1))
-                rate = learning_rate(config.warmstart, number, config.steps)
-                state, stats = step(state, *shard_batch(mesh, (batch, words)), spread, rate, patch_weight)
-                stats = {k: float(v) for k, v in stats.items()}
-            run.log({"step": number, **stats, "learning_rate": rate, "seconds": clock.take()})
-            bar.update()
-            bar.set_postfix(loss=f"{stats['loss']:.3f}")
-            due = config.checkpoint.every and number % config.checkpoint.every == 0
-            stop = agreed(run.stop)
-            if due or stop or number == config.steps:
-                run.save(state, number)
-            if stop:
-                break
-    bar.close()
-    if int(state.step) == config.steps:
-        params = jax.tree.map(to_host, state.params)
-        if run.writes:
-            save_policy(run.path / "trained", policy_config, params, source=tokenizer_source(source))
-        run.settle(last=True)
-        run.summarise(finished=True, steps=config.steps, policy=str(run.path / "trained"))
-    else:
-        run.settle(last=True)
-    run.leave_together()
+    def on_topology(raw: Any, name: Any) -> Any:
+        """What a YAML says of the machine that was chosen stands between its common keys and the command line."""
+        machines = raw.pop("topologies", None) or {}
+        if name is None or not machines:
+            return raw
+        if not OmegaConf.is_dict(machines) or not OmegaConf.is_dict(machines.get(name)):
+            names = ", ".join(map(str, machines)) if OmegaConf.is_dict(machines) else "a mapping of names to keys only"
+            raise ConfigError(f"topology={name}: {path} knows {names}")
+        known(OmegaConf.to_container(machines[name]), Config, f"{path}: topologies.{name}")
+        return OmegaConf.merge(raw, machines[name])
 
-
-def meet(c: Config, mesh: Mesh) -> tuple[Any, Any, Any]:
-    """The user, the user at test, and the expert.
-
-    Raises ConfigError for an endpoint that does not serve, or a local policy that can not be read.
-    """
-    own = lambda at_test, common: common if at_test is None else at_test  # noqa: E731
-
-    def endpoint(name: str, *, pictures: bool) -> simulator.Endpoint:
-        s = getattr(c, name)
-        there = simulator.Endpoint(name, s.url, s.model, timeout=s.timeout, max_in_flight=s.max_in_flight)
-        there.check(pictures=pictures)
-        return there
-
-    u, host, expert = c.simulator, None, simulator.OracleExpert()
+    file = Path(path).resolve()
     try:
-        if u.kind == "endpoint":
-            host = endpoint("simulator", pictures=True)
-        if c.expert.kind == "endpoint":
-            expert = simulator.ModelExpert(endpoint("expert", pictures=False))
-    except simulator.EndpointError as error:
-        raise ConfigError(str(error)) from None
-    if u.kind == "local":
-        host = simulator.Local(u.path, frozen_generator(c, u.path, mesh), size=c.protocol.frame_size)
-    if host is not None:
-        user = simulator.ModelUser(host, description=u.description)
-        return user, user, expert
-    flip, refuse = own(c.evaluate.flip, u.flip), own(c.evaluate.refuse, u.refuse)
-    user = simulator.load_user(u.kind, flip=u.flip, refuse=u.refuse, seed=c.seed)
-    return user, simulator.load_user(u.kind, flip=flip, refuse=refuse, seed=c.seed), expert
-
-
-def check_sight(who: Any, config: Config, *samples: data.Sample) -> None:
-    """Raises ConfigError when the user or expert would have to see one of them and its server does not take that."""
-    try:
-        for sample in samples if isinstance(who, MODELS) else ():
-            shown = data.sample_frames(len(sample.frames), config.protocol.frames)
-            who.check_sight(sample, [sample.frame_ids[i] for i in shown])
-    except simulator.EndpointError as error:
-        raise ConfigError(str(error)) from None
-
-
-def video_scores(sample: data.Sample, masks: np.ndarray, foreground: Callable | None = None) -> dict[str, float]:
-    """metrics.video_scores of a sample's masks [T, H, W] on the frames that its benchmark scores. foreground: position
-    -> all that could be a target there."""
-    kept = sample.meta.get("labelled", list(range(len(sample))))
-    over = lambda read: read and np.stack([read(i) for i in kept])  # noqa: E731
-    ignore, others = over(sample.ignore), over(foreground)
-    return metrics.video_scores(masks[kept], over(sample.truth), ignore=ignore, foreground=others)
-
-
-class Trainer:
-    """Everything a step of reinforcement learning needs, wired once."""
-
-    def __init__(self, config: Config, run: Run):
-        c = self.config = config
-        self.run = run
-        self.mesh = make_mesh(c.mesh)
-        check_mesh(c, self.mesh)
-        self.user, self.test_user, self.expert = meet(c, self.mesh)  # a server that is not there costs no waiting
-        policy_config, params = load_policy(c.policy.path, self.mesh, dtype="float32")
-        self.source = tokenizer_source(resolve_path(c.policy.path))
-        self.tokenizer = load_tokenizer(self.source, policy_config)
-        self.policy = Policy(policy_config, c.policy.remat, self.mesh, c.policy.attention)
-        self.speaker = Speaker(c.protocol, policy_config, self.tokenizer)
-        self.sampler = Sampler(c, self.policy, self.speaker, self.mesh)
-        self.cast = reading_copy(self.policy, self.mesh, c.policy.dtype)
-        clarify = c.protocol.clarify if c.evaluate.clarify is None else c.evaluate.clarify
-        self.test_speaker = Speaker(dataclasses.replace(c.protocol, clarify=clarify), policy_config, self.tokenizer)
-        self.clock = Clock()
-        self.train, self.test = open_data(c)
-        self.pool = training_pool(self.train, c)
-        for who in (self.user, self.expert):
-            check_sight(who, c, self.train[0], self.test[0])
-        knowing = not (isinstance(self.user, MODELS) and isinstance(self.expert, MODELS))
-        if knowing and not (self.train[0].privileged or {}).get("scene_graph"):
-            raise ConfigError(
-                f"data.path={c.data.path}: holds no scene graphs, which the exact user and expert read; use models "
-                "(simulator.kind and expert.kind=endpoint) or the synthetic world (`python -m icseg_jax.data generate`)"
-            )
-        self.segmenter = SegmenterClient(
-            c.sidecar.address, segmenter=resolve_path(c.sidecar.segmenter), timeout_s=c.sidecar.timeout,
-            threads=c.sidecar.threads, log_file=run.own_file("sidecar.log"), prompting=c.sidecar.prompting,
-            cache_gb=c.sidecar.cache_gb,
-        )  # fmt: skip
-        self.segmenter.start(wait=False)
-        self.mask_reward = MaskReward(self.segmenter, self.mesh)
-        self.state = fresh_state(params, c, teacher=needs_teacher(c))
-        self.logprob, self.update = make_programs(self.policy, c, self.state)
-        run.write("policy.json", json.dumps(config_json(policy_config), indent=1))
-
-    def models(self) -> dict[str, dict]:
-        """The models that answered and diagnosed, for the summary: a result depends on them (METHOD.md 8, Q7, Q8). How
-        their questions went is counted over all processes, which call this together."""
-        told = {"simulator": self.user, "expert": self.expert}
-        asked = {name: who for name, who in told.items() if isinstance(who, MODELS)}
-        everywhere = exchange({jax.process_index(): {name: who.host.counts for name, who in asked.items()}}).values()
-        return {
-            name: who.about() | {key: sum(counts[name][key] for counts in everywhere) for key in who.host.counts}
-            for name, who in asked.items()
-        }
-
-    def prompt(self, sample: data.Sample, anchor: int | None = None) -> Prompt:
-        shown = data.sample_frames(len(sample.frames), self.config.protocol.frames, anchor=anchor)
-        return Prompt(sample, shown, self.speaker)
-
-    def test_prompt(self, sample: data.Sample) -> Prompt:
-        """As `evaluate` asks for it. A described query keeps its scene graph: what is counted stays the same."""
-        if self.config.evaluate.describe:
-            sample = described(sample)
-        shown = data.sample_frames(len(sample.frames), self.config.protocol.frames)
-        return Prompt(sample, shown, self.test_speaker)
-
-    def test_prompts(self, count: int) -> Iterator[tuple[int, Prompt]]:
-        """The first samples of the test split, with their numbers. Those that are too long are said and left out;
-        raises the last one's PromptTooLong where none fits."""
-        fitting, last = 0, None
-        for index in range(count):
+        raw, told = read(file, ()), OmegaConf.create()
+        for item in overrides:
+            key, equals, value = item.partition("=")
+            if not equals:
+                raise ConfigError(f"override {item!r} is not key=value, for example steps=4")
             try:
-                prompt = self.test_prompt(self.test[index])
-            except PromptTooLong as error:
-                last = error
-                print(f"left out of the evaluation: {error}", file=sys.stderr)
-                continue
-            fitting += 1
-            yield index, prompt
-        if last is not None and not fitting:
-            raise last
-
-    def training_prompts(self, step: int, refill: int) -> list[Prompt]:
-        """The prompts of a step: a function of (seed, step, refill). One shown frame surely holds the target; without
-        one a frame is chosen as well, so that frame numbers do not tell. In the place of a prompt that is too long
-        comes one of others, drawn as a further refill would be."""
-        c = self.config
-
-        def drawn(refill: int) -> Iterator[int]:
-            return iter(self.pool[data.order(c.seed, step, refill, len(self.pool), c.rollout.prompts)].tolist())
-
-        def prompt(index: int) -> Prompt:
-            sample = self.train[index]
-            rng = np.random.default_rng([c.seed, step, refill, index])
-            seen = [i for i in range(len(sample.frames)) if sample.masks is not None and sample.truth(i).any()]
-            try:
-                return self.prompt(sample, int(rng.choice(seen or range(len(sample.frames)))))
-            except PromptTooLong as error:
-                instead = next(others, None)
-                if instead is None:
-                    raise
-                print(f"left out of step {step + 1}: {error}", file=sys.stderr)
-                return prompt(instead)
-
-        others = drawn(c.rollout.refills + 1 + refill)
-        return [prompt(index) for index in drawn(refill)]
-
-    def collect(self, step: int) -> tuple[list[list[Dialogue]], Scores, list[list[str]], dict[str, float]]:
-        """Rollouts and scores of a step; groups without spread are replaced by new prompts, at most `refills` times."""
-        c = self.config
-        kept: list[tuple] = []
-        faults: dict[str, float] = {}
-        with self.clock("prefill"):
-            params = self.cast(self.state.params)
-        for refill in range(c.rollout.refills + 1):
-            with self.clock("data"):
-                prompts = self.training_prompts(step, refill)
-            dialogues = self.sampler.play(
-                params,
-                prompts,
-                [c.rollout.temperature] * c.rollout.rollouts,
-                self.user,
-                seed=c.seed,
-                step=step,
-                clock=self.clock,
-            )
-            with self.clock("reward"):
-                masks = self.mask_reward if c.reward.weights.get("mask", 0) > 0 else None
-                owners = row_owners(self.mesh, len(dialogues), c.rollout.rollouts)
-                scores, guidance, seen = score(dialogues, c, self.expert, masks, owners)
-            for key, value in seen.items():
-                faults[key] = faults.get(key, 0) + value
-            lively = teaching_groups(scores, c)
-            last = refill == c.rollout.refills
-            kept += [
-                (dialogues[i], jax.tree.map(lambda x, i=i: np.asarray(x)[i], scores), guidance[i], lively[i])
-                for i in range(len(prompts))
-            ]
-            if sum(k[3] for k in kept) >= c.rollout.prompts or last:
-                break
-        chosen = sorted(kept, key=lambda k: not k[3])[: c.rollout.prompts]
-        faults["refills"] = refill
-        scores = jax.tree.map(lambda *x: np.stack(x), *[k[1] for k in chosen])
-        return [k[0] for k in chosen], scores, [k[2] for k in chosen], faults
-
-    def step(self) -> dict:
-        """One training step (METHOD.md 4.9). Returns its row of metrics.jsonl."""
-        c, clock = self.config, self.clock
-        number = int(self.state.step) + 1
-        dialogues, scores, guidance, faults = self.collect(number - 1)
-        with clock("pack"):
-            batch, _ = pack(dialogues, c, self.speaker)
-        lam = float(step_strength(c.credit, number))
-        room = reading_room(c) if lam > 0 else 0
-        with clock("logprob"):
-            if c.policy.freeze_vision:  # student, teacher and update see the same
-                batch = encode_once(self.sampler.encode, self.cast(self.state.params), batch, self.mesh)
-            old_logp = self.read(self.state.params, batch, room)
-
-        contexts = teacher_contexts(dialogues, total_return(scores, c), guidance, c)
-
-        def teacher_logp() -> tuple[np.ndarray, np.ndarray]:
-            with clock("teacher"):
-                view, starts = pack(dialogues, c, self.speaker, contexts=contexts, seen=batch)
-                logp, plain = self.read(self.state.teacher, view), old_logp
-                if c.credit.delta_baseline == "teacher_plain":
-                    plain = self.read(self.state.teacher, batch, room)
-                return np.asarray(own_tokens(logp, starts, batch.rows.tokens.shape[-1])), plain
-
-        most = context_room(c, self.speaker)
-        told = [len(self.speaker.tokenizer.encode(text)) for row in contexts for text in row if text]
-        faults["context_cut"] = sum(length > most for length in told) / max(len(told), 1)
-
-        credit, levels = token_credit(
-            batch, scores, contexts, np.array([[d.end == "overlong" for d in row] for row in dialogues]), c,
-            old_logp=old_logp, teacher_logp=teacher_logp if needs_teacher(c) else None, lam=lam,
-        )  # fmt: skip
-        guided: Guided | None = None
-        if c.update.loss == "sdpo":
-            with clock("pack"):
-                view, starts = pack(dialogues, c, self.speaker, contexts=contexts, seen=batch)
-                guided = Guided(view, starts)
-        rate = learning_rate(c.update, number, c.steps)
-        with clock("update"):
-            parts = []
-            for mini, earned, seen in self.minibatches((batch, credit, guided)):
-                if guided is None:  # sdpo compares two views token by token: their rows stay side by side
-                    mini, source = share_rows(mini, c.update.row_buckets)
-                    earned = jax.tree.map(lambda x, at=source: take_tokens(x, at, 0), earned)
-                part = shard_batch(self.mesh, (mini, earned, seen))
-                self.state, stats = self.update(self.state, *part, rate)
-                parts.append(stats)
-            stats = {k: float(np.mean([p[k] for p in parts])) for k in parts[0]}
-            stats["final_ratio"] = float(parts[-1]["ratio"])
-            self.state = self.state.replace(step=self.state.step + 1)
-            syncs = c.credit.teacher_update == "sync" and number % c.credit.sync_interval == 0
-            if self.state.teacher is not None and syncs:
-                self.state = self.state.replace(teacher=jax.tree.map(jnp.copy, self.state.params))
-        gap = np.abs(old_logp - batch.rows.logp)[batch.rows.trained]
-        heard = np.array([[not d.lost for d in row] for row in dialogues])
-        rows = [dialogue_row(dialogues[i][j], scores, i, j, c) for i, j in np.argwhere(heard).tolist()]
-        summary = metrics.dialogue_summary(rows)
-        words = (
-            "success",
-            "success_ambiguous",
-            "success_clear",
-            "questions_ambiguous",
-            "questions_clear",
-            "resolved_rate",
-            "redundant_question_rate",
-            "regret",
-            "format_rate",
-            "reward",
-        )
-        ends = [d.end for row in dialogues for d in row]
-        return {
-            "step": number,
-            **stats,
-            **{word: summary[word] for word in words},
-            **{f"reward/{t}": summary["terms"].get(t) for t in TERMS},
-            **levels,
-            "lam": lam,
-            "learning_rate": rate,
-            "sampler_difference/mean": float(gap.mean()),
-            "sampler_difference/p99": float(np.quantile(gap, 0.99)),
-            "sampler_difference/max": float(gap.max()),
-            "tokens_per_rollout": float(batch.rows.trained.sum(-1).mean()),
-            "ended": {kind: ends.count(kind) / len(ends) for kind in END_KINDS},
-            **faults,
-            "seconds": clock.take(),
-        }
-
-    def minibatches(self, tree: Any) -> Iterator[Any]:
-        """The parts of a step's batch that one update each learns from: equally many prompts."""
-        prompts, parts = self.config.rollout.prompts, self.config.update.minibatches
-        size = prompts // parts
-        for k in range(parts):
-            yield take_prompts(tree, prompts, k * size, (k + 1) * size)
-
-    def read(self, params: Any, batch: Batch, room: int = 0) -> np.ndarray:
-        """Log-probability [P,N,T] of every token; what stands at padding means nothing. room: places left free behind
-        each row, for the shape of longer ones."""
-        buckets, out = self.config.update.row_buckets, []
-
-        def lengthen(x: np.ndarray) -> np.ndarray:
-            return np.pad(x, [(0, room if axis == 2 else 0) for axis in range(x.ndim)])
-
-        for part in self.minibatches(batch) if buckets else [batch]:  # a part has the rows that it needs
-            shared, source = share_rows(part, buckets)
-            shared = shared.replace(rows=jax.tree.map(lengthen, shared.rows))
-            logp = jax.device_get(self.logprob(params, shard_batch(self.mesh, shared)))[..., : source.shape[-1]]
-            out.append(put_back(logp, source, part.rows.tokens.shape[1]))
-        return np.concatenate(out)
-
-    def evaluate(self, name: str | None = None) -> dict[str, dict]:
-        """Greedy and sampled scores on the test split (METHOD.md 11.7); with a name, the gallery is kept under it."""
-        from tqdm import tqdm
-
-        c, clock = self.config, self.clock
-        params = self.cast(self.state.params)
-        count = min(c.evaluate.samples or len(self.test), len(self.test))
-        decodings = ["greedy"] + ["sampled"] * c.evaluate.draws  # of a sample's dialogues, side by side
-        temperatures = [0.0] + [c.rollout.temperature] * c.evaluate.draws
-        clips = set(np.linspace(0, count - 1, min(c.evaluate.clips, count)).astype(int).tolist())
-        gallery = set(np.linspace(0, count - 1, min(c.evaluate.gallery, count)).astype(int).tolist()) if name else set()
-        lost = dict.fromkeys(DECODINGS, 0)  # dialogues that the user or the expert left without an answer
-
-        def rate(indices: Sequence[int], dialogues: list[list[Dialogue]]) -> tuple[dict[str, list[dict]], list[dict]]:
-            owners = row_owners(self.mesh, len(dialogues), len(decodings))
-            scores, _, _ = score(dialogues, c, self.expert, self.mask_reward, owners)
-            seen = {
-                i * len(decodings) + j: self.track(dialogues[i][j])
-                for i, index in enumerate(indices) for j in range(len(decodings))
-                if index in clips and owners[i, j] == jax.process_index()
-            }  # fmt: skip
-            seen = exchange(seen)
-            rows: dict[str, list[dict]] = {decoding: [] for decoding in DECODINGS}
-            stories = []
-            for i, index in enumerate(indices):
-                for j, decoding in enumerate(decodings):
-                    d = dialogues[i][j]
-                    if d.lost:
-                        lost[decoding] += 1
-                        continue
-                    row = dialogue_row(d, scores, i, j, c) | seen.get(i * len(decodings) + j, {})
-                    rows[decoding].append(row)
-                    if index in gallery and decoding == "greedy" and self.run.writes:
-                        stories.append(self.story(d, row))
-            return rows, stories
-
-        # Masks and tracks of a batch are made by the sidecar while the next one is played.
-        title, quiet = f"evaluate {name or ''}".strip(), None if self.run.writes else True
-        bar = tqdm(total=-(-count // c.evaluate.prompts), desc=title, unit="batch", dynamic_ncols=True, disable=quiet)
-        asked = self.test_prompts(count)
-        with contextlib.closing(bar), concurrent.futures.ThreadPoolExecutor(1) as rater:
-            rated = []
-            while True:
-                with clock("data"):
-                    batch = list(itertools.islice(asked, c.evaluate.prompts))
-                if not batch:
-                    break
-                # The last batch is filled up with some of its own, so that one set of programs serves all.
-                prompts = [prompt for _, prompt in itertools.islice(itertools.cycle(batch), c.evaluate.prompts)]
-                dialogues = self.sampler.play(
-                    params, prompts, temperatures, self.test_user, seed=c.seed, step=EVALUATION,
-                    clock=clock, max_turns=c.evaluate.max_turns,
-                    penalties=(c.evaluate.repetition_penalty, c.evaluate.presence_penalty),
-                )  # fmt: skip
-                rated.append(rater.submit(rate, [index for index, _ in batch], dialogues[: len(batch)]))
-                if jax.process_count() > 1:  # what processes say to each other keeps one order
-                    rated[-1].result()
-                bar.update()
-            with clock("reward"):
-                done = [part.result() for part in rated]
-        if name and self.run.writes:
-            lines = [json.dumps(story) + "\n" for _, stories in done for story in stories]
-            write_atomically(self.run.path / "dialogues" / f"{name}.jsonl", "".join(lines))
-        return {
-            decoding: metrics.dialogue_summary([row for rows, _ in done for row in rows[decoding]])
-            | ({"lost": lost[decoding]} if lost[decoding] else {})
-            for decoding in DECODINGS
-        }
-
-    def track(self, d: Dialogue) -> dict[str, float]:
-        """J and F over the whole video of the masks that SAM2 makes of the answer; no answer is an empty video."""
-        sample = d.prompt.sample
-        try:
-            masks = video_masks(self.segmenter, sample, *answered(d))
-        except SidecarError as error:  # the row is left out of J&F, the evaluation goes on
-            print(f"{sample.id}: no masks ({error})", file=sys.stderr)
-            return {}
-        return {k: v for k, v in video_scores(sample, masks).items() if k in ("J", "F")}
-
-    def story(self, d: Dialogue, row: dict) -> dict:
-        """One dialogue as the report shows it, its pictures beside it."""
-        from PIL import Image
-
-        folder = self.run.path / "dialogues" / "images"
-        folder.mkdir(parents=True, exist_ok=True)
-        safe = re.sub(r"[^A-Za-z0-9_.-]", "_", d.prompt.sample.id)
-
-        def keep(name: str, picture: np.ndarray) -> str:
-            file = folder / f"{safe}_{name}.png"
-            Image.fromarray(picture).save(file)
-            return str(file.relative_to(self.run.path))
-
-        images = {str(fid): keep(str(fid), image) for fid, image in zip(d.prompt.fids, d.prompt.images, strict=True)}
-        mask = truth_mask = truth_box = None
-        if d.frame in d.prompt.fids:
-            position = d.prompt.positions[d.prompt.fids.index(d.frame)]
-            truth_mask = keep(f"{d.frame}_truth", d.prompt.sample.truth(position).astype(np.uint8) * 255)
-            truth_box = (d.prompt.truth.get(str(d.frame)) or {}).get("bbox_2d")
-            if d.answer is not None:
-                ask = {
-                    "video": d.prompt.sample.id,
-                    "frame": d.frame,
-                    "mask_type": wanted_mask(d.prompt.sample, d.answer),
-                    "box": np.clip(d.answer.box, 0, 1000).tolist(),
-                    "point": np.clip(d.answer.point, 0, 1000).tolist(),
-                }
-                self.segmenter.register(
-                    d.prompt.sample.id, d.frame, d.prompt.image_of(d.frame), d.prompt.sample.truth(position)
-                )
-                tag = hashlib.blake2s(repr(d.answer).encode(), digest_size=4).hexdigest()
-                with contextlib.suppress(SidecarError):  # the story is then told without its mask
-                    drawn = self.segmenter.segment([ask])[0]
-                    mask = keep(f"{d.frame}_{tag}", np.asarray(drawn).astype(np.uint8) * 255)
-        turns, asked = [], 0
-        for number, (text, action, reply) in enumerate(zip(d.texts, d.actions, d.replies, strict=True)):
-            is_question = action.kind == "call" or number in d.asked_in
-            asked += is_question and bool(reply)
-            after = row["counts"][min(asked, len(row["counts"]) - 1)] if is_question else None
-            turns.append(
-                {"role": "assistant", "text": text, "kind": action.kind, "frame": action.frame}
-                | {"count_after": None if reply else after}  # the answer shrinks the candidates, not the question
-            )
-            if reply:
-                turns.append({"role": "user", "text": reply, "kind": "reply", "frame": None, "count_after": after})
-        answer = d.answer
-        return {
-            "id": d.prompt.sample.id, "level": d.prompt.sample.ability, "query": d.prompt.sample.query, "split": "test",
-            "decoding": "greedy", "turns": turns, "frames": d.prompt.fids, "images": images, "keyframe": d.frame,
-            "box": list(answer.box) if answer else None, "point": list(answer.point) if answer else None,
-            "truth_box": truth_box, "mask": mask, "truth_mask": truth_mask, "counts": row["counts"],
-            "success": row["success"], "reward": row["reward"], "optimal": row["optimal"],
-        }  # fmt: skip
+                given = OmegaConf.from_dotlist([item])
+            except OmegaConfBaseException:
+                raise
+            except Exception as error:  # yaml's own errors
+                reason = data.first_line(error)
+                raise ConfigError(f"override {item!r} is not YAML ({reason}); such as steps=4") from None
+            known(OmegaConf.to_container(given), Config, "command line")
+            told = OmegaConf.merge(told, given)
+        raw = OmegaConf.merge(on_topology(raw, told.get("topology", raw.get("topology"))), told)
+        known(OmegaConf.to_container(raw, resolve=True), Config, str(path))
+        schema = OmegaConf.structured(Config)
+        for node in (schema, *(schema[f.name] for f in dataclasses.fields(Config))):
+            if OmegaConf.is_config(node):  # frozen dataclasses come as read-only nodes
+                OmegaConf.set_readonly(node, False)
+        config = OmegaConf.to_object(OmegaConf.merge(schema, raw))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {getattr(error, 'full_key', '')}: {data.first_line(error)}") from None
+    return check_config(settled(config))
 
 
-def described(sample: data.Sample) -> data.Sample:
-    """The sample with its target's description behind the query, where one is known: the upper bound."""
-    return dataclasses.replace(sample, query=f"{sample.query} {simulator.describe_target(sample)}".strip())
+def settled(c: Config) -> Config:
+    """The config with the defaults that depend on `update.loss` filled in (METHOD.md 4.6, 4.10, 5.1)."""
+    loss = c.update.loss
+    update = {"learning_rate": 1e-5 if loss == "sdpo" else 1e-6, "clip_high": 0.28 if loss == "vanilla" else 0.2}
+    credit = {"teacher_update": "ema" if loss == "sdpo" else "sync"}
+    missing = lambda section, defaults: {k: v for k, v in defaults.items() if getattr(section, k) is None}  # noqa: E731
+    return dataclasses.replace(
+        c,
+        update=dataclasses.replace(c.update, **missing(c.update, update)),
+        credit=dataclasses.replace(c.credit, **missing(c.credit, credit)),
+    )
 
 
-def answered(d: Dialogue) -> tuple[int | None, Action | None]:
-    """Position of the key frame in the video and the answer, both None where the dialogue names no frame or none."""
-    if d.answer is None or d.frame not in d.prompt.fids:
-        return None, None
-    return d.prompt.positions[d.prompt.fids.index(d.frame)], d.answer
+def check_config(c: Config) -> Config:
+    """Refuses what can not work before anything is compiled. Raises ConfigError."""
 
+    def need(ok: bool, key: str, given: Any, works: str) -> None:
+        if not ok:
+            raise ConfigError(f"{key}={given}: {works}")
 
-def video_masks(segmenter: SegmenterClient, sample: data.Sample, position: int | None, answer: Action | None
-                ) -> np.ndarray:
-    """bool [T,H,W]: what SAM2 makes of an answer on the frame at `position`; nothing for no answer. Raises
-    SidecarError."""
-    masks = np.zeros((len(sample.frames), *sample.size), bool)
-    if answer is None:
-        return masks
-    asked = {"position": position, "box": np.clip(answer.box, 0, 1000).tolist(),
-             "point": np.clip(answer.point, 0, 1000).tolist(), "mask_type": wanted_mask(sample, answer)}  # fmt: skip
-    for i, _, mask in segmenter.stream(sample.image, len(sample.frames), [asked]):
-        masks[i] = mask
-    return masks
-
-
-EVALUATION = 2**30  # the step under which evaluations fold their random keys, so that before and after compare
-
-
-def open_data(config: Config) -> tuple[data.PreparedDataset, data.PreparedDataset]:
-    """The prepared splits; with `data.generate_*` the synthetic world is made first when it is not there yet.
-
-    Raises ConfigError when what is there is another world, of other sizes, or too few samples for a step.
-    """
-    c = config.data
-    path = Path(c.path)
-    generated = bool(c.generate_train and c.generate_test)
-    if jax.process_index() > 0:  # the first process makes it; hosts with disks of their own make it again after that
-        multihost_utils.sync_global_devices("data")
-    if generated and not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"data.path={path}: can not be made ({error.strerror}); give another") from None
-        raw = path.with_name(f".{path.name}.raw.{os.getpid()}")  # another run may be at it too
-        shutil.rmtree(raw, ignore_errors=True)
-        try:
-            synthetic.write_dataset(raw, train=c.generate_train, test=c.generate_test, seed=c.generate_seed)
-            data.prepare("ambi_rvos", raw, path)
-        finally:
-            shutil.rmtree(raw, ignore_errors=True)
-    if jax.process_count() > 1 and jax.process_index() == 0:
-        multihost_utils.sync_global_devices("data")
+    need(c.stage in ("rl", "sft"), "stage", c.stage, "use rl or sft")
+    need(c.steps >= 1, "steps", c.steps, "use 1 or more")
+    need(c.seed < 2**31, "seed", c.seed, "use a number below 2147483648")
+    need(c.policy.dtype in ("float32", "bfloat16"), "policy.dtype", c.policy.dtype, "use float32 or bfloat16")
+    kinds = ("xla", "splash", "cudnn")
+    need(c.policy.attention in kinds, "policy.attention", c.policy.attention, f"use one of {', '.join(kinds)}")
+    need(
+        c.policy.attention == "xla" or c.stage == "rl",
+        "policy.attention",
+        c.policy.attention,
+        "stage=sft packs several dialogues into a row, which only xla masks",
+    )
+    need(
+        c.policy.attention == "xla" or not c.update.row_buckets,
+        "update.row_buckets",
+        c.update.row_buckets,
+        "several rollouts in a row are masked by policy.attention=xla alone; use [] or that",
+    )
+    need(
+        c.policy.attention != "cudnn" or c.policy.dtype == "bfloat16",
+        "policy.dtype",
+        c.policy.dtype,
+        "policy.attention=cudnn computes in bfloat16",
+    )
+    need(c.protocol.prompts in PROMPTS, "protocol.prompts", c.protocol.prompts, f"use one of {', '.join(PROMPTS)}")
+    need(c.protocol.max_turns >= 1, "protocol.max_turns", c.protocol.max_turns, "use 1 or more (6 in the paper)")
+    need(
+        c.rollout.rollouts >= 2 or c.stage == "sft",
+        "rollout.rollouts",
+        c.rollout.rollouts,
+        "group statistics need 2 or more (8 in the paper)",
+    )
+    need(
+        math.isfinite(c.rollout.temperature) and c.rollout.temperature > 0,
+        "rollout.temperature",
+        c.rollout.temperature,
+        "use a positive number (1.0 in the paper)",
+    )
+    for section, keys in WHOLE.items():
+        for key, least in keys.items():
+            given = getattr(getattr(c, section) if section else c, key)
+            name = f"{section}.{key}" if section else key
+            for value in given if isinstance(given, list) else [given]:
+                need(value >= least, name, given, f"use {least} or more")
+            need(given != [] or key == "row_buckets", name, given, "give at least one size")
     try:
-        train, test = data.load_prepared(path, "train"), data.load_prepared(path, config.evaluate.split)
-        if generated:
-            train[0], test[0]  # damage shows before the first step
-    except data.DataError as error:
-        if not generated:
-            raise
-        raise ConfigError(
-            f"data.path={path}: damaged ({data.first_line(error)}); remove that folder, and this command makes it again"
-        ) from None
-    if generated and Path(train.source).name.startswith(f".{path.name}.raw."):  # it was made here
-        works = "remove that folder or give another data.path="
-        if (len(train), len(test)) != (c.generate_train, c.generate_test):
-            raise ConfigError(
-                f"data.path={path}: holds {len(train)} and {len(test)} samples where data.generate_train and "
-                f"generate_test say {c.generate_train} and {c.generate_test}; {works}"
-            )
-        # Several: what was changed since may leave a scene as it was.
-        for sample in itertools.chain(*(itertools.islice(samples, 16) for samples in (train, test))):
-            split, seed, index = sample.id.rsplit("-", 2)
-            if int(seed) != c.generate_seed:
-                raise ConfigError(
-                    f"data.path={path}: holds the world of data.generate_seed={seed}, not {c.generate_seed}; {works}"
-                )
-            drawn = synthetic.scene_graph(synthetic.make_scene(int(index), seed=c.generate_seed, split=split))
-            if json.loads(json.dumps(drawn)) != sample.privileged["scene_graph"]:
-                raise ConfigError(f"data.path={path}: holds the world as an earlier version drew it; {works}")
-    if len(train) < config.rollout.prompts:
-        raise ConfigError(
-            f"rollout.prompts={config.rollout.prompts}: the training split has {len(train)} samples; use at most that"
-        )
-    return train, test
-
-
-def training_pool(train: Sequence[data.Sample], config: Config) -> np.ndarray:
-    """The indices of the samples of an epoch, each as often as `data.repeat` says (METHOD.md 3.5, Q14).
-
-    A sample that a step draws twice gives the same rollouts twice: their random keys are the sample's own.
-    Raises ConfigError for a level that no sample has, or when less than a step's prompts are left.
-    """
-    repeat = config.data.repeat
-    if not repeat:
-        return np.arange(len(train))
-    levels = [sample.ability or "" for sample in train]
-    if unknown := sorted(set(repeat) - set(levels)):
-        known = ", ".join(sorted(set(levels)))
-        raise ConfigError(f"data.repeat.{unknown[0]}={repeat[unknown[0]]}: no such level in training; it has {known}")
-    pool = np.repeat(np.arange(len(train)), [repeat.get(level, 1) for level in levels])
-    if len(pool) < config.rollout.prompts:
-        raise ConfigError(
-            f"data.repeat={repeat}: leaves {len(pool)} samples, less than rollout.prompts={config.rollout.prompts}"
-        )
-    return pool
-
-
-def train_policy(config: Config, run: Run) -> None:
-    """stage: rl. Hi-GRPO from the base policy, evaluated before, during and after."""
-    begun_at = time.perf_counter()
-    compiled = count_compilations()
-    trainer = Trainer(config, run)
-    with contextlib.closing(trainer.segmenter):
-        train_on(trainer, begun_at, compiled)
-
-
-def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -> None:
-    """The loop of `train_policy`; begun_at, compiled: when it started, and what XLA has compiled since."""
-    from tqdm import tqdm
-
-    config, run = trainer.config, trainer.run
-    known = {"summary": read_json(run.path / "summary.json") or {}, "begun": run.begun} if run.writes else {}
-    known = exchange(known)
-    summary = known["summary"]
-    for name, who in trainer.models().items() if known["begun"] else ():
-        was = ((summary.get("models") or {}).get(name) or who)["prompt_hash"]
-        if was != who["prompt_hash"]:
-            raise ConfigError(f"{run.path}: its {name} was asked with prompts {was}, today's are {who['prompt_hash']}; "
-                              "give another run_dir=")
-    trainer.state = run.restore(trainer.state) or trainer.state
-    begun = int(trainer.state.step)
-    if run.writes:
-        (run.path / "dialogues").mkdir(exist_ok=True)
-    seconds: dict[str, float] = dict(summary.get("seconds") or {})
-
-    def book(spent: Mapping[str, float], prefix: str = "") -> None:
-        for key, value in spent.items():
-            seconds[prefix + key] = round(seconds.get(prefix + key, 0.0) + value, 3)
-
-    trainer.segmenter.start()  # waits until it answers: a wrong one is known before the first step
-    run.summarise(models=trainer.models())
-    book({"setup": time.perf_counter() - begun_at})
-    if config.evaluate.every and config.evaluate.before and "before" not in summary and begun == 0:
-        asked = itertools.islice(trainer.test, config.evaluate.samples or None)  # those that `evaluate` plays
-        graphs = [s.privileged["scene_graph"] for s in asked if (s.privileged or {}).get("scene_graph")]
-        graphs = [graph for graph in graphs if graph["initial_count"] > 1]  # there is nothing to ask about the others
-        before = trainer.evaluate("before")
-        book(trainer.clock.take(), "evaluate/")
-        summary = run.summarise(
-            before=before, baselines=synthetic.baselines(graphs, config.seed) if graphs else {}, seed=config.seed,
-            models=trainer.models(),
-        )  # fmt: skip
-        if run.writes:
-            say_scores("before", before)
-
-    def due(step: int) -> bool:
-        return config.evaluate.every > 0 and step % config.evaluate.every == 0 and 0 < step < config.steps
-
-    if due(begun):
-        last = exchange({"row": (run.rows() or [{}])[-1]} if run.writes else {})["row"]
-        if last.get("step") == begun and "evaluate" not in last:  # it failed then, and the step was kept
-            last["evaluate"] = trainer.evaluate()
-            book(trainer.clock.take(), "evaluate/")
-            run.keep_rows(begun - 1)
-            run.log(last)
-    bar = tqdm(
-        total=config.steps, initial=begun, desc=config.name, unit="step", dynamic_ncols=True,
-        disable=None if run.writes else True,
-    )  # fmt: skip
-    step, traced = begun, profiled(config)
-    tracing, stop = False, agreed(run.stop)
-    while step < config.steps and not stop:
-        if step + 1 in traced and not tracing:
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # every Python call, otherwise
-            jax.profiler.start_trace(run.own_file("profile"), profiler_options=options)
-            tracing = True
-        row = None
+        profiled(c)
+    except ValueError:
+        need(False, "profile.steps", c.profile.steps, f"use first..last from 1 to steps={c.steps}, for example 3..5")
+    for section, keys in POSITIVE.items():
+        for key in keys:
+            given = getattr(getattr(c, section), key)
+            need(math.isfinite(given) and given > 0, f"{section}.{key}", given, "use a positive number")
+    divisors = lambda n: ", ".join(str(k) for k in range(1, n + 1) if n % k == 0)  # noqa: E731
+    need(
+        c.rollout.prompts % c.update.minibatches == 0,
+        "update.minibatches",
+        c.update.minibatches,
+        f"must divide rollout.prompts={c.rollout.prompts}; use one of {divisors(c.rollout.prompts)}",
+    )
+    per = c.rollout.prompts // c.update.minibatches
+    need(
+        c.update.micro_prompts == 0 or per % c.update.micro_prompts == 0 or c.stage == "sft",
+        "update.micro_prompts",
+        c.update.micro_prompts,
+        f"must divide the {per} prompts of a minibatch; use 0 (all at once) or one of {divisors(per)}",
+    )
+    need(0 <= c.credit.lam <= 1, "credit.lam", c.credit.lam, "use a number from 0 to 1 (0.5 in the paper)")
+    need(c.credit.lam_decay > 0, "credit.lam_decay", c.credit.lam_decay, "use 1 or more steps")
+    need(0 <= c.credit.weight_clip < 1, "credit.weight_clip", c.credit.weight_clip, "use a number from 0 to below 1")
+    for name, levels in (("protocol.clarify", c.protocol.clarify), ("evaluate.clarify", c.evaluate.clarify or [])):
+        for level in set(levels) - set(LEVELS):  # other datasets have levels of their own; a slip of the pen is refused
+            close = difflib.get_close_matches(level, LEVELS, 1, 0.75)
+            need(not close, name, levels, f"no query is {level!r}; closest is {close and close[0]}")
+    for level, times in c.data.repeat.items():
+        need(times >= 0, f"data.repeat.{level}", times, "use 0 (leave them out) or more")
+    for key, given, kinds in (
+        ("update.loss", c.update.loss, LOSSES),
+        ("credit.teacher_context", c.credit.teacher_context, CONTEXTS),
+        ("credit.teacher_update", c.credit.teacher_update, ("sync", "ema")),
+        ("credit.delta_baseline", c.credit.delta_baseline, ("student", "teacher_plain")),
+        ("credit.turn_credit", c.credit.turn_credit, ("scalar", "local")),
+        ("credit.weigh", c.credit.weigh, ("all", "questions")),
+        ("reward.no_question", c.reward.no_question, ("zero", "format")),
+        ("protocol.keyframe", c.protocol.keyframe, ("last", "first")),
+    ):
+        need(given in kinds, key, given, f"use one of {', '.join(kinds)}")
+    need(
+        c.update.loss != "sdpo" or c.credit.teacher_context != "none",
+        "credit.teacher_context",
+        "none",
+        "update.loss=sdpo distils a teacher that is told something; use guidance",
+    )
+    need(0 < c.credit.ema_rate <= 1, "credit.ema_rate", c.credit.ema_rate, "use 0 < rate <= 1 (0.05 in the paper)")
+    for key, given in (
+        ("credit.turn_weight", c.credit.turn_weight),
+        ("reward.redundant_cost", c.reward.redundant_cost),
+        ("update.weight_decay", c.update.weight_decay),
+    ):
+        need(math.isfinite(given) and given >= 0, key, given, "use a number from 0 up")
+    for key, given in (("update.beta1", c.update.beta1), ("update.beta2", c.update.beta2)):
+        need(0 <= given < 1, key, given, "use a number from 0 to below 1")
+    need(c.credit.guidance_tokens >= 16, "credit.guidance_tokens", c.credit.guidance_tokens, "use 16 or more")
+    need(c.update.sdpo_top_k >= 1, "update.sdpo_top_k", c.update.sdpo_top_k, "use 1 or more (100 in the paper)")
+    need(0 <= c.update.sdpo_alpha <= 1, "update.sdpo_alpha", c.update.sdpo_alpha, "use a number from 0 to 1")
+    need(c.update.sdpo_is_clip > 0, "update.sdpo_is_clip", c.update.sdpo_is_clip, "use a positive number (2.0)")
+    need(c.credit.sync_interval >= 1, "credit.sync_interval", c.credit.sync_interval, "use 1 or more steps")
+    need(c.reward.process in TURN_KINDS, "reward.process", c.reward.process, f"use one of {', '.join(TURN_KINDS)}")
+    unknown = set(c.reward.weights) - set(TERMS)
+    need(not unknown, "reward.weights", sorted(unknown), f"known terms: {', '.join(TERMS)}")
+    need(
+        any(w > 0 for w in c.reward.weights.values()),
+        "reward.weights",
+        dict(c.reward.weights),
+        "at least one weight must be above 0",
+    )
+    need(0 <= c.update.decay <= 1, "update.decay", c.update.decay, "use a share of the run, from 0 to 1")
+    need(c.update.dual_clip > 1, "update.dual_clip", c.update.dual_clip, "use a number above 1 (3.0 in the paper)")
+    need(0 < c.update.clip_low < 1, "update.clip_low", c.update.clip_low, "use 0 < clip_low < 1 (0.2 in the paper)")
+    need(
+        c.credit.turn_credit == "scalar" or c.reward.process in ("reduction", "ratio", "log"),
+        "reward.process",
+        c.reward.process,
+        "credit.turn_credit=local gives each question its own gain; use reduction, ratio or log",
+    )
+    for term, weight in c.reward.weights.items():
+        need(math.isfinite(weight) and weight >= 0, f"reward.weights.{term}", weight, "use a number from 0 up")
+    need(0 < c.reward.iou < 1, "reward.iou", c.reward.iou, "use a number between 0 and 1 (0.5 in the paper)")
+    need(0 < c.reward.success <= 1, "reward.success", c.reward.success, "use a share of the maximum (0.7 in the paper)")
+    rates, mix = c.warmstart.rates, c.warmstart.mix
+    alone = "random weights and the synthetic world's words cannot be taught these; null starts from policy.path"
+    need(not (c.stage == "sft" and mix and c.policy.shape), "policy.shape", c.policy.shape, f"{alone} (warmstart.mix)")
+    ok = len(rates) == len(mix) and all(math.isfinite(rate) and rate > 0 for rate in rates)
+    need(ok, "warmstart.rates", rates, f"give a number above 0 for each of the {len(mix)} folders of warmstart.mix")
+    need(0 <= c.warmstart.reading <= 1, "warmstart.reading", c.warmstart.reading, "a share of the run, from 0 to 1")
+    shares = c.warmstart.conversations + c.warmstart.mask_types
+    need(shares <= 1, "warmstart.mask_types", c.warmstart.mask_types, "with conversations it must stay within 1")
+    for name in ("conversations", "mask_types", "skill", "guided", "dialogues_start", "dialogues", "decay"):
+        given = getattr(c.warmstart, name)
+        need(0 <= given <= 1, f"warmstart.{name}", given, "use a share, from 0 to 1")
+    given = c.warmstart.patch_words
+    need(math.isfinite(given) and given >= 0, "warmstart.patch_words", given, "use a weight from 0 up")
+    for key, given in (
+        ("simulator.flip", c.simulator.flip),
+        ("simulator.refuse", c.simulator.refuse),
+        ("evaluate.flip", c.evaluate.flip),
+        ("evaluate.refuse", c.evaluate.refuse),
+    ):
+        need(given is None or 0 <= given <= 1, key, given, "use a probability, from 0 to 1")
+    presence = c.evaluate.presence_penalty
+    need(math.isfinite(presence), "evaluate.presence_penalty", presence, "use 0 (off) or a number such as 1.0")
+    turns = c.evaluate.max_turns
+    works = f"use 1 to protocol.max_turns={c.protocol.max_turns}"
+    need(turns is None or 1 <= turns <= c.protocol.max_turns, "evaluate.max_turns", turns, works)
+    if c.sidecar.address is not None:
         try:
-            row = trainer.step()
-            step, stop = row["step"], agreed(run.stop)
-            book(row["seconds"])
-            if tracing and (step + 1 not in traced or stop):
-                jax.profiler.stop_trace()
-                tracing = False
-            if due(step) and not stop:  # who stops it may not wait so long; it is made up for
-                row["evaluate"] = trainer.evaluate()
-                book(trainer.clock.take(), "evaluate/")
-        except (ConfigError, data.DataError, SidecarError):  # the first: samples whose prompts are all too long
-            if step > begun and jax.process_count() == 1:  # what was learned so far is kept
-                if row is not None:
-                    run.log(row)
-                run.save(trainer.state, step)
-            raise
-        run.log(row)
-        bar.update()
-        slow = sorted(row["seconds"].items(), key=lambda x: -x[1])[:3]
-        bar.set_postfix_str(
-            f"reward {row['reward'] or 0:.2f} success {row['success'] or 0:.2f} "
-            f"questions {row['questions_ambiguous'] or 0:.2f} " + " ".join(f"{k} {v:.1f}s" for k, v in slow)
-        )
-        if (config.checkpoint.every and step % config.checkpoint.every == 0) or step == config.steps or stop:
-            run.save(trainer.state, step)
-    bar.close()
-    if step == config.steps:
-        params = jax.tree.map(to_host, trainer.state.params)
-        if run.writes:
-            save_policy(run.path / "trained", trainer.policy.config, params, source=trainer.source)
-        after = trainer.evaluate("after") if config.evaluate.every else {}
-        book(trainer.clock.take(), "evaluate/")
-        if after and run.writes:
-            say_scores("after", after)
-        run.settle(last=True)
-        book({"total": time.perf_counter() - begun_at, "compile": compiled["seconds"]})
-        run.summarise(
-            after=after,
-            models=trainer.models(),
-            seconds=seconds,
-            steps=config.steps,
-            seed=config.seed,
-            peak_memory_gb={"trainer": peak_memory("self"), "sidecar": peak_memory(trainer.segmenter.pid)},
-            finished=True,
-            compilations=int(compiled["programs"]),
-            sidecar_failures=sum(exchange({jax.process_index(): trainer.segmenter.failures}).values()),
-        )
-        from icseg_jax import report
-
-        if after and run.writes:
-            print(f"{report.write_report(run.path)}: open it in a browser")
-    else:
-        run.settle(last=True)
-        book({"total": time.perf_counter() - begun_at, "compile": compiled["seconds"]})
-        run.summarise(seconds=seconds, models=trainer.models())
-        print(f"stopped after step {step} of {config.steps}; the same command goes on from there")
-    run.leave_together()
+            parse_address(c.sidecar.address)
+        except ValueError as error:
+            raise ConfigError(f"sidecar.address={c.sidecar.address}: {error}") from None
+    kinds = ("joint", "sequential")
+    need(c.sidecar.prompting in kinds, "sidecar.prompting", c.sidecar.prompting, f"use one of {', '.join(kinds)}")
+    room = c.sidecar.cache_gb
+    need(math.isfinite(room) and room >= 0, "sidecar.cache_gb", room, "use a number of GB, or 0 to keep none")
+    kinds = ("oracle", "person", "endpoint", "local")
+    need(c.simulator.kind in kinds, "simulator.kind", c.simulator.kind, f"use one of {', '.join(kinds)}")
+    need(c.expert.kind in ("oracle", "endpoint"), "expert.kind", c.expert.kind, "use oracle or endpoint")
+    for name, there in (("simulator", c.simulator), ("expert", c.expert)):
+        if there.kind == "endpoint":
+            need(bool(there.model), f"{name}.model", there.model, "give a name that the server lists under /models")
+            try:
+                simulator.check_url(there.url or "")
+            except ValueError as error:  # the URL itself may hold a password: it is not repeated
+                raise ConfigError(f"{name}.url: {error}") from None
+    need(
+        c.simulator.kind != "local" or bool(c.simulator.path),
+        "simulator.path",
+        c.simulator.path,
+        "a local user is a policy; give its directory, such as asset:embedded_base",
+    )
+    errs = any((c.simulator.flip, c.simulator.refuse, c.evaluate.flip, c.evaluate.refuse))
+    need(
+        c.simulator.kind not in ("endpoint", "local") or not errs,
+        "simulator.kind",
+        c.simulator.kind,
+        "flip and refuse are for users of the synthetic world; leave them 0",
+    )
+    need(
+        max(c.update.token_buckets) >= c.protocol.response_tokens,
+        "update.token_buckets",
+        list(c.update.token_buckets),
+        f"the largest must hold protocol.response_tokens={c.protocol.response_tokens}",
+    )
+    need(
+        max(c.rollout.cache_buckets) >= c.protocol.response_tokens,
+        "rollout.cache_buckets",
+        list(c.rollout.cache_buckets),
+        f"the largest must hold protocol.response_tokens={c.protocol.response_tokens}",
+    )
+    # Each process asks about its own rows: a policy on all their devices answers only when all of them ask, and most of
+    # them have no terminal.
+    alone = c.simulator.kind not in ("local", "person") or not c.mesh.distributed
+    need(alone, "simulator.kind", c.simulator.kind, "with mesh.distributed=true use endpoint or oracle")
+    need(c.mesh.preset in PRESETS, "mesh.preset", c.mesh.preset, f"use one of {', '.join(PRESETS)}")
+    for axis in AXES:
+        size = getattr(c.mesh, axis)
+        ok = size is None or size == -1 or size >= 1
+        need(ok, f"mesh.{axis}", size, "use -1 (what is left) or a count of devices")
+    return c
 
 
-def say_scores(name: str, scores: Mapping[str, Mapping]) -> None:
-    for decoding, told in scores.items():
-        words = (
-            "success_ambiguous",
-            "success_clear",
-            "jf",
-            "questions_ambiguous",
-            "questions_clear",
-            "resolved_rate",
-            "redundant_question_rate",
-            "regret",
-            "format_rate",
-        )
-        print(
-            f"{name:>7} {decoding:>8}  " + "  ".join(f"{w} {told[w]:.2f}" for w in words if told.get(w) is not None),
-            flush=True,
-        )
-
-
-def clocked(items: Iterable[Any], clock: Clock, phase: str) -> Iterable[Any]:
-    iterator = iter(items)
-    while True:
-        with clock(phase):
-            item = next(iterator, clock)
-        if item is clock:
-            return
-        yield item
+def profiled(c: Config) -> range:
+    """The steps of `profile.steps`. Raises ValueError."""
+    if c.profile.steps is None:
+        return range(0)
+    first, last = map(int, c.profile.steps.split(".."))
+    if not 1 <= first <= last <= c.steps:
+        raise ValueError
+    return range(first, last + 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -6193,21 +6226,10 @@ Trains IC-Seg as the config says. The same command on an unfinished run resumes 
 Keys and their meaning: section 1 of icseg_jax/train.py."""
 
 
-def leave(command: Callable[[], int]) -> NoReturn:
-    """Runs a command and ends this process with the code that it returns, or 1 after what it raises. Of several
-    processes one that failed ends at once: JAX would wait for the others, which wait for this one in a program."""
-    try:
-        code = command()
-    except BaseException:
-        if not jax.distributed.is_initialized():
-            raise
-        traceback.print_exc()
-        code = 1
-    if code and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+def leave_together() -> None:
+    """Holds all processes until the first has written everything: five minutes after one has left, JAX ends it."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the end")
 
 
 if __name__ == "__main__":

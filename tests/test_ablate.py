@@ -97,7 +97,8 @@ def test_table_is_mean_and_deviation_over_finished_seeds(tmp_path):
     write_run(tmp_path / "grpo" / "seed0", 0.25, 1.0)
     (tmp_path / "grpo" / "seed1").mkdir()
     (tmp_path / "grpo" / "seed1" / "summary.json").write_text('{"before": {}}')  # under way
-    table = ablate.write_tables(tmp_path, ["full", "grpo"], [0, 1])
+    all_of_them = {(row, seed) for row in ("full", "grpo") for seed in (0, 1)}
+    table = ablate.write_tables(tmp_path, ["full", "grpo"], [0, 1], all_of_them)
     cell = table["full"]["sampled"]["success_ambiguous"]
     assert cell["mean"] == pytest.approx(0.6) and cell["std"] == pytest.approx(0.02**0.5)
     assert table["full"]["greedy"]["terms/iou"]["values"] == [0.25, 0.35]
@@ -107,7 +108,7 @@ def test_table_is_mean_and_deviation_over_finished_seeds(tmp_path):
     assert "| full | 2 of 2 |  | 0.60 ± 0.14 |" in text and "| grpo | 1 of 2 |  | 0.25 |" in text
     assert json.loads((tmp_path / "table.json").read_text()) == table
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
-    others = ablate.gather(tmp_path, ["full", "grpo"], [0, 1], {("full", 1)})  # which has another config
+    others = ablate.gather(tmp_path, ["full", "grpo"], [0, 1], all_of_them - {("full", 1)})  # which has another config
     assert others["full"]["seeds"] == [0] and others["full"]["greedy"]["success_ambiguous"]["values"] == [0.5]
     assert {p.name for p in tmp_path.iterdir()} == {"full", "grpo", "table.md", "table.json", "table.png"}
 

@@ -674,8 +674,8 @@ def test_a_prepare_killed_at_its_very_end_is_finished(root: Path, tmp_path: Path
         patch.setattr(data.shutil if moved else data.os, "rmtree" if moved else "replace", killed)
         data.prepare("ambi_rvos", root, out, progress=False)
     assert out.exists() == moved and list(tmp_path.glob(".out.partial.*"))
-    assert not data.prepare("ambi_rvos", root, out, progress=False)["reused"]
-    assert [s.id for s in data.load_prepared(out, "train")] == ["q0"] and not list(tmp_path.glob(".out*"))
+    assert data.prepare("ambi_rvos", root, out, progress=False)["reused"] == moved
+    assert [s.id for s in data.load_prepared(out, "train")] == ["q0"] and bool(list(tmp_path.glob(".out*"))) == moved
     assert data.MARKER not in json.loads((out / data.MARKER).read_text())["files"]
 
 
@@ -693,8 +693,10 @@ def test_refused_records_are_looked_at_again(root: Path, tmp_path: Path, monkeyp
         patch.setattr(data, "_to_record", functools.partial(fail_at, "q2", data._to_record))
         data.prepare("ambi_rvos", root, tmp_path / "other", progress=False)
     shutil.copytree(masks / "3", masks / "9")  # it is mended
+    capsys.readouterr()
+    assert data.main(command) == 0 and "strict=true looks at all of them again" in capsys.readouterr().out
     for folder in (out, tmp_path / "other"):  # also what a killed one has refused, when nothing may be refused
-        made = data.prepare("ambi_rvos", root, folder, progress=False, strict=folder != out)
+        made = data.prepare("ambi_rvos", root, folder, progress=False, strict=True)
         assert not made["reused"] and made["splits"] == {"train": {"examples": 3, "refused": []}}
         assert [s.id for s in data.load_prepared(folder, "train")] == ["q0", "q1", "q2"]
     assert data.prepare("ambi_rvos", root, out, progress=False, strict=True)["reused"]
@@ -704,11 +706,16 @@ def test_refused_records_are_looked_at_again(root: Path, tmp_path: Path, monkeyp
     data.prepare("ambi_rvos", root, tmp_path / "mine", progress=False)
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(data.DataError, match="holds other things .thesis.tex."):
-        data.prepare("ambi_rvos", root, tmp_path / "mine", progress=False)
+        data.prepare("ambi_rvos", root, tmp_path / "mine", progress=False, strict=True)
 
 
 def test_tables_belong_to_their_splits(root: Path, tmp_path: Path) -> None:
     data.prepare("ambi_rvos", root, tmp_path / "out", progress=False)
+    earlier = Path(shutil.copytree(tmp_path / "out", tmp_path / "earlier")) / data.MARKER  # when names were no part
+    told = json.loads(earlier.read_text())
+    told["fingerprint"] = data._fingerprint("ambi_rvos", {}, root, [root / "train.parquet"])
+    earlier.write_text(json.dumps(told))
+    assert data.prepare("ambi_rvos", root, earlier.parent, progress=False)["reused"]
     (root / "train.parquet").rename(root / "test.parquet")
     (root / "RVOS_Train").rename(root / "RVOS_Test")
     with pytest.raises(data.DataError, match="other tables"):

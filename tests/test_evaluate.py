@@ -31,7 +31,7 @@ def world(tmp_path_factory):
 
 def command(world, server, *more):  # noqa: F811
     there = [f"{name}.{key}" for name in ("simulator", "expert")
-             for key in ("kind=endpoint", "model=m", f"url={server.url}", "timeout=5")]
+             for key in ("kind=endpoint", "model=m", f"url={server.url}", "timeout=60")]
     return [CONFIG, "check=oracle", f"data.path={world}", "data.generate_train=0", "rollout.prompts=2",
             "update.minibatches=1", *there, *more]
 
@@ -115,7 +115,8 @@ def test_free_answers_are_compared_by_what_they_name(attribute, said, exact, sam
      "with mesh.distributed=true use endpoint or oracle"),
     ([CONFIG, "benchmark=mevis", "simulator.kind=person", "mesh.distributed=true"], "simulator.kind=person: with mesh"),
     ([CONFIG, "check=oracle"], "compares models"),
-    (["check=oracle"], "no such config|can not be read|: "),
+    (["check=oracle"], "check=oracle: give a config first, such as experiments/embedded.yaml"),
+    (["benchmark=mevis", "source=/tmp"], "benchmark=mevis: give a config first"),
     ([CONFIG, "check=oracle", "expert.kind=endpoint"], "expert.model"),
 ])
 def test_bad_input_is_one_line(arguments, reason, capsys):

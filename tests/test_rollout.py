@@ -467,8 +467,13 @@ def whole_update(world, scored):
 )
 def test_layout_leaves_loss_and_gradient_unchanged(world, scored, whole_update, change, played):
     config = train.load_config(CONFIG, [*SMALL, *[c for c in change.split(", ") if "=" in c]])
-    batch, credit = scored[2:]
+    (batch, credit), whole = scored[2:], whole_update
     if "shared" in change:
+        length = world.config.protocol.response_tokens
+        short = [i for i, row in enumerate(played) if len(train.fit_into_rows([len(d.row) for d in row], length)) <= 2]
+        batch, _ = train.pack([played[i] for i in short], config, world.speaker)
+        credit = jax.tree.map(lambda x: x[short], credit)
+        whole = slope_of(world, world.config, batch, credit)
         batch, source = train.share_rows(batch, [2])
         assert batch.rows.tokens.shape[1] < ROLLOUTS and batch.rows.segment.max() > 1
         credit = jax.tree.map(lambda x: train.take_tokens(x, source, 0), credit)
@@ -480,8 +485,8 @@ def test_layout_leaves_loss_and_gradient_unchanged(world, scored, whole_update, 
         pad = batch.rows.tokens.shape[-1] - credit.mask.shape[-1]
         credit = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, 0), (0, pad))), credit)
     loss, slope, _ = slope_of(world, config, batch, credit)
-    assert loss == pytest.approx(whole_update[0], abs=1e-6)
-    for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(whole_update[1]), strict=True):
+    assert loss == pytest.approx(whole[0], abs=1e-6)
+    for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(whole[1]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 

@@ -154,7 +154,9 @@ def test_a_run_finishes_when_the_server_is_killed_and_comes_back(served, place):
     def wait_for(what):
         end = time.monotonic() + PATIENCE
         while True:
-            assert trainer.poll() is None and time.monotonic() < end, trainer.communicate(timeout=60)[0][-3000:]
+            if trainer.poll() is not None or time.monotonic() > end:
+                trainer.kill()
+                pytest.fail(trainer.communicate(timeout=60)[0][-3000:])
             with contextlib.suppress(OSError, ValueError):
                 rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
                 if any(map(what, rows)):

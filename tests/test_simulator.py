@@ -617,9 +617,9 @@ def test_a_fault_that_passes_is_waited_out(server, samples, fault):
 
 
 def test_a_try_that_hangs_leaves_time_for_another(server, samples):
-    slow = iter([4.5])
+    slow = iter([6.5])
     server.says = lambda body: time.sleep(next(slow, 0)) or "<answer> blue </answer>"
-    assert simulator.answer_all(user_of(server, timeout=8.0), [(samples[0], SHOWN, QUESTION)]) == ["blue"]
+    assert simulator.answer_all(user_of(server, timeout=12.0), [(samples[0], SHOWN, QUESTION)]) == ["blue"]
 
 
 @pytest.mark.parametrize("fault", ["dead", "slow", "broken", "refuses", "endless"])
