@@ -2483,7 +2483,10 @@ class Sampler:
 
         Those that were given can no longer be read: their cache is written to.
         """
-        past = lanes.past if lanes.past.k.shape[4] == size else self.resize(lanes.past, length=size)
+        past = lanes.past
+        if past.k.shape[4] != size:
+            past = self.resize(past, length=size)
+            jax.tree.map(lambda x: x.delete(), lanes.past)  # whoever still names it would keep two caches alive
         past, length = self.commit(past, lanes.past_length, fresh, count)
         return lanes.replace(past=past, past_length=length)
 
@@ -2602,6 +2605,7 @@ class Sampler:
                 rows = stack_rows([[[x] for x in row] for row in chunks], width, speaker.tokenizer.end_of_text)
                 fresh, count, hidden = self.extend(params, lanes, shard_batch(self.mesh, rows))
                 lanes = jax.block_until_ready(self.append(lanes, fresh, count, size).replace(hidden=hidden))
+                fresh = None  # it is in the cache, and a turn's worth of memory
         return out
 
     def penalty(self, before: Sequence[Sequence[list[int]]], repetition: Array, presence: Array) -> Penalty:
@@ -2641,6 +2645,7 @@ class Sampler:
                 said += length
                 size = bucket(int((held + said).max()), self.c.rollout.cache_buckets)
                 lanes = self.append(lanes, fresh, length, size).replace(hidden=hidden)
+                fresh = None  # as in `play`
             else:
                 return lanes, fresh, length, words, finished
 
@@ -2893,6 +2898,11 @@ class MaskReward:
         self.client = client
         self.videos: list[str] = []
         rows = Spec(("data", "fsdp"))
+        try:
+            jax.local_devices(backend="cpu")
+        except RuntimeError:
+            raise ConfigError(f"JAX_PLATFORMS={jax.config.jax_platforms}: the mask reward's host callback needs the "
+                              f"CPU too; use JAX_PLATFORMS={jax.config.jax_platforms},cpu") from None
 
         def ask(index, frame, box, point, amodal, wanted):
             index, frame, box, point, amodal, wanted = map(np.asarray, (index, frame, box, point, amodal, wanted))
@@ -4555,7 +4565,7 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
             run.save(trainer.state, step)
     bar.close()
     if step == config.steps:
-        params = jax.tree.map(to_host, trainer.state.params)
+        params = jax.tree.map(lambda x: (to_host(x), None)[not run.writes], trainer.state.params)  # one keeps it
         if run.writes:
             save_policy(run.path / "trained", trainer.policy.config, params, source=trainer.source)
         del params  # of a large policy as much again as the evaluation needs
@@ -5406,6 +5416,7 @@ class Run:
             # Devices that hold the same array write a part of it each; a small one is not worth the cutting, which is
             # a program for every shape.
             context = ocp.Context()
+            context.asynchronous.timeout_secs = 7200  # 140 GB of an 8B on a disk that writes 20 MB a second
             context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
             with context:
                 keep, copied = self.config.checkpoint.keep, self.config.checkpoint.bucket
@@ -5455,10 +5466,10 @@ class Run:
         try:
             parts = keeper.load_checkpointables(step, _parts(abstract))
         except Exception as error:
-            raise ConfigError(
-                f"{self.path}/checkpoints/{step}: can not be restored ({data.first_line(error)}); remove that "
-                "directory to go on from the one before"
-            ) from None
+            said = data.first_line(error)
+            slow = re.search("deadline|timed? ?out", said, re.IGNORECASE)  # of processes that wait for each other
+            works = "start again" if slow else "remove that directory to go on from the one before"
+            raise ConfigError(f"{self.path}/checkpoints/{step}: can not be restored ({said}); {works}") from None
         self.keep_rows(step)
         return state.replace(params=parts["params"], **parts["rest"])
 
