@@ -2340,18 +2340,23 @@ class Sampler:
         return self._hold(jax.tree.map(cut, past), [k, v])
 
     def _commit(self, past: Keys, past_length, fresh: Keys, count):
-        """Lays `count` fresh keys and values of each row behind its past, in place."""
+        """Lays `count` fresh keys and values of each row behind its past, in place. One layer after the other: moved
+        all at once they would take as much memory as the cache."""
         slot = jnp.arange(past.k.shape[4])
         offset = past_length[..., None]
         new = (slot >= offset) & (slot < offset + count[..., None])
         source = jnp.clip(slot - offset, 0, fresh.k.shape[4] - 1)
 
-        def lay(past, fresh):
-            moved = jnp.take_along_axis(fresh, source[None, :, :, None, :, None], 4)
-            return jnp.where(new[None, :, :, None, :, None], moved, past)
+        def lay(layer, past):
+            def one(past, fresh):
+                moved = jnp.take_along_axis(fresh[layer], source[:, :, None, :, None], 3)
+                return past.at[layer].set(jnp.where(new[:, :, None, :, None], moved, past[layer]))
+
+            return jax.tree.map(one, past, fresh)
 
         *_, k, v, rows, _ = self.layout(*count.shape)
-        return self._hold((jax.tree.map(lay, past, fresh), past_length + count), [k, v, rows])
+        past = jax.lax.fori_loop(0, past.k.shape[0], lay, past)
+        return self._hold((past, past_length + count), [k, v, rows])
 
     def _pick(self, lanes: Lanes, p):
         """The lanes of prompts p [P']: those whose rollouts all ended are left behind."""

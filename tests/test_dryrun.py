@@ -58,7 +58,8 @@ def test_a_dry_run_says_what_fits_and_what_does_not():
     assert list(report["programs"]) == ["encode", "decode", "resize", "commit"]
     for told in report["programs"].values():
         check(told)
-    assert report["programs"]["commit"]["temp_gib"] == 0  # in place
+    commit = report["programs"]["commit"]
+    assert commit["temp_gib"] < 0.4 * commit["argument_gib"]  # in place, but for one of four layers
     # No weight is gathered while tokens are sampled: the smallest matrix of a layer takes 0.06 MiB in bfloat16.
     assert report["programs"]["decode"]["collectives"].get("all-gather", {"largest_mib": 0})["largest_mib"] < 0.06
     assert tight[0] == 1 and "DOES NOT FIT" in tight[2] and json.loads(tight[1])["fits"] is False
