@@ -1142,7 +1142,8 @@ class SegmenterClient:
                 self._frame_bytes += _entry_bytes(entry)
             self._frames.move_to_end(key)
             self._waiting.add(key)
-            for old in list(self._frames):
+            full = self._frame_bytes > FRAMES or len(self._frames) > self.max_frames
+            for old in list(self._frames) if full else ():
                 # What waits for its request stays: it is nowhere else.
                 heavy = self._frame_bytes > FRAMES and old not in self._waiting
                 if heavy or len(self._frames) > self.max_frames:

@@ -349,6 +349,8 @@ class Config:
 
 
 DECODINGS = ("greedy", "sampled")  # of an evaluation, side by side
+HEADLINES = ("success_ambiguous", "success_clear", "questions_ambiguous", "questions_clear", "resolved_rate",
+             "redundant_question_rate", "regret", "format_rate")  # fmt: skip
 TERMS = ("iou", "box", "point", "frame", "process", "mask")
 LEVELS = ("simple", "medium", "difficult", "clear", "none")
 TURN_KINDS = ("reduction", "ratio", "log", "resolution_x_efficiency", "linear", "format", "parent_tpr")
@@ -4176,23 +4178,11 @@ class Trainer:
         heard = np.array([[not d.lost for d in row] for row in dialogues])
         rows = [dialogue_row(dialogues[i][j], scores, i, j, c) for i, j in np.argwhere(heard).tolist()]
         summary = metrics.dialogue_summary(rows)
-        words = (
-            "success",
-            "success_ambiguous",
-            "success_clear",
-            "questions_ambiguous",
-            "questions_clear",
-            "resolved_rate",
-            "redundant_question_rate",
-            "regret",
-            "format_rate",
-            "reward",
-        )
         ends = [d.end for row in dialogues for d in row]
         return {
             "step": number,
             **stats,
-            **{word: summary[word] for word in words},
+            **{word: summary[word] for word in ("success", *HEADLINES, "reward")},
             **{f"reward/{t}": summary["terms"].get(t) for t in TERMS},
             **levels,
             "lam": lam,
@@ -4570,7 +4560,8 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
             run.save(trainer.state, step)
     bar.close()
     if step == config.steps:
-        params = jax.tree.map(lambda x: (to_host(x), None)[not run.writes], trainer.state.params)  # one keeps it
+        # All processes take part, one keeps it.
+        params = jax.tree.map(lambda x: (to_host(x), None)[not run.writes], trainer.state.params)
         if run.writes:
             save_policy(run.path / "trained", trainer.policy.config, params, source=trainer.source)
         del params  # of a large policy as much again as the evaluation needs
@@ -4605,17 +4596,7 @@ def train_on(trainer: Trainer, begun_at: float, compiled: Mapping[str, float]) -
 
 def say_scores(name: str, scores: Mapping[str, Mapping]) -> None:
     for decoding, told in scores.items():
-        words = (
-            "success_ambiguous",
-            "success_clear",
-            "jf",
-            "questions_ambiguous",
-            "questions_clear",
-            "resolved_rate",
-            "redundant_question_rate",
-            "regret",
-            "format_rate",
-        )
+        words = (*HEADLINES[:2], "jf", *HEADLINES[2:])
         print(
             f"{name:>7} {decoding:>8}  " + "  ".join(f"{w} {told[w]:.2f}" for w in words if told.get(w) is not None),
             flush=True,
