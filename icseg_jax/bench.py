@@ -390,13 +390,13 @@ def rows(config: train.Config, repeats: int = 7) -> dict[str, Any]:
     state = train.fresh_state(stage.params, c, teacher=False)
     logprob, update = train.make_programs(stage.policy, c, state)
     parts = c.update.minibatches
-    rng, size = np.random.default_rng(0), c.rollout.prompts // parts
+    rng = np.random.default_rng(0)
 
     def calls(buckets: Sequence[int]) -> tuple[list[int], dict[str, Callable[[], Any]]]:
         """Rows of each part, and what is timed: everything that a step does with them, the laying out too."""
 
         def shared() -> list[tuple[train.Batch, np.ndarray]]:
-            each = [train.take_prompts(batch, c.rollout.prompts, k * size, (k + 1) * size) for k in range(parts)]
+            each = [train.take_prompts(batch, c.rollout.prompts, k, parts) for k in range(parts)]
             return [train.share_rows(part, buckets) for part in each]
 
         def read() -> Any:

@@ -3422,7 +3422,6 @@ def token_logp(
     [V,M] and weights [V,M]; the log-probability is then the weighted mean over a token's neighbours (soft targets).
     """
 
-
     def piece(kernel, hidden, tokens):
         logits = project(hidden, kernel) / temperature
         total = jax.nn.logsumexp(logits, -1)
@@ -3689,9 +3688,14 @@ def own_tokens(values: Array, starts: Array, length: int) -> jax.Array:
     return jnp.take_along_axis(values, at.reshape(*at.shape, *[1] * (values.ndim - 3)), 2)
 
 
-def take_prompts(tree: Any, prompts: int, start: int, stop: int) -> Any:
-    """The part of a batch that belongs to prompts start..stop-1; images lie flat, several of them to a prompt."""
-    return jax.tree.map(lambda x: x[start * (len(x) // prompts) : stop * (len(x) // prompts)], tree)
+def take_prompts(tree: Any, prompts: int, first: int, step: int) -> Any:
+    """The part of a batch that belongs to every step-th prompt from the first on; images lie flat, several of them to a
+    prompt."""
+
+    def take(x: Array) -> Array:
+        return x.reshape(prompts, len(x) // prompts, *x.shape[1:])[first::step].reshape(-1, *x.shape[1:])
+
+    return jax.tree.map(take, tree)
 
 
 def in_micros(tree: Any, prompts: int, size: int) -> Any:
@@ -4197,11 +4201,10 @@ class Trainer:
         }
 
     def minibatches(self, tree: Any) -> Iterator[Any]:
-        """The parts of a step's batch that one update each learns from: equally many prompts."""
-        prompts, parts = self.config.rollout.prompts, self.config.update.minibatches
-        size = prompts // parts
-        for k in range(parts):
-            yield take_prompts(tree, prompts, k * size, (k + 1) * size)
+        """The parts of a step's batch that one update each learns from. Each takes every n-th prompt: groups without
+        spread stand last (`collect`), and no update shall be left with them."""
+        parts = self.config.update.minibatches
+        return (take_prompts(tree, self.config.rollout.prompts, k, parts) for k in range(parts))
 
     def read(self, params: Any, batch: Batch, room: int = 0) -> np.ndarray:
         """Log-probability [P,N,T] of every token; what stands at padding means nothing. room: places left free behind
@@ -4216,7 +4219,7 @@ class Trainer:
             shared = shared.replace(rows=jax.tree.map(lengthen, shared.rows))
             logp = jax.device_get(self.logprob(params, shard_batch(self.mesh, shared)))[..., : source.shape[-1]]
             out.append(put_back(logp, source, part.rows.tokens.shape[1]))
-        return np.concatenate(out)
+        return np.stack(out, 1).reshape(-1, *out[0].shape[1:])
 
     def evaluate(self, name: str | None = None) -> dict[str, dict]:
         """Greedy and sampled scores on the test split (METHOD.md 11.7); with a name, the gallery is kept under it."""
@@ -4818,10 +4821,8 @@ class SceneLessons:
             """Boxes of every object in one frame: from the frames shown (slot None), or from a high-res copy."""
             fid = shown[int(rng.integers(count))] if slot is None else shown[keyed[slot]]
             row = Transcript(prefix.position)
-            if slot is None:
-                row.add(speaker.tokenizer.encode(f"boxes frame {fid}"))
-            else:
-                row.add(speaker.tokenizer.encode(f"boxes frame {fid}"))
+            row.add(speaker.tokenizer.encode(f"boxes frame {fid}"))
+            if slot is not None:
                 row.add(speaker.ids("<|vision_start|>"))
                 first = self.c.protocol.frames * speaker.frame_tokens + slot * speaker.keyframe_tokens
                 row.add_image(speaker.image_token, first, speaker.keyframe_grid)

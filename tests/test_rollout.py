@@ -830,7 +830,7 @@ class Once(train.Trainer):
 
 
 def test_what_a_step_hands_to_the_update(world, played, scored):
-    """Half the prompts each, the trainer's own log-probabilities, and weights against the baseline of the config."""
+    """Every second prompt each, the trainer's own log-probabilities, and weights against the baseline of the config."""
     scores, _, batch, _ = scored
     guidance = [["ask color first"] * ROLLOUTS for _ in range(PROMPTS)]
     made, rows = {}, {}
@@ -846,7 +846,7 @@ def test_what_a_step_hands_to_the_update(world, played, scored):
         assert any(source.shape[1] < ROLLOUTS for source in sources)
         back = [jax.tree.map(lambda x, at=at: train.put_back(x, at, ROLLOUTS), credit)
                 for credit, at in zip(once.handed, sources, strict=True)]  # fmt: skip
-        made[baseline] = jax.tree.map(lambda *x: np.concatenate(x), *back)
+        made[baseline] = jax.tree.map(lambda *x: np.stack(x, 1).reshape(PROMPTS, *x[0].shape[1:]), *back)
     batch = train.encode_once(world.sampler.encode, world.params, batch, world.mesh)
     room = train.reading_room(once.config)
     assert room == once.config.credit.guidance_tokens > 0
