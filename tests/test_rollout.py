@@ -842,6 +842,8 @@ def test_what_a_step_hands_to_the_update(world, played, scored):
         once.state = once.state.replace(teacher=stale)
         rows[baseline] = once.step()
         assert [c.mask.shape[0] for c in once.handed] == [PROMPTS // 2] * 2
+        dealt = [part.tolist() for part in once.minibatches(np.arange(PROMPTS))]
+        assert dealt == [list(range(k, PROMPTS, 2)) for k in range(2)]
         sources = [train.share_rows(part, [2])[1] for part in once.minibatches(batch)]
         assert any(source.shape[1] < ROLLOUTS for source in sources)
         back = [jax.tree.map(lambda x, at=at: train.put_back(x, at, ROLLOUTS), credit)
