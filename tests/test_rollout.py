@@ -609,8 +609,7 @@ def credit_of(world, played, scored, *changes, lam, shift):
 
 def test_levels_meet_in_the_advantages(world, played, scored):
     scores, guidance, batch, _ = scored
-    whole = "update.mask_overlong=false"  # here rows that ran out of tokens count like any
-    credit = lambda *changes, lam, shift: credit_of(world, played, scored, whole, *changes, lam=lam, shift=shift)[0]  # noqa: E731
+    credit = lambda *changes, lam, shift: credit_of(world, played, scored, *changes, lam=lam, shift=shift)[0]  # noqa: E731
     plain = credit(lam=0.0, shift=5.0)
     for change in ("credit.teacher_context=none", "update.loss=vanilla"):
         assert np.array_equal(plain, credit(change, lam=0.5, shift=5.0)), change
@@ -699,7 +698,7 @@ def test_overlong_and_failed_rows(world, played, scored):
     none = [[""] * ROLLOUTS] * PROMPTS
 
     def credit(overlong, valid, *changes):
-        config = train.load_config(CONFIG, [*SMALL, *changes])
+        config = train.load_config(CONFIG, [*SMALL, "update.mask_overlong=true", *changes])
         given = scores.replace(valid=valid)
         return train.token_credit(
             batch, given, none, overlong, config, old_logp=np.asarray(batch.rows.logp), teacher_logp=None, lam=0.0
@@ -806,7 +805,7 @@ def test_the_baseline_may_be_the_teacher_without_context(world, played, scored):
         )  # fmt: skip
         made[name] = np.asarray(credit.advantages)
     assert not np.array_equal(made["student"], made["teacher"])
-    want = credit_of(world, played, scored, "update.mask_overlong=false", lam=0.0, shift=0.0)[0]
+    want = credit_of(world, played, scored, lam=0.0, shift=0.0)[0]
     np.testing.assert_array_equal(made["teacher"], want)  # it agrees with itself: weight 1
     told = np.abs(made["far"]) < np.abs(want)
     assert told.any() and (want[told] > 0).all()  # what the guided teacher likes less earns less
