@@ -348,6 +348,10 @@ def _write_split(name: str, source: str | Path, theirs: str, root: Path, split: 
     videos = 0
     for video, group in itertools.groupby(watched, lambda sample: sample.meta["video"]):
         clear = [sample for sample in group if sample.masks is not None]
+        if any(id.rpartition("/")[0] == video for id, _ in refused):
+            # An object that only a refused one names would be missing among the candidates.
+            refused.append((video, "left out: one of its expressions is refused"))
+            continue
         try:
             seen = _seen(clear, describer) if describer else {}
             made = ambiguous(_expressions(clear), seen)

@@ -572,7 +572,7 @@ class FixedDialogue:
     """A dialogue without words: prompts of images and random text, then turns of as many tokens as may be sampled with
     an observation between each two. The device programs and their order are those of `train.Sampler.play`."""
 
-    def __init__(self, policy_config: train.PolicyConfig, given: dict[str, Any]):
+    def __init__(self, policy_config: train.PolicyConfig, given: dict[str, Any], devices: Sequence[Any] | None = None):
         self.given, g = given, given
         unit = policy_config.vision.patch_size * policy_config.vision.spatial_merge_size
         protocol = train.ProtocolSection(
@@ -586,7 +586,7 @@ class FixedDialogue:
         words = train.resolve_path("asset:embedded_base")  # they are never used
         tokenizer = train.load_tokenizer(words, policy_config)
         self.speaker = train.Speaker(protocol, policy_config, tokenizer)
-        self.mesh = train.make_mesh(train.MeshSection())
+        self.mesh = train.make_mesh(train.MeshSection(), devices)
         self.sampler = train.Sampler(
             self.config, train.Policy(policy_config, mesh=self.mesh), self.speaker, self.mesh
         )
@@ -849,7 +849,7 @@ def chip(config: train.Config, repeats: int = 3) -> dict[str, Any]:
     count = sum(x.size for x in jax.tree.leaves(read))
     weighs = sum(x.nbytes for x in jax.tree.leaves(read))
     sizes = dict(prompts=p, rollouts=n, images=c.protocol.frames, image_size=c.protocol.frame_size, new_tokens=new)
-    dialogue = FixedDialogue(m, sizes | {"text_tokens": 64, "turns": 1, "observation_tokens": 1})
+    dialogue = FixedDialogue(m, sizes | {"text_tokens": 64, "turns": 1, "observation_tokens": 1}, jax.devices()[:1])
     dialogue.play(params)
     spent = [dialogue.play(params, seed=k + 1) for k in range(repeats)]
     step = min(each["decode"] for each in spent) / new

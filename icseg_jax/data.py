@@ -420,6 +420,8 @@ def _ambi_sample(dataset: str, row: dict, id: str, folder: Path, split: str, dec
     graph = _inside(folder, "scene_graph", f"{video}.json")
     if graph.is_file():
         privileged["scene_graph"] = _json_object(graph)
+    elif _inside(folder, "scene_graph").is_dir():  # the exact user and expert would know nothing of this one
+        raise DataError(f"scene_graph/{video}.json is missing")
     told = {"target": privileged.get("target_path"), "candidates": privileged.get("all_target_path")}
     # Any JSON will do: the schema of the released files is not known (METHOD.md 6).
     privileged["descriptions"] = {k: _json(path) for k, path in told.items() if path and path.is_file()}

@@ -256,7 +256,8 @@ def collectives(text: str) -> dict[str, dict[str, Any]]:
 
 
 def dot_flops(jaxpr: Any) -> float:
-    """Operations of a program's matrix products, a loop's as often as it runs (a while loop's body once)."""
+    """Operations of a program's matrix products on all devices, a loop's as often as it runs (a while loop's body
+    once)."""
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -264,6 +265,8 @@ def dot_flops(jaxpr: Any) -> float:
             inner = math.prod(eqn.invars[0].aval.shape[d] for d in contract)
             total += 2.0 * inner * math.prod(eqn.outvars[0].aval.shape)
         times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        if eqn.primitive.name == "shard_map":  # within it shapes are a device's own along these axes
+            times = math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"])
         for value in eqn.params.values():
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 inner = getattr(inner, "jaxpr", inner)

@@ -329,11 +329,14 @@ class Source:
             samples = data.load_prepared(path, self.split)
             self._refused = [id for id, _ in samples.refused]
             self._records = [("", functools.partial(samples.__getitem__, i)) for i in range(len(samples))]
-            self.fingerprint = made["fingerprint"]
+            # Rows are known by their number, and a record that is mended moves all after it.
+            self.fingerprint = " ".join([made["fingerprint"], *self._refused])
         else:
             self._records, self._refused = list(readers.records(name, path, self.split)), []
-            tables = readers.dataset(name).tables(path, self.split)
-            self.fingerprint = data._fingerprint(name, {}, path.absolute(), tables)
+            known = readers.dataset(name)
+            labels = [label for x in known.labels if (path / (label := x.format(split=self.split))).is_dir()]
+            tables = known.tables(path, self.split)
+            self.fingerprint = data._fingerprint(name, {}, path.absolute(), tables, labels)
         first = {id: number for number, (id, _) in reversed(list(enumerate(self._records)))}
         self._twice = set() if prepared else {n for n, (id, _) in enumerate(self._records) if first[id] != n}
 
@@ -344,7 +347,10 @@ class Source:
         """Raises DataError (or ValueError, OSError) when the record is not as it should be."""
         if number in self._twice:
             raise data.DataError(f"its id {self._records[number][0]!r} belongs to an earlier record")
-        return self._records[number][1]()
+        sample = self._records[number][1]()
+        if not sample.meta.get("labelled", True):
+            raise data.DataError("none of its frames has a mask file")
+        return sample
 
     def ids(self) -> list[str]:
         """Of all records that have one to be read, those that are refused too."""
@@ -412,6 +418,9 @@ def write_submission(file: Path, source: Source, folder: Path) -> int:
 
     Returns how many masks it holds. Raises ConfigError for a mask that is missing.
     """
+    if source._refused:
+        raise train.ConfigError(f"submission={file}: {source.path} lacks records, {source._refused[0]!r} the first, "
+                                "and the server wants all; mend them and prepare it again with strict=true")
     file.parent.mkdir(parents=True, exist_ok=True)
     new, count = file.with_name(f".{file.name}.{os.getpid()}"), 0
     try:
@@ -508,22 +517,20 @@ def object_answer(prompt: train.Prompt, oid: int) -> tuple[int, train.Action]:
 
 
 class Exact:
-    """The exact user (or a person) and expert, who know nothing of a video without a scene graph."""
+    """The exact user (or a person) and expert."""
 
     def __init__(self, who: Any):
         self.who, self.workers = who, getattr(who, "workers", 1)
         self.said: dict[tuple, str] = {}  # batches are filled up with copies, and a person should hear them once
 
     def answer(self, graph: dict, shown: Sequence[int], question: str) -> str:
-        if not graph:
-            return simulator.CLARIFY
         key = (json.dumps(graph, sort_keys=True), tuple(shown), question)
         if key not in self.said:
             self.said[key] = self.who.answer(graph, shown, question)
         return self.said[key]
 
     def diagnose(self, graph: dict, shown: Sequence[int], dialogue: Dialogue) -> simulator.Diagnosis:
-        return self.who.diagnose(graph, shown, dialogue) if graph else simulator.Diagnosis([], "", [], [])
+        return self.who.diagnose(graph, shown, dialogue)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -959,6 +966,10 @@ def report(source: Source, rows: Sequence[Row], folder: Path, out: Path | None,
     missing = sum(bool(row["columns"]["policy"]["scores"].get("missing")) for row in played)
     print(f"{source.name} {source.split}: {len(played)} samples of {told['videos']} videos"
           + (f", {refused} refused" if refused else "") + (f", {missing} without masks" if missing else ""))
+    if not any(row["columns"]["policy"]["scores"] for row in played):
+        print("labels are hidden: no scores")
+    elif "scores" not in table["policy"]:
+        print("no scores: no video has the expressions of all its objects by one annotator")
     for line in table_lines(table):
         print(line)
     if out is not None:
@@ -974,7 +985,7 @@ def table_lines(table: Table) -> list[str]:
     """The table as text: a line per number, a column per asker, "-" where there is none, the policy's with its 95 %
     interval over videos."""
     if not any(name in parts for parts in table.values() for name in RESAMPLES):
-        return ["labels are hidden: no scores"]
+        return []
     flat = {column: train._flat({k: v for k, v in parts.items() if k != "interval"}) for column, parts in table.items()}
     sure = {column: train._flat(parts["interval"]) for column, parts in table.items()}
     names = list(dict.fromkeys(name for numbers in flat.values() for name in numbers))
@@ -1030,6 +1041,8 @@ def score_predictions(given: Mapping[str, str]) -> None:
                 # A video's scorers give 0 then, also where the target is out of sight; an image's see an empty mask.
                 scores = (dict.fromkeys(scores, 0.0) if how.row is video_row else scores) | {"missing": True}
         except (ValueError, OSError) as error:
+            if data.of_machine(error):
+                raise
             if strict:
                 raise data.DataError(f"record {source.id_of(number)} of {source.split}: {error}") from None
             rows.append(refusal(number, source.id_of(number), error))

@@ -514,7 +514,8 @@ def _long_rvos(root: Path, split: str, decode: bool) -> list[Record]:
 def _reason_vos(root: Path, split: str, decode: bool) -> list[Record]:
     """{JPEGImages/, Annotations/{source}_{video}_{obj_id}/{frame}.png, meta_expressions.json}: not in DATA.md; read
     off showlab/VideoLISA's benchmark_check.py and its evaluation. The text is called exp_text, the one split valid,
-    `source` is in small letters in the names of folders. As for their scorer, any pixel but 0 is target."""
+    `source` is in small letters in the names of folders. As for their scorer, any pixel but 0 is target, and frames
+    without a mask file are not scored."""
 
     def truth(about: _Expression) -> dict:
         source, id = _get(about.entry, "source", str, "the name of a dataset"), _name(about.said, "obj_id")
@@ -522,9 +523,15 @@ def _reason_vos(root: Path, split: str, decode: bool) -> list[Record]:
         parts = next((p for p in places if data._inside(root, *p).is_dir()), None)
         if parts is None:
             raise DataError(f"{'/'.join(places[-1])} is missing")
-        values = _indices(root, parts, about)
+        there = [p for p, stem in enumerate(about.stems) if data._inside(root, *parts, f"{stem}.png").is_file()]
+        if not there:
+            raise DataError(f"{'/'.join(parts)} holds no mask of a frame")
+        values = _indices(root, parts, replace(about, stems=[about.stems[p] for p in there]))
         meta = {"source": source, "is_sentence": bool(about.entry.get("is_sent"))}
-        return {"target_ids": [id], "masks": lambda p: values(p) > 0, "meta": meta}
+        meta |= {"labelled": there} if len(there) < len(about.stems) else {}
+        empty = np.zeros(about.size, dtype=bool)
+        masks = lambda p: values(there.index(p)) > 0 if p in there else empty  # noqa: E731
+        return {"target_ids": [id], "masks": masks, "meta": meta}
 
     return _video_records("reason_vos", split, _videos(root, META), root, decode, truth, text="exp_text")
 

@@ -75,7 +75,7 @@ CHUNK = 8  # frames of a tracked video that are held at a time
 IDLE = 600  # seconds without a request, after which a tracked video is given up
 TRACKS = 64  # videos that a server follows at a time
 EMBEDDINGS = 2**29  # bytes of embeddings that a server holds in memory: 32 frames of a released model
-FRAMES = 2**30  # bytes of registered frames and truths that client and server each hold: 130 of 1080p
+FRAMES = 2**30  # bytes of frames and truths (130 of 1080p) that client and server each keep beyond what a step needs
 RELEASED = {(96, 12): ("t", "tiny"), (96, 16): ("s", "small"), (112, 24): ("b+", "base_plus"),
             (144, 48): ("l", "large")}  # SAM 2.1's sizes by the trunk's first channels and blocks
 DOWNLOADS = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
@@ -1367,8 +1367,9 @@ class SegmenterClient:
             # the CPU, and ten times as long, beside a rollout.
             environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             with open(self.log_file or os.devnull, "ab") as output:
+                # In a group of its own: Ctrl-C is meant for the trainer, which saves and then stops the sidecar.
                 self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL,
-                                                 stdout=output, stderr=subprocess.STDOUT)
+                                                 stdout=output, stderr=subprocess.STDOUT, process_group=0)
         self._socket = zmq.Context.instance().socket(zmq.REQ)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(address)
@@ -1594,13 +1595,18 @@ def _sample_views(samples: Sequence, rng: np.random.Generator, count: int, side:
     def at_side(mask: np.ndarray) -> np.ndarray:
         return np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize((side, side), Image.Resampling.BOX)) > 127
 
+    misses = 0
     while count:
+        if misses > 10_000:
+            raise ValueError(f"data=: none of {misses} frames drawn shows its target at {side}x{side} pixels")
         sample = samples[int(rng.integers(len(samples)))]
         position = int(rng.integers(len(sample)))
         seen, whole = both_masks(sample, position)
-        if seen.any():
+        seen = at_side(seen)
+        misses = 0 if seen.any() else misses + 1  # a thin one may be gone at this size
+        if not misses:
             count -= 1
-            yield sample.image(position), at_side(seen)[None], at_side(whole)[None]
+            yield sample.image(position), seen[None], at_side(whole)[None]
 
 
 def both_masks(sample: Any, position: int) -> tuple[np.ndarray, np.ndarray]:
@@ -1671,8 +1677,8 @@ def _clip_step(segmenter: Segmenter, config: TrainConfig, rng: np.random.Generat
     for i, t in enumerate(order):
         features = [f[:, i] for f in clips]
         if i == 0:
-            prompts = [_noisy_prompt(mask.numpy() > 0, kind, rng) if mask.any() else
-                       Prompt((0.0, 0.0, 1.0, 1.0), (1.0, 1.0)) for mask in truth[0]]
+            nothing = Prompt(None if kind == "point" else (0.0, 0.0, 1.0, 1.0), None if kind == "box" else (1.0, 1.0))
+            prompts = [_noisy_prompt(mask.numpy() > 0, kind, rng) if mask.any() else nothing for mask in truth[0]]
             out = segmenter.prompted(features, prompts, "sequential" if kind == "sequential" else "joint",
                                      frame=t, frames=length, memory=memory)
             memory["cond_frame_outputs"][t] = out
@@ -1942,11 +1948,13 @@ def measure(segmenter: Segmenter, scenes: int, clips: int) -> dict[str, float]:
         best = max(shown, key=lambda t, i=i: seen[t, i].sum())
         others = [t for t in range(scene.n_frames) if t != best]
         for name, truth, mask_type in (("track", seen[:, i], "modal"),
-                                       ("track_complete", all_of_it[:, i], "amodal")):
+                                       ("track_complete", all_of_it[:, i], "amodal"))[: 1 + segmenter.has_complete]:
             masks = segmenter.track(features, best, prompt_of_mask(seen[best, i], mask_type), truth.shape[1:])
             either = np.maximum((masks | truth).sum((1, 2)), 1)
             scores[name] += [float(j) for j in ((masks & truth).sum((1, 2)) / either)[others]]
     means = {name: float(np.mean(values)) for name, values in scores.items() if values}
+    if not segmenter.has_complete:
+        return means
     return means | measure_complete(segmenter, itertools.islice(occluded_objects(seed=7), 3 * scenes))
 
 

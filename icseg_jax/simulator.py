@@ -69,8 +69,8 @@ class Question:
 def parse_question(text: str, query: str = "") -> Question | None:
     """Reads any text as a question about one attribute (DATA.md 6.3); linear in its length, never raises.
 
-    None when it asks nothing known, more than one attribute, more than MAX_OPTIONS options, about two frames,
-    or only whether a value holds that `query` has already stated.
+    None when it asks nothing known, more than one attribute, more than MAX_OPTIONS options, a column in
+    two frames, or only whether a value holds that `query` has already stated.
     """
     words = re.findall(r"[^\W\d_]+|\d+", text.lower())
     frames = {int(n) if len(n) < 7 else -1 for w, n in zip(words, words[1:], strict=False)
@@ -149,7 +149,10 @@ class OracleUser:
     workers = 1  # questions answered at a time
 
     def answer(self, graph: dict, shown: Sequence[int], question: str) -> str:
-        """The answer about the graph's target, of which the user sees the `shown` frames (fids)."""
+        """The answer about the graph's target, of which the user sees the `shown` frames (fids); of a video without
+        a graph it knows nothing to say."""
+        if not graph:
+            return CLARIFY
         parsed = parse_question(question, graph["query"])
         target = _target(graph)
         return CLARIFY if parsed is None or target is None else _reply(target, shown, parsed)
@@ -162,6 +165,8 @@ class PersonUser:
 
     def answer(self, graph: dict, shown: Sequence[int], question: str) -> str:
         """Asks on the terminal; an empty line or the end of input is "please clarify"."""
+        if not graph:
+            return CLARIFY
         target = _target(graph)
         print(f"\n[{graph['video']}] query: {graph['query']}")
         print(f"your target: {_for_a_person(target, shown) if target else 'nothing, no object matches'}")
@@ -209,8 +214,8 @@ class ErringUser:
 
     def answer(self, graph: dict, shown: Sequence[int], question: str) -> str:
         """What the user says, or in place of it another answer that the question allows."""
-        reply, parsed = self.user.answer(graph, shown, question), parse_question(question, graph["query"])
-        if parsed is None or reply == CLARIFY:
+        reply = self.user.answer(graph, shown, question)
+        if reply == CLARIFY or (parsed := parse_question(question, graph["query"])) is None:
             return reply
         told = repr((self.seed, graph["video"], graph["query"], question)).encode()
         rng = np.random.default_rng(int.from_bytes(hashlib.blake2s(told, digest_size=8).digest(), "big"))
@@ -295,8 +300,11 @@ class OracleExpert:
         """Diagnoses a dialogue of (question, answer) pairs over the `shown` frames (fids).
 
         Guidance keeps the dialogue's good beginning, continues it with best attributes down to one candidate,
-        and names what was wasted. It speaks of attributes, never of their values, and holds no number.
+        and names what was wasted. It speaks of attributes, never of their values, and holds no number. Without a graph
+        it has neither counts nor guidance.
         """
+        if not graph:
+            return Diagnosis([], "", [], [])
         objects = {obj["oid"]: obj for obj in graph["objects"]}
         rows = {oid: _row(objects[oid], shown[0]) for oid in graph["candidates"]}
         left = list(graph["candidates"])
@@ -559,11 +567,16 @@ class Endpoint:
     def _client(self) -> Any:
         import openai  # takes a second, and only endpoints need it
 
-        # A hook and no transport of our own, which would know no proxy.
-        http = openai.DefaultAsyncHttpxClient(timeout=self.timeout, event_hooks={"response": [_bound]})
-        # Servers of one's own take any key. Trying again is our business: theirs knows no deadline.
-        return openai.AsyncOpenAI(base_url=self.url, api_key=self._key or "none", max_retries=0, timeout=self.timeout,
-                                  http_client=http)
+        try:
+            # A hook and no transport of our own, which would know no proxy.
+            http = openai.DefaultAsyncHttpxClient(timeout=self.timeout, event_hooks={"response": [_bound]})
+            # Servers of one's own take any key. Trying again is our business: theirs knows no deadline.
+            return openai.AsyncOpenAI(base_url=self.url, api_key=self._key or "none", max_retries=0,
+                                      timeout=self.timeout, http_client=http)
+        except Exception as error:  # of many classes: a URL or a proxy that is none, a package that a proxy needs
+            raise EndpointError(f"{self.section}.url={self.url}: no connection can be set up "
+                                f"({self._plain(str(error))}); look at the URL and at ALL_PROXY, HTTP_PROXY and "
+                                "HTTPS_PROXY, which may name an http:// or https:// proxy") from None
 
     def _plain(self, text: str, length: int = 200) -> str:
         """A server's words as one printable line without the key."""

@@ -55,6 +55,7 @@ Where this departs from the released scripts, or chooses where they are silent (
 19. The student of a step's token weights is that of its start, for both minibatches. `credit.delta_baseline`.
 20. Dual clip under `rlsd` as well. `update.dual_clip`.
 21. Box and point prompt SAM2 together, the parent gives one after the other. `sidecar.prompting`.
+22. A teacher's context is cut by itself, not its whole prompt at 10240 tokens. `credit.guidance_tokens`.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ class ProtocolSection:
     frames: int = 6  # frames shown with the query
     frame_size: int = 448  # pixels, square (METHOD.md 1.1)
     keyframe_size: int = 864  # pixels of the high-resolution key frame
-    max_turns: int = 6  # tool calls; a dialogue that answers has asked at most max_turns - 1 questions
+    max_turns: int = 6  # tool calls; one that names a frame and answers has asked at most max_turns - 1
     keyframe: str = "last"  # the valid key frame that counts: last before the answer | first
     prompts: str = "full"  # full | brief: how much the system prompt explains
     clarify: list[str] = field(default_factory=lambda: ["simple", "medium", "difficult"])  # abilities that may ask
@@ -3842,8 +3843,8 @@ def needs_teacher(c: Config) -> bool:
 
 
 def reading_room(c: Config) -> int:
-    """Places behind each row when log-probabilities are read: a teacher's context takes them, and one program reads for
-    student and teacher."""
+    """Places behind each row when log-probabilities are read: a teacher's context takes them, and where their longest
+    rows fall into one bucket a single program reads for student and teacher."""
     return c.credit.guidance_tokens if weighs_steps(c) else 0
 
 
@@ -3912,7 +3913,8 @@ def token_credit(
 def dialogue_row(d: Dialogue, scores: Scores, i: int, j: int, config: Config) -> dict:
     """One dialogue in the words of METHOD.md 11.7, for `metrics.dialogue_summary`."""
     k, valid, weight = int(scores.asked[i, j].sum()), bool(scores.valid[i, j]), config.reward.weights.get
-    questions = [simulator.parse_question(q, d.prompt.sample.query) for q, _ in d.questions[:k]]
+    query = d.prompt.graph.get("query", d.prompt.sample.query)  # as user and expert know it, also when it is described
+    questions = [simulator.parse_question(q, query) for q, _ in d.questions[:k]]
     return {
         "id": d.prompt.sample.id,
         "level": d.prompt.sample.ability,
@@ -4349,8 +4351,9 @@ class Trainer:
                 turns.append({"role": "user", "text": reply, "kind": "reply", "frame": None, "count_after": after})
         answer = d.answer
         return {
-            "id": d.prompt.sample.id, "level": d.prompt.sample.ability, "query": d.prompt.sample.query, "split": "test",
-            "decoding": "greedy", "turns": turns, "frames": d.prompt.fids, "images": images, "keyframe": d.frame,
+            "id": d.prompt.sample.id, "level": d.prompt.sample.ability, "query": d.prompt.sample.query,
+            "split": d.prompt.sample.split, "decoding": "greedy", "turns": turns, "frames": d.prompt.fids,
+            "images": images, "keyframe": d.frame,
             "box": list(answer.box) if answer else None, "point": list(answer.point) if answer else None,
             "truth_box": truth_box, "mask": mask, "truth_mask": truth_mask, "counts": row["counts"],
             "success": row["success"], "reward": row["reward"], "optimal": row["optimal"],
@@ -4422,9 +4425,10 @@ def open_data(config: Config) -> tuple[data.PreparedDataset, data.PreparedDatase
         ) from None
     if generated and Path(train.source).name.startswith(f".{path.name}.raw."):  # it was made here
         works = "remove that folder or give another data.path="
-        if (len(train), len(test)) != (c.generate_train, c.generate_test):
+        sizes = [len(data.load_prepared(path, split)) for split in ("train", "test")]
+        if sizes != [c.generate_train, c.generate_test]:
             raise ConfigError(
-                f"data.path={path}: holds {len(train)} and {len(test)} samples where data.generate_train and "
+                f"data.path={path}: holds {sizes[0]} and {sizes[1]} samples where data.generate_train and "
                 f"generate_test say {c.generate_train} and {c.generate_test}; {works}"
             )
         # Several: what was changed since may leave a scene as it was.
@@ -4440,6 +4444,11 @@ def open_data(config: Config) -> tuple[data.PreparedDataset, data.PreparedDatase
     if len(train) < config.rollout.prompts:
         raise ConfigError(
             f"rollout.prompts={config.rollout.prompts}: the training split has {len(train)} samples; use at most that"
+        )
+    if config.evaluate.every and test[0].masks is None and test[0].amodal_masks is None:
+        raise ConfigError(
+            f"evaluate.split={config.evaluate.split}: its labels are hidden; give a split of {path} that has labels, "
+            "or evaluate.every=0"
         )
     return train, test
 
@@ -4689,12 +4698,13 @@ class SceneLessons:
         w, speaker, steps = self.w, self.speaker, self.c.steps
         rng = np.random.default_rng([self.c.seed, 7, index])
         kind = rng.choice(
-            ["talk", "mask", "plain"], p=[w.conversations, w.mask_types, 1 - w.conversations - w.mask_types]
+            ["talk", "mask", "plain"], p=[w.conversations, w.mask_types, max(0, 1 - w.conversations - w.mask_types)]
         )
         amodal = kind == "mask" and rng.random() < 0.5
         scene = synthetic.make_scene(index, seed=self.c.seed, mask_type="amodal" if amodal else "modal")
         count = 1 if kind == "talk" and rng.random() < 0.5 else self.c.protocol.frames
         shown = data.sample_frames(scene.n_frames, count, anchor=int(rng.integers(scene.n_frames)))
+        count = len(shown)
         pictures = synthetic.render(scene, shown)
         # Positions that get a high-res copy: of the frame that a demonstration about this scene takes, mostly the
         # first, and of others. Were all drawn alike, any key frame would do, and a greedy policy's were chance.
@@ -4712,6 +4722,11 @@ class SceneLessons:
 
         system = speaker.system("clear", mask_type=kind == "mask", conversation=kind == "talk")
         prefix = speaker.opening(shown, system)
+        if len(prefix) > self.c.protocol.prompt_tokens:
+            raise PromptTooLong(
+                f"protocol.prompt_tokens={self.c.protocol.prompt_tokens}: the prompt of a scene has {len(prefix)} "
+                "tokens; give at least that, or fewer or smaller frames"
+            )
 
         def target(oid: int, fid: int) -> str:
             found = truth(oid)[str(fid)]

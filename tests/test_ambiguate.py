@@ -254,6 +254,23 @@ def test_a_name_too_long_is_a_bad_video(mevis: Path, tmp_path: Path, monkeypatch
     assert "; 1 refused" in capsys.readouterr().out
 
 
+def test_a_refused_expression_leaves_its_video_out(mevis: Path, tmp_path: Path) -> None:
+    """It may be the only one that names an object, which would then be missing among the candidates."""
+    root = Path(shutil.copytree(mevis, tmp_path / "mevis"))
+    file = root / "train" / "meta_expressions.json"
+    table = json.loads(file.read_text())
+    made = {s.meta["video"] for s in ambiguated(root, tmp_path / "before")}
+    spoilt = sorted(made)[0]
+    next(iter(table["videos"][spoilt]["expressions"].values()))["anno_id"] = [999]
+    file.write_text(json.dumps(table))
+    assert {s.meta["video"] for s in ambiguated(root, tmp_path / "after")} == made - {spoilt}
+
+
+def ambiguated(root: Path, out: Path) -> list[data.Sample]:
+    assert data.main(["ambiguate", "mevis", f"source={root}", f"out={out}"]) == 0
+    return list(data.read_ambi_rvos(out, "train", strict=True))
+
+
 def test_names_do_not_lead_out(mevis: Path, tmp_path: Path) -> None:
     """An annotation's id is the name of a folder in what is written."""
     root = Path(shutil.copytree(mevis, tmp_path / "mevis"))

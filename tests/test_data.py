@@ -386,6 +386,8 @@ def test_refuses_damaged_files(root: Path) -> None:
     for content in ("{", "[]", "[" * 100_000):
         (folder / "scene_graph" / "kitchen.json").write_text(content)
         assert "kitchen.json" in reason()
+    (folder / "scene_graph" / "kitchen.json").unlink()
+    assert reason().endswith("scene_graph/kitchen.json is missing")
 
 
 @pytest.mark.parametrize("link", ["RVOS_Train/JPEGImages/kitchen", "RVOS_Train/Annotations/kitchen/3",

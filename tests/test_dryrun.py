@@ -90,6 +90,15 @@ def test_operations_of_loops_and_sizes_of_collectives():
 
     traced = jax.jit(program).trace(jnp.ones((4, 8)), jnp.ones((8, 8)))
     assert dryrun.dot_flops(traced.jaxpr.jaxpr) == 4 * 2 * 4 * 8 * 8
+    # Within a shard_map shapes are a device's own; those of an axis that it leaves alone are whole.
+    kinds = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.sharding.AbstractMesh((2, 3, 5), ("data", "fsdp", "tensor"), axis_types=kinds)
+    whole, rows = jax.P(), jax.P(("data", "fsdp"))
+    split = jax.shard_map(
+        jnp.matmul, mesh=mesh, in_specs=(rows, whole), out_specs=rows, axis_names={"data", "fsdp"}
+    )
+    traced = jax.jit(split).trace(jnp.ones((12, 8)), jnp.ones((8, 7)))
+    assert dryrun.dot_flops(traced.jaxpr.jaxpr) == 2 * 12 * 8 * 7
     text = """
       %a = f32[256,1024]{1,0} all-gather(f32[64,1024]{1,0} %p), dimensions={0}
       %b = (bf16[64,8]{1,0}, bf16[512,1024]{1,0}) all-gather-start(bf16[64,8]{1,0} %q), dimensions={0}

@@ -439,6 +439,68 @@ def test_the_zip_that_a_server_takes(name, prefix, tmp_path, capsys):
     assert (tmp_path / "s.zip").read_bytes() == first and not list(tmp_path.glob(".s.zip*"))
 
 
+def test_a_zip_lacks_no_record_that_was_refused(tmp_path, capsys):
+    root = synthetic.write_dataset(tmp_path / "raw", train=0, test=2, seed=4, layout="mevis", progress=False)
+    source = evaluate.Source("mevis", root, "valid_u")
+    predict(tmp_path / "said", source, lambda truth, number: truth)
+    file = root / "valid_u" / "meta_expressions.json"
+    before = file.read_text()
+    meta = json.loads(before)
+    video, number = source.id_of(0).split("/")
+    meta["videos"][video]["expressions"][number]["exp"] = ""
+    file.write_text(json.dumps(meta))
+    out = tmp_path / "prepared"
+    data.prepare("mevis", root, out, progress=False)
+    told = [f"predictions={tmp_path}/said", "benchmark=mevis", f"source={out}", f"submission={tmp_path}/s.zip"]
+    assert evaluate.main(told) == 2
+    assert f"lacks records, '{video}/{number}' the first" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*s.zip*"))
+
+
+def test_what_is_mended_or_comes_later_makes_other_records(tmp_path):
+    """Rows are resumed by their number, which a mended record moves; labels may follow the images."""
+    root = synthetic.write_dataset(tmp_path / "raw", train=2, test=2, seed=4, layout="ok_vos", progress=False)
+    masks = next((root / "test" / "Annotations").iterdir())
+    masks.rename(tmp_path / "masks")
+    data.prepare("ok_vos", root, tmp_path / "prepared", progress=False)
+    damaged = evaluate.Source("ok_vos", tmp_path / "prepared", "test")
+    (tmp_path / "masks").rename(masks)
+    data.prepare("ok_vos", root, tmp_path / "prepared", progress=False, strict=True)
+    whole = evaluate.Source("ok_vos", tmp_path / "prepared", "test")
+    assert len(whole) > len(damaged) > 0 and whole.fingerprint != damaged.fingerprint
+
+    root = synthetic.write_dataset(tmp_path / "long", train=0, test=2, seed=4, layout="long_rvos", progress=False)
+    (root / "test").rename(root / "valid")
+    (root / "valid" / "Annotations").rename(tmp_path / "labels")
+    before = evaluate.Source("long_rvos", root, "valid").fingerprint
+    assert evaluate.Source("long_rvos", root, "valid").fingerprint == before
+    (tmp_path / "labels").rename(root / "valid" / "Annotations")
+    assert evaluate.Source("long_rvos", root, "valid").fingerprint != before
+
+
+def test_a_disk_that_fails_is_no_bad_mask(tmp_path, monkeypatch, capsys):
+    root = synthetic.write_dataset(tmp_path / "raw", train=0, test=1, seed=4, layout="long_rvos", progress=False)
+    predict(tmp_path / "said", evaluate.Source("long_rvos", root, None), lambda truth, number: truth)
+
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(evaluate, "read_masks", broken)
+    assert evaluate.main([f"predictions={tmp_path}/said", "benchmark=long_rvos", f"source={root}"]) == 2
+    told = capsys.readouterr()
+    assert told.err.splitlines()[-1].startswith("error: [Errno 5]") and "left out" not in told.err
+
+
+def test_a_video_without_all_its_objects_has_no_score_and_no_hidden_labels(tmp_path, capsys):
+    root = synthetic.write_dataset(tmp_path / "raw", train=0, test=1, seed=4, layout="ref_davis17", progress=False)
+    source = evaluate.Source("ref_davis17_a", root, None)
+    sample = source.open(0)
+    row = evaluate.about(0, sample) | {"columns": {"policy": {"scores": {"J": 1.0}, "words": None}}}
+    evaluate.report(source, [row], tmp_path, None)
+    told = capsys.readouterr().out
+    assert "no video has the expressions of all its objects" in told and "hidden" not in told
+
+
 def test_only_frames_with_a_file_are_scored_where_the_scorer_lists_them(tmp_path):
     """Ambi-RVOS (DATA.md 3.4): a frame without a mask file is left out, an empty file counts."""
     root = synthetic.write_dataset(tmp_path / "raw", train=0, test=2, seed=4, layout="ok_vos", progress=False)
@@ -451,6 +513,10 @@ def test_only_frames_with_a_file_are_scored_where_the_scorer_lists_them(tmp_path
     wrong = np.stack([before.truth(p) for p in range(len(before))])
     wrong[0] = True
     assert evaluate.video_row(sample, wrong, None)["J"] == 1 > evaluate.video_row(before, wrong, None)["J"]
+    for file in files:
+        file.unlink(missing_ok=True)
+    with pytest.raises(data.DataError, match="none of its frames has a mask file"):
+        source.open(0)
 
 
 def test_every_dataset_with_masks_is_a_benchmark():

@@ -705,6 +705,22 @@ def test_frames_and_masks_that_do_not_fit(copied: Callable[[str], Path]) -> None
         readers.read("long_rvos", root, "test")
 
 
+def test_frames_without_a_mask_are_not_scored_in_reason_vos(copied: Callable[[str], Path]) -> None:
+    """Its scorer goes through the mask files."""
+    root = copied("reason_vos")
+    (before, *_), _ = read("reason_vos", root, "valid")
+    folder = next(f for f in (root / "Annotations").iterdir()
+                  if f.name.lower().endswith(f"_{before.meta['video']}_{before.target_ids[0]}".lower()))
+    (folder / f"{before.frame_names[3]}.png").unlink()
+    (after, *_), refused = read("reason_vos", root, "valid")
+    assert not refused and after.meta["labelled"] == [p for p in range(len(after)) if p != 3]
+    assert not after.masks(3).any()
+    assert all((after.masks(p) == before.masks(p)).all() for p in after.meta["labelled"])
+    for file in folder.iterdir():
+        file.unlink()
+    assert reason_of("reason_vos", root, "valid").endswith("holds no mask of a frame")
+
+
 LINKS = [("ok_vos", "test", "test"), ("ok_vos", "test", "test.parquet"),
          ("mevis", "valid_u", "valid_u/JPEGImages"), ("mevis", "valid_u", "valid_u"),
          ("mevis", "valid_u", "valid_u/mask_dict.json"), ("long_rvos", "test", "test/Annotations"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ import pytest
 import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from icseg_jax import data, sam2_sidecar, synthetic
 from icseg_jax.sam2_sidecar import (
@@ -125,7 +127,14 @@ def test_scores_are_those_of_the_masks(client, objects):
 def test_a_segmenter_is_measured(capsys):
     assert sam2_sidecar.main(["measure", "--scenes", "3", "--clips", "1"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["iou"] > 0.8 and 0.3 < told["track"] <= 1
+    assert told["iou"] > 0.8 and 0.3 < told["track"] <= 1 and "complete_occluded" in told
+
+
+def test_a_segmenter_of_visible_masks_alone_is_measured():
+    model = sam2_sidecar.build_model(sam2_sidecar.mini_config(64, 8, [1, 1, 2, 1], 32, 4))
+    del model.complete_mask_decoder
+    told = sam2_sidecar.measure(sam2_sidecar.Segmenter(model), 2, 1)
+    assert {"iou", "track"} <= told.keys() and not any("complete" in name for name in told)
 
 
 def test_tracks_a_clip_both_ways(client):
@@ -497,10 +506,6 @@ def test_sequential_prompting_is_another_mask(segmenter, objects):
 
 
 def test_images_may_come_as_files(client, objects):
-    import io
-
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.fromarray(objects[0][2]).save(buffer, "PNG")
     entry = {"video": "file", "frame": 0, "image": buffer.getvalue(), "truth": pack_mask(objects[0][3])}
@@ -896,6 +901,7 @@ def test_ctrl_c_is_left_to_the_trainer_and_the_socket_to_its_owner(client, objec
     client.start()
     os.kill(client.pid, signal.SIGINT)
     assert client.mask_iou(rows_of(objects[:1]))[1].all()
+    assert os.getpgid(client.pid) != os.getpgid(0)  # nor does a terminal's Ctrl-C reach it while it imports
     assert os.stat(client._directory).st_mode & 0o077 == 0
     assert os.stat(f"{client._directory}/socket").st_mode & 0o077 == 0
 
@@ -1076,6 +1082,35 @@ def test_the_shortest_and_the_longest_clips(monkeypatch):
     for frames in (1, 11):
         with pytest.raises(ValueError, match=f"clip_frames={frames}: use 2..10"):
             load_train_config(file, [f"clip_frames={frames}"])
+
+
+@pytest.mark.parametrize("kind", ["both", "box", "point", "sequential"])
+def test_an_object_that_is_hidden_in_the_prompted_frame(kind, monkeypatch):
+    model = sam2_sidecar.build_model(sam2_sidecar.mini_config(64, 8, [1, 1, 2, 1], 32, 4))
+    segmenter, scene = sam2_sidecar.Segmenter(model), synthetic.make_scene(0, seed=3)
+    masks = synthetic.visible_masks
+    monkeypatch.setattr(sam2_sidecar, "_prompt_kind", lambda rng: kind)
+    monkeypatch.setattr(synthetic, "visible_masks", lambda scene, t: masks(scene, t) & (np.arange(
+        len(scene.objects)) > 0)[:, None, None])
+    config = load_train_config(ROOT / "experiments/embedded_sam2.yaml",
+                               ["clip_frames=2", f"objects={len(scene.objects)}"])
+    assert sam2_sidecar._clip_step(segmenter, config, np.random.default_rng(0), [scene])[0].isfinite()
+
+
+def test_a_target_too_thin_for_the_masks_is_drawn_no_prompt_from():
+    def sample(mask):
+        masks, file = lambda position: mask, io.BytesIO()
+        Image.fromarray(mask).save(file, "PNG")
+        return data.Sample(
+            id="0", dataset="r2sm", split="train", kind="image", frames=[file.getvalue()],
+            frame_names=["00000"], size=mask.shape, query="it", masks=masks, amodal_masks=masks)
+
+    thin, wide = np.zeros((2, 480, 640), bool)
+    thin[7:9, 7:9] = wide[100:300, 100:300] = True
+    views = sam2_sidecar._sample_views([sample(thin), sample(wide)], np.random.default_rng(0), 8, 48)
+    assert all(seen.any() and whole.any() for _, seen, whole in views)
+    with pytest.raises(ValueError, match="none of 10001 frames drawn shows its target at 48x48 pixels"):
+        list(sam2_sidecar._sample_views([sample(thin)], np.random.default_rng(0), 1, 48))
 
 
 def test_prompt_of_mask_is_inside():

@@ -173,6 +173,13 @@ def test_counts_are_those_of_a_brute_force_filter(scenes, graphs):
                                    for t, _ in dialogue]
 
 
+def test_nobody_knows_a_video_without_a_graph():
+    for user in (simulator.OracleUser(), simulator.PersonUser(), simulator.load_user("oracle", flip=1.0)):
+        assert user.answer({}, [0], "what color is it?") == simulator.CLARIFY
+    diagnosis = simulator.OracleExpert().diagnose({}, [0], [("what color is it?", "red")])
+    assert not simulator.readable_counts(diagnosis.counts) and not diagnosis.guidance
+
+
 def test_an_answer_that_fits_nobody_changes_nothing(graphs):
     graph = next(g for g in graphs if g["initial_count"] > 1 and "color" not in g["mentioned"])
     question = synthetic.QUESTIONS["color"]
@@ -660,6 +667,14 @@ def test_a_proxy_of_the_environment_is_still_asked(server, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1"))
     with pytest.raises(simulator.EndpointError, match="HTTP 404"):
         simulator.Endpoint("simulator", "http://nowhere.invalid/v1", "m").check(pictures=False)
+
+
+@pytest.mark.parametrize("proxy, url", [
+    ("socks://127.0.0.1:1", "http://127.0.0.1:1/v1"), ("", "http://host…/v1")], ids=["proxy", "host"])
+def test_a_client_that_can_not_be_made_is_one_line(proxy, url, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(simulator.EndpointError, match="no connection can be set up .*ALL_PROXY"):
+        simulator.Endpoint("simulator", url, "m").check(pictures=False)
 
 
 @pytest.mark.parametrize("message, text", [

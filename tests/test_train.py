@@ -186,11 +186,26 @@ def test_the_mix_of_levels_in_training(place):
         train.training_pool(samples, with_repeat(**dict.fromkeys(levels, 0)))
 
 
+def test_hidden_labels_are_found_before_the_first_step(tmp_path):
+    """Ref-YouTube-VOS keeps its valid split's to itself."""
+    raw = synthetic.write_dataset(
+        tmp_path / "raw", train=2, test=1, seed=4, layout="ref_youtube_vos", progress=False
+    )
+    data.prepare("ref_youtube_vos", raw, tmp_path / "world", progress=False)
+    own = ["data.generate_train=0", "data.generate_test=0", "rollout.prompts=2", "update.minibatches=1"]
+    own += [f"data.path={tmp_path}/world", "evaluate.split=valid"]
+    with pytest.raises(train.ConfigError, match="evaluate.split=valid: its labels are hidden; give a split of "):
+        train.open_data(train.load_config("experiments/embedded.yaml", own))
+    train.open_data(train.load_config("experiments/embedded.yaml", [*own, "evaluate.every=0"]))
+
+
 def test_another_world_is_not_taken_for_this_one(place, tmp_path, monkeypatch):
     own = ["data.generate_train=9", "data.generate_test=4", f"data.path={tmp_path}/world"]
     config = train.load_config("experiments/embedded.yaml", own)
     made = train.open_data(config)
     assert [len(split) for split in made] == [9, 4] and [p.name for p in tmp_path.iterdir()] == ["world"]
+    on_train = train.load_config("experiments/embedded.yaml", [*own, "evaluate.split=train"])
+    assert [len(split) for split in train.open_data(on_train)] == [9, 9]
     grown = train.load_config("experiments/embedded.yaml", [f"data.path={tmp_path}/world", "data.generate_train=12"])
     with pytest.raises(train.ConfigError, match="holds 9 and 4 samples"):
         train.open_data(grown)
@@ -655,6 +670,27 @@ def test_practice_gives_the_first_list_and_trains_what_follows():
                 assert read[1] == f"\n{left}"
             assert not re.search("</thinking>|<call>|<information>", taught)
     assert 0.2 < np.mean(whole) < 0.7
+
+
+def scene_lessons(*changes):
+    config = train.load_config("experiments/embedded_warmstart.yaml", ["policy.path=asset:embedded_base", *changes])
+    source = train.resolve_path(config.policy.path)
+    policy_config = train.PolicyConfig.from_json(json.loads((source / "config.json").read_text()))
+    return train.SceneLessons(
+        config, train.Speaker(config.protocol, policy_config, train.weights.Tokenizer(source))
+    )
+
+
+def test_scenes_of_any_config_are_lessons_or_one_line():
+    few = ["warmstart.scenes=1", "warmstart.rows=1", "warmstart.practice=0", "warmstart.dialogues_start=0"]
+    shares = ["warmstart.conversations=0.8", "warmstart.mask_types=0.2"]  # 1 - 0.8 - 0.2 is below 0
+    scene_lessons(*few, *shares).scene(0)
+    frames = scene_lessons(*few, "protocol.frames=16", "protocol.prompt_tokens=800")  # of a scene that has 12
+    for index in range(8):
+        frames.scene(index)
+    assert frames.batch(0)[0].frames.patches.shape[0] == 16
+    with pytest.raises(train.PromptTooLong, match="protocol.prompt_tokens=192: the prompt of a scene has 2"):
+        scene_lessons(*few, "protocol.frames=6").batch(0)
 
 
 def test_the_first_share_of_a_warm_start_is_practice_alone():
