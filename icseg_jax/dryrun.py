@@ -257,7 +257,7 @@ def collectives(text: str) -> dict[str, dict[str, Any]]:
 
 def dot_flops(jaxpr: Any) -> float:
     """Operations of a program's matrix products on all devices, a loop's as often as it runs (a while loop's body
-    once)."""
+    once). Those within fused kernels are left out: which of their blocks run, a program does not say."""
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -267,7 +267,7 @@ def dot_flops(jaxpr: Any) -> float:
         times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         if eqn.primitive.name == "shard_map":  # within it shapes are a device's own along these axes
             times = math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"])
-        for value in eqn.params.values():
+        for value in eqn.params.values() if eqn.primitive.name != "pallas_call" else ():
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):

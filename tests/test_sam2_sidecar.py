@@ -132,7 +132,6 @@ def test_a_segmenter_is_measured(capsys):
 
 def test_a_segmenter_of_visible_masks_alone_is_measured():
     model = sam2_sidecar.build_model(sam2_sidecar.mini_config(64, 8, [1, 1, 2, 1], 32, 4))
-    del model.complete_mask_decoder
     told = sam2_sidecar.measure(sam2_sidecar.Segmenter(model), 2, 1)
     assert {"iou", "track"} <= told.keys() and not any("complete" in name for name in told)
 
