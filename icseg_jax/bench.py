@@ -578,10 +578,12 @@ class FixedDialogue:
         protocol = train.ProtocolSection(
             frames=g["images"], frame_size=g["image_size"], keyframe_size=unit, action_tokens=g["new_tokens"]
         )
-        cache = g["turns"] * (g["new_tokens"] + g["observation_tokens"])
+        # As a run's cache grows from bucket to bucket, this one does from turn to turn.
+        each = g["new_tokens"] + g["observation_tokens"]
         rollout = train.RolloutSection(
-            prompts=g["prompts"], rollouts=g["rollouts"], cache_buckets=[cache], decode_tokens=g["new_tokens"]
-        )
+            prompts=g["prompts"], rollouts=g["rollouts"], decode_tokens=g["new_tokens"],
+            cache_buckets=[(turn + 1) * each for turn in range(g["turns"])],
+        )  # fmt: skip
         self.config = train.Config(protocol=protocol, rollout=rollout)
         words = train.resolve_path("asset:embedded_base")  # they are never used
         tokenizer = train.load_tokenizer(words, policy_config)
@@ -632,8 +634,8 @@ class FixedDialogue:
         with clock("prefill"):
             lanes = done(s.prefill(params, train.shard_batch(self.mesh, self.rows), visual, rollouts=n))
         fill = lambda value, kind=np.int32: np.full((p, n), value, kind)  # noqa: E731
-        position, capacity = self.start, self.config.rollout.cache_buckets[0]
-        for turn in range(g["turns"]):
+        position = self.start
+        for turn, capacity in enumerate(self.config.rollout.cache_buckets):
             with clock("decode"):
                 keys = s.keys(seed, turn, np.arange(p), np.arange(n))
                 lanes, fresh, length, words, _ = s.generate(

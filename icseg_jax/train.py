@@ -865,8 +865,9 @@ class Layer(nn.Module):
         k, v = (hold(x.swapaxes(2, 3), p, n, cut) for x in (k, v))  # [P,N,K,t,h]
         parts = [(keys.k, keys.v, m) for keys, m in zip(context, context_masks, strict=True)] + [(k, v, mask)]
         out = hold(attend_by(self.attention, self.mesh, q, parts), p, n, t, "tensor")
+        # Letters of a sum are taken in the alphabet's order: heads come before features there as they lie in memory.
         x = x + jnp.einsum(
-            "pnthe,hed->pntd", out, _weight(self, "o", [heads, size, width], ["heads", None, "embed"]).astype(x.dtype)
+            "pntef,efz->pntz", out, _weight(self, "o", [heads, size, width], ["heads", None, "embed"]).astype(x.dtype)
         )
         x = hold(x, p, n, t)
 
@@ -942,7 +943,7 @@ class VisionBlock(nn.Module):
         cut = shares(self.mesh, image_axis(self.mesh, len(x)), "tensor")
         out = attend(rotate(q, *rope), [(k, v, valid[:, None, None, :])], cut)[:, 0]
         x = x + jnp.einsum(
-            "imhe,hed->imd",
+            "imef,efz->imz",
             out,
             _weight(self, "o", [heads, size, width], ["heads", None, "vision"], (heads * size) ** -0.5).astype(x.dtype),
         )
@@ -2200,8 +2201,9 @@ def first_above(weights: Array, aim: Array) -> tuple[Array, Array]:
 BLOCKS = 128  # of the vocabulary, in which a token is looked up; Qwen's is a multiple of it
 
 
-def draw(scores: Array, temperature: Array, chance: Array) -> Array:
-    """Tokens [P,N] int32 with probabilities softmax(scores [V,P,N] / temperature [P,N]); the likeliest where that is 0.
+def draw(scores: Array, temperature: Array, chance: Array) -> tuple[Array, Array]:
+    """Tokens [P,N] int32 with probabilities softmax(scores [V,P,N] / temperature [P,N]), the likeliest where that is 0;
+    and the logarithm [P,N] of what their exponentials are divided by (0: those of the plain scores).
 
     chance [P,N]: one uniform number from [0, 1) for each row. It is looked up in the sums of BLOCKS blocks and then in
     one of them: noise for every word (Gumbel) cost more than the layers did.
@@ -2209,16 +2211,17 @@ def draw(scores: Array, temperature: Array, chance: Array) -> Array:
     words, p, n = scores.shape
     scores = jnp.pad(scores, ((0, -words % BLOCKS), (0, 0), (0, 0)), constant_values=MASKED)
     scores = scores.reshape(BLOCKS, -1, p, n)
-    tops = scores.max(1)
-    weights = jnp.exp((scores - tops.max(0)) / jnp.maximum(temperature, 1e-6))
+    tops, cool = scores.max(1), 1 / jnp.where(temperature > 0, temperature, 1.0)
+    weights = jnp.exp((scores - tops.max(0)) * cool)
     sums = weights.sum(1)
-    aim = chance * sums.sum(0)
+    whole = sums.sum(0)
+    aim = chance * whole
     block, before = first_above(sums, aim)
     block = jnp.where(temperature > 0, block, jnp.argmax(tops, 0))
     of_block = lambda x: jnp.take_along_axis(x, block[None, None], 0)[0]  # noqa: E731
     place, _ = first_above(of_block(weights), aim - before)
     place = jnp.where(temperature > 0, place, jnp.argmax(of_block(scores), 0))
-    return (block * scores.shape[1] + place).astype(jnp.int32)
+    return (block * scores.shape[1] + place).astype(jnp.int32), tops.max(0) * cool + jnp.log(whole)
 
 
 UNROLLED = 8  # layers of a policy whose decoding is compiled layer by layer, at most
@@ -2242,7 +2245,7 @@ class Sampler:
         # What may be sampled: tokens that spell something, and the two ends of a turn.
         allowed = np.array([bool(s) for s in spelling[:vocabulary]])
         allowed[[tokenizer.end_of_turn, tokenizer.end_of_text]] = True
-        self.allowed = jnp.asarray(allowed)
+        self.allowed = allowed
         self.ends = jnp.asarray([tokenizer.end_of_turn, tokenizer.end_of_text])
         self.encode = Program("encode", self._encode)
         self.prefill = Program("prefill", self._prefill, static_argnames="rollouts")
@@ -2432,6 +2435,7 @@ class Sampler:
             return scores - jnp.where(spoken, penalty.presence, 0.0)
 
         cool = 1 / jnp.where(temperature > 0, temperature, 1.0)
+        silent = np.flatnonzero(~self.allowed)
 
         def go_on(carry):
             at, _, live, *_ = carry
@@ -2441,8 +2445,13 @@ class Sampler:
             at, hidden, live, state, tokens, logp, length, finished, recent, said = carry
             logits = words_first(self.policy.apply({"params": params}, hidden, method=Policy.next_words))
             scores = less(logits, said)
-            token = draw(jnp.where(self.allowed[:, None, None], scores, MASKED), temperature, chances[at])
-            likely = jnp.take_along_axis(logits, token[None], 0)[0] * cool - jax.nn.logsumexp(logits * cool, 0)
+            token, total = draw(jnp.where(self.allowed[:, None, None], scores, MASKED), temperature, chances[at])
+            # logp is over all words, whatever was drawn from: those that may not be said are few.
+            if penalty is not None:
+                total = jax.nn.logsumexp(logits * cool, 0)
+            elif len(silent):
+                total = jnp.logaddexp(total, jax.nn.logsumexp(logits[silent] * cool, 0))
+            likely = jnp.take_along_axis(logits, token[None], 0)[0] * cool - total
             token = jnp.where(live, token, self.speaker.tokenizer.end_of_text)
             said = jax.tree.map(lambda x: x.at[token, row[..., 0], lane[:, 0]].set(True), said)
             tokens = tokens.at[:, :, at].set(token)

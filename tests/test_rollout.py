@@ -1219,7 +1219,7 @@ def test_tokens_are_drawn_as_likely_as_they_are(words):
     heat = np.array([[1.0, 0.5]], np.float32)
     grid = (np.arange(20_000, dtype=np.float32) + 0.5) / 20_000
     words_first = jnp.moveaxis(scores, -1, 0)
-    drawn = jax.vmap(lambda chance: train.draw(words_first, heat, jnp.full((1, 2), chance)))(grid)
+    drawn, _ = jax.vmap(lambda chance: train.draw(words_first, heat, jnp.full((1, 2), chance)))(grid)
     for row in (0, 1):
         wanted = np.exp(scores[0, row].astype(np.float64) / heat[0, row])
         found = np.bincount(np.asarray(drawn)[:, 0, row], minlength=words) / len(grid)
@@ -1233,6 +1233,8 @@ def test_draws_at_the_ends_are_of_what_may_be_said(chance):
     scores = np.where(rng.random((64, 4, 300)) < 0.9, train.MASKED, rng.normal(0, 30, (64, 4, 300))).astype(np.float32)
     scores[..., 17] = 0.0
     heat = np.broadcast_to(np.array([0.0, 0.3, 1.0, 5.0], np.float32), (64, 4))
-    token = np.asarray(train.draw(np.moveaxis(scores, -1, 0), heat, np.full((64, 4), chance, np.float32)))
+    token, total = map(np.asarray, train.draw(np.moveaxis(scores, -1, 0), heat, np.full((64, 4), chance, np.float32)))
+    plain = scores / np.where(heat > 0, heat, 1)[..., None]
+    np.testing.assert_allclose(total, jax.nn.logsumexp(plain, -1), rtol=1e-5, atol=1e-5)
     assert (np.take_along_axis(scores, token[..., None], -1) > train.MASKED).all()
     np.testing.assert_array_equal(token[:, 0], scores[:, 0].argmax(-1))
