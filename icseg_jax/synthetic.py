@@ -3,7 +3,7 @@
 A scene is a 12-frame clip of 128 x 128 pixels with two to seven flat shapes, some moving, some covering
 others, and a query that zero, one or several of them satisfy. Everything is known exactly: masks, candidate
 sets, the optimal questions. Scenes are built on an attribute table first (cheap to reject), and placed
-afterwards. Scenes need only numpy; writing them also needs Pillow, pyarrow or pycocotools.
+afterwards. Scenes need numpy and jaxtyping; writing them also needs Pillow, pyarrow or pycocotools.
 
 1 Constants · 2 Scenes · 3 Attribute tables and queries · 4 Placement · 5 Pictures and masks · 6 Texts ·
 7 Optimal questions and baselines · 8 Demonstrations and conversations · 9 On disk · 10 The layouts of other datasets
@@ -16,7 +16,9 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -195,7 +197,7 @@ def imagine(scene: Scene, rng: np.random.Generator, *, near: bool = False) -> Sc
     """One to six other objects in the scene's stead which the query fits, and up to two that it nearly does, for
     dialogues about a list that is given as text: what comes after a list, and what fits, is read there, not seen.
 
-    near: more of those than objects that fit. All attributes are missed by alike: what is rare is not looked at.
+    near: two to six of those. All attributes are missed by alike: what is rare is not looked at.
     """
     worst, objects = math.inf, []
     while math.isinf(worst) or any(held_out(o.color, o.shape, scene.split) for o in objects):  # alike in everything
@@ -374,7 +376,7 @@ _PROPOSALS = 48
 
 def _propose(rng: np.random.Generator, row: Row, radius: int) -> Float[np.ndarray, "m t 2"]:
     """Trajectories that stay inside the frame and start, with a margin, in the row's column (also in frame 1,
-    which takes the place of frame 0 when training anchors a sample there).
+    which takes the place of frame 0 when training anchors a sample there; so it is with four frames shown or more).
     """
     dx, dy = np.asarray(_STEPS[row["motion"]])[:, None] * rng.integers(TRAVEL[0], TRAVEL[1] + 1, _PROPOSALS)
     column = COLUMNS.index(row["column"])
@@ -961,7 +963,7 @@ def _decide(scene: Scene, left: Sequence[int], frame: int, rng: np.random.Genera
         return _pick(rng, ASKABLE)
     if habit < HABITS["any"] + HABITS["color"]:
         return "color"
-    return _pick(rng, differ)
+    return _pick(rng, differ) if differ else None  # two may differ at frame 0 alone
 
 
 def key_frame(scene: Scene, obj: Object, shown: Sequence[int], rng: np.random.Generator) -> int:
@@ -978,21 +980,26 @@ _FACTS = {"color": "what color is it?", "shape": "what shape is it?", "size": "h
           "motion": "where does it move?"}
 
 
-def conversation(scene: Scene, rng: np.random.Generator) -> tuple[list[tuple[str, str]], int]:
+def conversation(scene: Scene, rng: np.random.Generator, *, frame: int = QUERY_FRAME, still: bool = False
+                 ) -> tuple[list[tuple[str, str]], int]:
     """A PRIST-like dialogue about the scene (DATA.md 1.2, 6.5): (human, gpt) rounds, and the oid they reach.
 
     Two to four rounds of facts narrow the objects to one (more only if nothing less does), then the human
-    asks to segment it and the answer holds [SEG].
+    asks to segment it and the answer holds [SEG]. frame: of which columns are told. still: that frame is all there is
+    to see, so nothing is said of motion; where motion alone tells every object from another, several are left.
     """
-    rows = {obj.oid: attributes_of(obj, QUERY_FRAME, scene.width) for obj in scene.objects}
-    oid = int(rng.choice(list(rows)))
+    told = [a for a in ASKABLE if not (still and a == "motion")]
+    rows = {obj.oid: attributes_of(obj, frame, scene.width) for obj in scene.objects}
+    alike = Counter(tuple(row[a] for a in told) for row in rows.values())
+    apart = [oid for oid, row in rows.items() if alike[tuple(row[a] for a in told)] == 1]
+    oid = int(rng.choice(apart or list(rows)))
     paths = []
     for _ in range(8):
         left, path = list(rows), []
-        for i in rng.permutation(len(ASKABLE)):
-            after = [o for o in left if rows[o][ASKABLE[i]] == rows[oid][ASKABLE[i]]]
+        for i in rng.permutation(len(told)):
+            after = [o for o in left if rows[o][told[i]] == rows[oid][told[i]]]
             if len(after) < len(left):
-                path.append((ASKABLE[i], len(after)))
+                path.append((told[i], len(after)))
             left = after
         paths.append(path)
     path = min(paths, key=len)
@@ -1000,9 +1007,9 @@ def conversation(scene: Scene, rng: np.random.Generator) -> tuple[list[tuple[str
     for attribute, count in path:
         value, who = rows[oid][attribute], "which of them are" if rounds else "which objects are"
         kind = {"shape": f"of {value} shape", "motion": value if value == "still" else f"moving {value}",
-                "column": f"in the {value} at frame {QUERY_FRAME}"}.get(attribute, value)
+                "column": f"in the {value} at frame {frame}"}.get(attribute, value)
         rounds.append((f"{who} {kind}?", _COUNTS[count]))
-    facts = [a for a in _FACTS if a not in dict(path)]
+    facts = [a for a in _FACTS if a in told and a not in dict(path)]
     n_rounds = int(rng.integers(2, 5))
     for i in rng.permutation(len(facts))[:max(n_rounds - len(rounds), 0)]:
         rounds.append((_FACTS[facts[i]], rows[oid][facts[i]]))
@@ -1336,9 +1343,14 @@ def _polygon(obj: Object, frame: int) -> list[list[float]]:
 
 
 def _write_reason_seg(root: Path, split: str, count: int, seed: int, progress: bool) -> None:
-    """The first frame; the target are all candidates, one other object is to be ignored."""
+    """The first frame; the target are all candidates, one other object is to be ignored. A query that speaks of motion,
+    which a still does not show, gives way to an object's looks."""
     for scene in _scenes(split, count, seed, progress):
-        text, oids = next((text, oids) for text, oids in _expressions(scene) if oids)
+        text, oids = scene.query, scene.candidates
+        if not oids or "motion" in scene.mentioned:
+            looks = operator.attrgetter("size", "color", "shape")
+            text = f"the {' '.join(looks(scene.objects[0]))}"
+            oids = tuple(o.oid for o in scene.objects if looks(o) == looks(scene.objects[0]))
         shapes = [{"label": "target", "points": _polygon(scene.object(oid), QUERY_FRAME)} for oid in oids]
         others = [o for o in scene.objects if o.oid not in oids]
         shapes += [{"label": "ignore", "points": _polygon(o, QUERY_FRAME)} for o in others[:1]]
@@ -1357,7 +1369,7 @@ def _write_prist(root: Path, split: str, count: int, seed: int, progress: bool) 
     for scene in _scenes(split, count, seed, progress):
         rng = np.random.default_rng([seed, SPLITS.index(split), scene.index, 1])
         for _ in range(50):  # polygons know nothing of what covers them: take an object that nothing does
-            rounds, oid = conversation(scene, rng)
+            rounds, oid = conversation(scene, rng, still=True)
             if scene.visible[oid - 1, QUERY_FRAME] == 1:
                 break
         stem = hashlib.sha256(scene.id.encode()).hexdigest()[:16]
@@ -1376,7 +1388,8 @@ def _write_llava(root: Path, split: str, count: int, seed: int, progress: bool) 
     """The conversations without the round that asks for a mask."""
     entries = []
     for scene in _scenes(split, count, seed, progress):
-        rounds, _ = conversation(scene, np.random.default_rng([seed, SPLITS.index(split), scene.index, 2]))
+        rng = np.random.default_rng([seed, SPLITS.index(split), scene.index, 2])
+        rounds, _ = conversation(scene, rng, still=True)
         turns = [{"from": who, "value": text} for pair in rounds[:-1]
                  for who, text in zip(("human", "gpt"), pair, strict=True)]
         turns[0]["value"] = f"<image>\n{turns[0]['value']}"

@@ -230,7 +230,7 @@ class WarmstartSection:
     rows: int = 2  # packed rows per scene
     practice: int = 0  # further rows per scene, whose list of objects is given as text: reading, not seeing
     reading: float = 0.0  # first share of the run, in which all rows are such practice
-    row_tokens: int = 224  # length of a row; what is longer is cut
+    row_tokens: int = 224  # length of a row; of scenes what is longer is left out, of `mix` it is cut
     keyframes: int = 2  # distinct high-resolution frames per scene
     learning_rate: float = 0.01  # Muon's, with consistent RMS: an update has an RMS of 0.2 times this
     warmup: int = 30  # steps
@@ -321,7 +321,7 @@ class MeshSection:
 
 @dataclass(frozen=True)
 class ProfileSection:
-    steps: str | None = None  # for example 3..5: these steps' JAX profiler trace is written to run_dir/profile
+    steps: str | None = None  # stage rl, for example 3..5: their JAX profiler trace is written to run_dir/profile
 
 
 @dataclass(frozen=True)
@@ -485,9 +485,10 @@ class PolicyConfig:
             )
         except KeyError as error:
             raise ConfigError(f"{where}: key {error.args[0]!r} is missing; a Qwen3-VL config.json has it") from None
-        if sum(config.mrope_section) * 2 != config.head_dim:
+        if len(config.mrope_section) != 3 or sum(config.mrope_section) * 2 != config.head_dim:
             raise ConfigError(
-                f"{where}: mrope_section {list(config.mrope_section)} must sum to head_dim/2 = {config.head_dim // 2}"
+                f"{where}: mrope_section {list(config.mrope_section)} must be three numbers whose sum is head_dim/2 = "
+                f"{config.head_dim // 2}"
             )
         if config.num_attention_heads % config.num_key_value_heads:
             raise ConfigError(
@@ -496,6 +497,15 @@ class PolicyConfig:
             )
         tower = config.vision
         taps = list(tower.deepstack_visual_indexes)
+        if tower.out_hidden_size != config.hidden_size:
+            raise ConfigError(
+                f"{where}: vision_config.out_hidden_size is {tower.out_hidden_size}; text_config.hidden_size = "
+                f"{config.hidden_size} works"
+            )
+        if tower.in_channels != 3:
+            raise ConfigError(f"{where}: vision_config.in_channels is {tower.in_channels}; 3 works")
+        if not taps:
+            raise ConfigError(f"{where}: deepstack_visual_indexes is empty; Qwen3-VL has at least one")
         if len(taps) > config.num_hidden_layers:
             raise ConfigError(f"{where}: more deepstack_visual_indexes than num_hidden_layers")
         if taps != sorted(set(taps)) or any(tap >= tower.depth for tap in taps):
@@ -1605,8 +1615,8 @@ def _between(text: str, tag: str, *, last: bool) -> str | None:
     """The text inside the first or last complete <tag>...</tag>; linear in the text, whatever it holds."""
     start, end = f"<{tag}>", f"</{tag}>"
     if last:
-        close = text.rfind(end)
-        opening = text.rfind(start, 0, close) if close >= 0 else -1
+        opening = text.rfind(start, 0, max(text.rfind(end), 0))
+        close = text.find(end, opening) if opening >= 0 else -1
     else:
         opening = text.find(start)
         close = text.find(end, opening) if opening >= 0 else -1
@@ -1855,7 +1865,9 @@ class Speaker:
         """Tokens of the longest that `observe` may add."""
         around = len(self.ids("<|im_end|>\n<|im_start|>user\n")) + len(self.closing())
         cut = self.config.observation_tokens + len(self.ids("...(truncated)"))
-        return around + max(cut, len(self.ids(KEYFRAME_REPLY)) + 2 + self.keyframe_tokens)
+        reply = len(self.ids(KEYFRAME_REPLY))
+        reply = reply if reply <= self.config.observation_tokens else cut
+        return around + max(cut, reply + 2 + self.keyframe_tokens)
 
     def observe(self, row: Transcript, text: str, keyframe_slot: int | None = None, *, ended: bool = False) -> None:
         """The environment's reply as a user turn (METHOD.md 1.3). ended: the policy closed its turn itself."""
@@ -4825,7 +4837,7 @@ class SceneLessons:
             return row
 
         def talk() -> Transcript | None:
-            rounds, oid = synthetic.conversation(scene, rng)
+            rounds, oid = synthetic.conversation(scene, rng, frame=shown[0], still=count == 1)
             row = Transcript(prefix.position)
             fid = usable(oid, shown[0])
             if fid is None:

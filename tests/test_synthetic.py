@@ -435,22 +435,45 @@ def test_noisy_and_guided_demonstrations(train):
     assert 0.15 < np.mean(needless) < 0.35
 
 
-def test_a_conversation_arrives_at_its_object(train):
+@pytest.mark.parametrize("still, frame", [(False, 0), (True, 0), (True, 7)])
+def test_a_conversation_arrives_at_its_object(train, still, frame):
     rng = np.random.default_rng(0)
     for scene in train[:300]:
-        rounds, oid = synthetic.conversation(scene, rng)
+        rounds, oid = synthetic.conversation(scene, rng, frame=frame, still=still)
+        if still:  # of a picture in which nothing is seen to move
+            spoken = set(words(" ".join(itertools.chain(*rounds))))
+            assert not spoken & {*VALUES["motion"], "move", "moving"}
+            looks = Counter(
+                tuple(v for a, v in synthetic.attributes_of(o, frame, scene.width).items() if a != "motion")
+                for o in scene.objects
+            )
+            if 1 not in looks.values():  # in one of a hundred scenes only motion tells objects apart
+                continue
         *facts, (human, gpt) = rounds
-        assert 2 <= len(facts) <= 4 or len(facts) == 5
+        assert 2 <= len(facts) <= 4 or (len(facts) == 5 and not still)
         assert "segment" in human and "[SEG]" in gpt
         left = [o for o in scene.objects]
         for asked, said in facts:
             if asked.startswith("which"):
                 value = next(v for v in words(asked) if any(v in VALUES[a] for a in ASKABLE))
-                left = [o for o in left if value in synthetic.describe(o, 0).split()]
+                left = [o for o in left if value in synthetic.describe(o, frame).split()]
                 assert NUMBERS[said] == len(left)
             else:
-                assert len(left) == 1 and said in synthetic.describe(left[0], 0).split()
+                assert len(left) == 1 and said in synthetic.describe(left[0], frame).split()
         assert [o.oid for o in left] == [oid]
+
+
+def test_two_objects_that_differ_at_frame_0_alone_are_told_apart_no_more(train):
+    """Training may show other frames than 0, in which columns are others."""
+    scene = next(s for s in train if len(s.objects) >= 2)
+    first = scene.objects[0]
+    paths = [np.full_like(first.centers, 64), np.full_like(first.centers, 64)]
+    paths[1][0] = 5
+    alike = [dataclasses.replace(first, oid=i + 1, centers=path) for i, path in enumerate(paths)]
+    scene = dataclasses.replace(scene, objects=tuple(alike))
+    rng = np.random.default_rng(0)
+    asked = {synthetic._decide(scene, [1, 2], 5, rng, 0.0, (), 0, False) for _ in range(200)}
+    assert None in asked and len(asked) > 1
 
 
 def test_ground_truth_of_shown_frames(train):

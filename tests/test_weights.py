@@ -202,6 +202,8 @@ def test_a_tied_head_that_is_stored_and_old_names(tmp_path):
     ("text_config", "num_key_value_heads", 0), ("text_config", "num_attention_heads", "8"),
     ("text_config", "rope_theta", "many"), ("text_config", "rms_norm_eps", -1), ("vision_config", "depth", None),
     ("vision_config", "deepstack_visual_indexes", 3), ("", "image_token_id", 1.5),
+    ("vision_config", "out_hidden_size", 7), ("vision_config", "in_channels", 4),
+    ("vision_config", "deepstack_visual_indexes", []),
     ("vision_config", "deepstack_visual_indexes", [1, 0]), ("vision_config", "deepstack_visual_indexes", [99]),
     ("vision_config", "num_position_embeddings", 50), ("vision_config", "hidden_size", 18),
 ])  # fmt: skip
