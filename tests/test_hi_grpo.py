@@ -659,6 +659,7 @@ def test_answers_are_read_as_written(numbers, mask_type):
 def test_the_last_call_counts_and_multi_line_answers_are_read():
     text = '<call>{"name": "vlm_tool", "query": "a?"}</call> <call>{"name": "vlm_tool", "query": "b?"}</call>'
     assert train.parse_action(text).question == "b?"
+    assert train.parse_action(f"{text} and so on </call>").question == "b?"
     assert train.parse_action('<answer>{"bbox_2d": [1,2,3,4],\n"point_2d": [1,2]}</answer>').kind == "answer"
     assert train.parse_action("<keyframe> -1 </keyframe>").frame == -1
     named = "<thinking> a <keyframe> is next, not <keyframe> x </keyframe> </thinking><keyframe> 12 </keyframe>"

@@ -193,6 +193,19 @@ def test_an_answer_that_is_too_long_is_cut_and_read(world):
         assert "...(truncated)" in world.tokenizer.decode(d.row.tokens)
 
 
+@pytest.mark.parametrize("room", [4, 12, 96])
+def test_no_observation_is_longer_than_the_longest(world, room):
+    """Also where the words beside a key frame are cut themselves."""
+    config = dataclasses.replace(world.config.protocol, observation_tokens=room)
+    speaker = train.Speaker(config, world.policy.config, world.tokenizer)
+    lengths = []
+    for text, slot in ((" word" * 500, None), (train.KEYFRAME_REPLY, 0)):
+        row = train.Transcript()
+        speaker.observe(row, text, slot)
+        lengths.append(len(row))
+    assert speaker.longest_observation == max(lengths)
+
+
 def test_a_prompt_shows_nothing_of_the_labels(world):
     """DATA.md 6.7: without masks, scene graph and descriptions the policy reads and sees the same."""
     shown = data.sample_frames(12, world.config.protocol.frames)
