@@ -1857,6 +1857,14 @@ class Speaker:
         row.add(self.tokenizer.encode(text))
         row.add(self.closing())
 
+    def check_length(self, prompt: Transcript, whose: str) -> None:
+        """Raises PromptTooLong when a prompt has more than protocol.prompt_tokens."""
+        if len(prompt) > self.config.prompt_tokens:
+            raise PromptTooLong(
+                f"protocol.prompt_tokens={self.config.prompt_tokens}: the prompt of {whose} has {len(prompt)} tokens; "
+                "give at least that, or fewer or smaller frames"
+            )
+
     def closing(self) -> list[int]:
         return self.ids("<|im_end|>\n<|im_start|>assistant\n")
 
@@ -1991,11 +1999,7 @@ class Prompt:
         self.query_end = len(self.row)  # a teacher's guidance goes here
         self.query_position = self.row.position
         self.row.add(speaker.closing())
-        if len(self.row) > speaker.config.prompt_tokens:
-            raise PromptTooLong(
-                f"protocol.prompt_tokens={speaker.config.prompt_tokens}: the prompt of {sample.id} has {len(self.row)} "
-                "tokens; give at least that, or fewer or smaller frames"
-            )
+        speaker.check_length(self.row, sample.id)
         self.keyframes: dict[int, int] = {}  # fid -> slot of its high-resolution copy in the bank
         known = sample.masks is not None  # hidden labels: nothing is scored
         shown = zip(self.fids, positions, strict=True)
@@ -4743,11 +4747,7 @@ class SceneLessons:
 
         system = speaker.system("clear", mask_type=kind == "mask", conversation=kind == "talk")
         prefix = speaker.opening(shown, system)
-        if len(prefix) > self.c.protocol.prompt_tokens:
-            raise PromptTooLong(
-                f"protocol.prompt_tokens={self.c.protocol.prompt_tokens}: the prompt of a scene has {len(prefix)} "
-                "tokens; give at least that, or fewer or smaller frames"
-            )
+        speaker.check_length(prefix, "a scene")
 
         def target(oid: int, fid: int) -> str:
             found = truth(oid)[str(fid)]
