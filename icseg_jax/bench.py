@@ -743,7 +743,8 @@ def huggingface(job: dict[str, Any]) -> None:
 
 
 def growth(arguments: Sequence[str]) -> dict[str, Any]:
-    """Milliseconds per decoded token of a row, and of a step of all rows."""
+    """Milliseconds per decoded token of all rows, and of one of them, by the prompt's length and the rollouts that share
+    it; and what the longest prompt takes beyond the shortest, which must not be rollouts times that of one rollout."""
     g = sizes(arguments, model="", prompts=4, new_tokens=32)
     policy_config, params = model_of(g["model"])
     unit = policy_config.vision.patch_size * policy_config.vision.spatial_merge_size
@@ -754,13 +755,11 @@ def growth(arguments: Sequence[str]) -> dict[str, Any]:
         dialogue.play(params)
         return 1e3 * min(dialogue.play(params, seed=k)["decode"] for k in (1, 2, 3)) / g["new_tokens"]
 
-    by_prompt = {str(length): step_ms(length, 8) for length in (256, 1024, 4096)}
-    by_rollouts = {str(n): step_ms(1024, n) for n in (1, 2, 4, 8, 16)}
-    per_row = lambda told, n: {k: v / (g["prompts"] * (n or int(k))) for k, v in told.items()}  # noqa: E731
-    return {
-        "step_ms_by_prompt_tokens": by_prompt, "row_ms_by_prompt_tokens": per_row(by_prompt, 8),
-        "step_ms_by_rollouts": by_rollouts, "row_ms_by_rollouts": per_row(by_rollouts, None),
-    }  # fmt: skip
+    lengths, counts = (256, 1024, 4096), (1, 2, 4, 8, 16)
+    step = {length: {n: step_ms(length, n) for n in counts} for length in lengths}
+    row = {length: {n: ms / (g["prompts"] * n) for n, ms in by_count.items()} for length, by_count in step.items()}
+    longer = {n: step[lengths[-1]][n] - step[lengths[0]][n] for n in counts}
+    return {"step_ms": step, "row_ms": row, f"step_ms_of_{lengths[-1] - lengths[0]}_more_prompt_tokens": longer}
 
 
 def update(arguments: Sequence[str]) -> dict[str, Any]:

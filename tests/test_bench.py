@@ -139,9 +139,11 @@ def test_a_frozen_tower_is_compiled_and_run_for_less(capsys):
 def test_a_shared_prompt_costs_its_length_once(capsys):
     assert bench.main(["growth", "model=icseg_jax/assets/embedded_base", "prompts=1", "new_tokens=4"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert list(told["step_ms_by_prompt_tokens"]) == ["256", "1024", "4096"]
-    by_row = told["row_ms_by_rollouts"]
-    assert list(by_row) == ["1", "2", "4", "8", "16"] and by_row["16"] < by_row["1"]
+    assert list(told["step_ms"]) == ["256", "1024", "4096"]
+    for by_row in told["row_ms"].values():
+        assert list(by_row) == ["1", "2", "4", "8", "16"] and by_row["16"] < by_row["1"]
+    longer = told["step_ms_of_3840_more_prompt_tokens"]
+    assert longer["16"] < 16 * longer["1"]
 
 
 def test_bad_input_is_one_line(capsys):

@@ -21,9 +21,11 @@ SMALL += ["protocol.max_turns=3", "evaluate.every=0", "credit.lam=0"]
 
 
 def environment(devices: int) -> dict[str, str]:
+    """Of a process with so many devices. NPROC sizes XLA's pool of threads: a device waits in each collective that is
+    under way with a thread of its own, and with as few threads as devices none may be left for what they wait for."""
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
     flags.append(f"--xla_force_host_platform_device_count={devices}")
-    return os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
+    return os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu", "NPROC": str(4 * devices)}
 
 
 def on_meshes(folder: Path, size: int, overrides: list[str]) -> dict[str, dict]:
