@@ -37,10 +37,13 @@ $(READY): pyproject.toml
 	$(PIP) install $(TORCH) $(TORCHVISION)
 	SAM2_BUILD_CUDA=0 $(PIP) install --no-build-isolation sam2
 	$(PIP) install --no-build-isolation -e '.[sam2,test,bench]'
-	@# libtpu lies beside site-packages, so that only dryrun finds it (DESIGN.md 8); the version is the one jax names.
+	@# Compilers for TPUs and GPUs lie beside site-packages, so that only dryrun finds them (DESIGN.md 8); the versions are jax's.
 	@test -d $(VENV)/libtpu/libtpu || $(PIP) install --no-deps --target $(VENV)/libtpu "$$($(BIN)/python -c \
 	  'from importlib.metadata import requires; print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')" || \
-	  { rm -rf $(VENV)/libtpu; echo "note: no libtpu for this platform; all but 'python -m icseg_jax.dryrun' works" >&2; }
+	  { rm -rf $(VENV)/libtpu; echo "note: no libtpu for this platform; all but 'python -m icseg_jax.dryrun' for TPUs works" >&2; }
+	@test -d $(VENV)/cuda/jax_plugins || $(PIP) install --no-deps --target $(VENV)/cuda $$($(BIN)/python -c \
+	  'from importlib.metadata import version as v; print("jax-cuda12-pjrt==" + v("jax"), "jax-cuda12-plugin==" + v("jax"))') || \
+	  { rm -rf $(VENV)/cuda; echo "note: no CUDA compiler of jax for this platform; dryrun for gpu:8 counts CPU devices" >&2; }
 	@touch $@
 
 # Big pages for malloc: without them a sixth of a step on CPU goes into page faults.

@@ -743,8 +743,8 @@ def huggingface(job: dict[str, Any]) -> None:
 
 
 def growth(arguments: Sequence[str]) -> dict[str, Any]:
-    """Milliseconds per decoded token of all rows, and of one of them, by the prompt's length and the rollouts that share
-    it; and what the longest prompt takes beyond the shortest, which must not be rollouts times that of one rollout."""
+    """Milliseconds per decoded token of all rows, and of one of them, by the prompt's length and the rollouts that
+    share it; and what the longest prompt takes beyond the shortest: not rollouts times that of one rollout."""
     g = sizes(arguments, model="", prompts=4, new_tokens=32)
     policy_config, params = model_of(g["model"])
     unit = policy_config.vision.patch_size * policy_config.vision.spatial_merge_size

@@ -3,13 +3,15 @@
     python -m icseg_jax.dryrun experiments/qwen3vl_8b.yaml topology=v5p:4x4x4 [key=value ...]
 
 The programs are those that training runs: nothing is compiled for the dry run alone. A TPU topology (v5e:8x8,
-v5p:2x2x4, v6e:4x4, ...) is compiled by libtpu, which needs no TPU: `make setup` puts it beside site-packages and only
-this command points at it. `gpu:8` and `cpu:8` are compiled for 8 forced CPU devices instead: the sharding and the
-collectives are real, memory and time of a GPU are not known from it, and the report says so.
+v5p:2x2x4, v6e:4x4, ...) is compiled by libtpu, which needs no TPU, and `gpu:8` for that many H100 of 80 GB by XLA's
+compiler for CUDA, which needs no GPU: `make setup` puts both beside site-packages, where only this command looks.
+Without the latter, and for `cpu:8`, the programs are compiled for 8 forced CPU devices: the sharding and the
+collectives are real, memory and time of a GPU are not known from it. The report names what was compiled for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -17,7 +19,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,21 @@ from icseg_jax import data
 # Memory of a chip that programs can use, GiB, and its peak TFLOP/s in bfloat16 (FIELD.md D.2; what XLA allots).
 CHIPS = {"v4": (31.25, 275), "v5e": (15.75, 197), "v5p": (95.74, 459), "v6e": (31.25, 918)}
 GPU_GIB = 80 * 1e9 / 2**30  # of the released recipe's cards (METHOD.md 5.1)
+# What XLA's compiler wants to know of such a card, an H100 with HBM3: NVIDIA's figures, as text of its GpuTargetConfig.
+H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 8 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  device_memory_size: 80000000000 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+}
+"""
 PROGRAMS = ("encode", "prefill", "decode", "extend", "resize", "commit", "logprob", "update")
 GIB = 2.0**30
 
@@ -46,6 +63,25 @@ def find_libtpu() -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
+def find_cuda() -> Path | None:
+    """The folder of XLA's compiler for CUDA where `make setup` puts it: elsewhere, JAX would look for a GPU."""
+    folder = Path(sys.prefix) / "cuda"
+    return folder if any(folder.glob("jax_plugins/*/xla_cuda_plugin.so")) else None
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Nothing reaches the terminal, whatever library says it: that there is no driver is known."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def open_topology(name: str) -> tuple[list[Any], float, str]:
     """Devices of a topology, GiB of a chip, and what was compiled for. Call before jax is used. Raises OSError."""
     chip, _, shape = name.partition(":")
@@ -54,14 +90,23 @@ def open_topology(name: str) -> tuple[list[Any], float, str]:
             raise OSError(f"topology={name}: use {chip}:COUNT, for example {chip}:8")
         flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
         os.environ["XLA_FLAGS"] = " ".join([*flags, f"--xla_force_host_platform_device_count={shape}"])
-        import jax
-
-        jax.config.update("jax_platforms", "cpu")
         given = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")  # of a card that JAX takes
         try:
             share = float(given)
         except ValueError:
             raise OSError(f"XLA_PYTHON_CLIENT_MEM_FRACTION={given}: is no number; 0.9 is one") from None
+        import jax
+        from jax.experimental import topologies
+
+        jax.config.update("jax_platforms", "cpu")
+        if chip == "gpu" and (folder := find_cuda()):
+            sys.path.append(str(folder))
+            try:
+                with unheard():
+                    found = topologies.get_topology_desc("", "cuda", target_config=H100, topology=f"1x1x{shape}")
+            except Exception as error:
+                raise OSError(f"topology={name}: {folder} is of no use ({data.first_line(error)})") from None
+            return list(found.devices), GPU_GIB * share, f"{shape} H100 of 80 GB, ahead of time by XLA for CUDA"
         return jax.devices()[: int(shape)], GPU_GIB * share, f"{shape} forced CPU devices"
     if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise OSError(f"topology={name}: use one of {', '.join(CHIPS)} with a shape, such as v5p:4x4x4, or gpu:8")
@@ -116,12 +161,14 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, Traceable]:
     c = config
     train.check_mesh(c, mesh)
     source, policy_config = train.resolve_path(c.policy.path), train.named_shape(c)
-    # The words of a tokenizer are data: any with the special tokens gives the same programs.
+    # The words of a tokenizer are data: any with the special tokens gives the same programs, but for how many it has.
     real = (source / "tokenizer.json").is_file()
     tokenizer = train.load_tokenizer(source if real else train.resolve_path("asset:embedded_base"), policy_config)
     policy = train.Policy(policy_config, c.policy.remat, mesh, c.policy.attention)
     speaker = train.Speaker(c.protocol, policy_config, tokenizer)
     sampler = train.Sampler(c, policy, speaker, mesh)
+    if not real:
+        sampler.allowed = np.arange(policy_config.vocab_size) < policy_config.vocab_size - 300  # as of a released one
 
     p, n, frames = c.rollout.prompts, c.rollout.rollouts, c.protocol.frames
     whole = train.placement(mesh, [])
@@ -340,6 +387,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         programs = trace_programs(config, mesh)
     except (train.ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        print(f"error: policy.attention=cudnn: JAX wants cuDNN here to trace it; try xla ({error})", file=sys.stderr)
         return 2
     report: dict[str, Any] = {
         "config": arguments[0], "topology": config.topology, "compiled_for": target, "mesh": dict(mesh.shape),

@@ -109,10 +109,12 @@ def test_operations_of_loops_and_sizes_of_collectives():
     assert found["all-reduce"]["count"] == 1 and found["all-reduce"]["mib"] == 1.0
 
 
-SPLASH = """
+FUSED = """
+import sys
 import jax, jax.numpy as jnp, numpy as np
 from icseg_jax import dryrun, train
-devices, _, _ = dryrun.open_topology("v5e:2x2")
+kind, topology = sys.argv[1:]
+devices, _, _ = dryrun.open_topology(topology)
 mesh = jax.sharding.Mesh(np.reshape(devices, (1, 2, 2)), train.AXES)
 p, n, t, heads, groups, size, past = 1, 2, 640, 8, 4, 128, 384
 whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -121,19 +123,47 @@ words, yes = (lambda *shape: of(jnp.bfloat16, *shape)), (lambda *shape: of(jnp.b
 q, shared, own = words(p, n, t, heads, size), [words(p, groups, past, size)] * 2, [words(p, n, groups, t, size)] * 2
 def loss(q, shared, own, there, causal):
     parts = [(*shared, there), (*own, causal)]
-    return train.attend_by("splash", mesh, q, parts).astype(jnp.float32).sum()
+    return train.attend_by(kind, mesh, q, parts).astype(jnp.float32).sum()
+if kind == "cudnn":  # JAX asks the library that will be there for its version; XLA compiles the calls without it
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+    cudnn.check_cudnn_version = lambda: 90800
 both = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
 print(both.lower(q, shared, own, yes(p, 1, 1, past), yes(p, n, t, t)).compile().as_text())
 """
 
 
+def compiled(kind: str, topology: str) -> str:
+    """Forward and backward, a shared context before each row's own keys, rows and heads on two chips each."""
+    done = subprocess.run([sys.executable, "-c", FUSED, kind, topology], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(dryrun.find_cuda() is None, reason="jax has no CUDA compiler for this platform")
+def test_cudnn_compiles_for_gpus():
+    calls = re.findall(r'custom_call_target="__cudnn\$(\w+)"', compiled("cudnn", "gpu:4"))
+    assert set(calls) == {"fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"}
+
+
+@pytest.mark.skipif(dryrun.find_cuda() is None, reason="jax has no CUDA compiler for this platform")
+def test_a_box_of_gpus_that_is_not_there():
+    """The decoding of the shipped 8B, with its own sizes and mesh, in bfloat16."""
+    arguments = [["experiments/qwen3vl_8b.yaml", "topology=gpu:8", *more]
+                 for more in (["programs=decode"], ["policy.attention=cudnn", "programs=decode"])]  # fmt: skip
+    whole, cudnn = dry_run(*((each, None) for each in arguments))
+    report = json.loads(whole[1])
+    assert whole[0] == 0 and report["compiled_for"].startswith("8 H100 ") and report["hbm_gib"] > 50
+    decode = report["programs"]["decode"]
+    assert decode["fits"] and decode["peak_gib"] < 1.15 * decode["argument_gib"]  # the cache is there once
+    assert max(kind["largest_mib"] for kind in decode["collectives"].values()) < 1
+    assert cudnn[0] in (0, 2) and (cudnn[0] == 0 or cudnn[2].startswith("error: policy.attention=cudnn: "))
+
+
 @pytest.mark.skipif(dryrun.find_libtpu() is None, reason="libtpu is for Linux only")
 def test_splash_compiles_for_a_tpu():
-    """Forward and backward, a shared context before each row's own keys, rows and heads on two chips each."""
-    done = subprocess.run([sys.executable, "-c", SPLASH], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    text = compiled("splash", "v5e:2x2")
     for kernel in ("splash_mqa_fwd", "splash_mqa_dq", "splash_mqa_dkv"):
-        assert re.search(rf"%{kernel}\S* = .*tpu_custom_call", done.stdout), kernel
+        assert re.search(rf"%{kernel}\S* = .*tpu_custom_call", text), kernel
 
 
 @pytest.mark.slow
