@@ -89,7 +89,9 @@ def open_topology(name: str) -> tuple[list[Any], float, str]:
         if not shape.isdigit() or int(shape) < 1:
             raise OSError(f"topology={name}: use {chip}:COUNT, for example {chip}:8")
         flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
-        os.environ["XLA_FLAGS"] = " ".join([*flags, f"--xla_force_host_platform_device_count={shape}"])
+        # Which of Triton's products to take is found out on the card; without one it has none for some sizes.
+        flags = ["--xla_gpu_enable_triton_gemm=false", *flags, f"--xla_force_host_platform_device_count={shape}"]
+        os.environ["XLA_FLAGS"] = " ".join(flags)
         given = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")  # of a card that JAX takes
         try:
             share = float(given)
@@ -348,6 +350,7 @@ def compile_one(program: Traceable, chips: int, hbm_gib: float) -> dict[str, Any
     waiting += max(0, per_chip(program.arguments) - memory.argument_size_in_bytes) / GIB
     cost = compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, (list, tuple)) else cost
+    read = cost.get("bytes accessed")  # XLA does not count them for GPUs
     return {
         "fits": peak / GIB + waiting <= hbm_gib,
         "argument_gib": round(memory.argument_size_in_bytes / GIB, 3),
@@ -355,7 +358,7 @@ def compile_one(program: Traceable, chips: int, hbm_gib: float) -> dict[str, Any
         "peak_gib": round(peak / GIB, 3),
         "beside_gib": round(waiting, 3),
         "tflops": round(dot_flops(traced.jaxpr.jaxpr) / chips / 1e12, 3),
-        "bytes_gib": round(cost.get("bytes accessed", 0.0) / GIB, 3),
+        "bytes_gib": read and round(read / GIB, 3),
         "collectives": collectives(compiled.as_text()),
         "compile_s": round(seconds, 1),
     }
