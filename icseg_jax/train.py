@@ -803,12 +803,14 @@ def fused_attend(q: Array, parts: Sequence[tuple[Array, Array, Array]], kind: st
 
 
 def attend_by(kind: str, mesh: Mesh | None, q: Array, parts: Sequence[tuple[Array, Array, Array]]) -> Array:
-    """`policy.attention`: XLA everywhere; a fused kernel where it can run, on many queries that are not split over
+    """`policy.attention`: XLA everywhere; a fused kernel where it pays, on many queries that are not split over
     devices. Kernels see the rows and heads of their own device."""
     p, n, t = row_axes(mesh, *q.shape[:3])
     groups = parts[0][0].shape[-3]
     whole = mesh is None or mesh.size == 1
-    if kind == "xla" or q.shape[2] < 128 or t is not None or not (whole or divides(mesh, "tensor", groups)):
+    # cuDNN wants tokens before heads: XLA would turn the rollouts' caches around, of all layers before the first one.
+    cached = kind == "cudnn" and len(parts) > 2
+    if kind == "xla" or cached or q.shape[2] < 128 or t is not None or not (whole or divides(mesh, "tensor", groups)):
         heads = "tensor" if mesh is not None and divides(mesh, "tensor", q.shape[3]) else None
         return attend(q, parts, shares(mesh, p, n, t, heads))
     if whole:

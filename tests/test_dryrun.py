@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[1]
 SIZES = ["topology=cpu:8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
 CODE = """
 import contextlib, io, json, sys
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from icseg_jax import dryrun, train
+cudnn.check_cudnn_version = lambda: 90800  # JAX asks the library that will be there; XLA compiles the calls without it
 train.UNROLLED = 0  # layers in a loop, as an accelerator's are
 calls, room = json.loads(sys.argv[1]), dryrun.GPU_GIB
 told = []
@@ -112,7 +114,9 @@ def test_operations_of_loops_and_sizes_of_collectives():
 FUSED = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from icseg_jax import dryrun, train
+cudnn.check_cudnn_version = lambda: 90800  # as above
 kind, topology = sys.argv[1:]
 devices, _, _ = dryrun.open_topology(topology)
 mesh = jax.sharding.Mesh(np.reshape(devices, (1, 2, 2)), train.AXES)
@@ -124,9 +128,6 @@ q, shared, own = words(p, n, t, heads, size), [words(p, groups, past, size)] * 2
 def loss(q, shared, own, there, causal):
     parts = [(*shared, there), (*own, causal)]
     return train.attend_by(kind, mesh, q, parts).astype(jnp.float32).sum()
-if kind == "cudnn":  # JAX asks the library that will be there for its version; XLA compiles the calls without it
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-    cudnn.check_cudnn_version = lambda: 90800
 both = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
 print(both.lower(q, shared, own, yes(p, 1, 1, past), yes(p, n, t, t)).compile().as_text())
 """
@@ -147,16 +148,28 @@ def test_cudnn_compiles_for_gpus():
 
 @pytest.mark.skipif(dryrun.find_cuda() is None, reason="jax has no CUDA compiler for this platform")
 def test_a_box_of_gpus_that_is_not_there():
-    """The decoding of the shipped 8B, with its own sizes and mesh, in bfloat16."""
-    arguments = [["experiments/qwen3vl_8b.yaml", "topology=gpu:8", *more]
-                 for more in (["programs=decode"], ["policy.attention=cudnn", "programs=decode"])]  # fmt: skip
-    whole, cudnn = dry_run(*((each, None) for each in arguments))
-    report = json.loads(whole[1])
-    assert whole[0] == 0 and report["compiled_for"].startswith("8 H100 ") and report["hbm_gib"] > 50
+    """The shipped 8B with its own sizes and mesh, in bfloat16."""
+    call = ["experiments/qwen3vl_8b.yaml", "topology=gpu:8", "programs=decode,extend"]
+    (code, told, _), (_, fused, _) = dry_run((call, None), ([*call, "policy.attention=cudnn"], None))
+    report = json.loads(told)
+    assert code == 0 and report["compiled_for"].startswith("8 H100 ") and report["hbm_gib"] > 50
     decode = report["programs"]["decode"]
-    assert decode["fits"] and decode["peak_gib"] < 1.15 * decode["argument_gib"]  # the cache is there once
+    assert decode["peak_gib"] < 1.15 * decode["argument_gib"]  # the cache is there once
     assert max(kind["largest_mib"] for kind in decode["collectives"].values()) < 1
-    assert cudnn[0] in (0, 2) and (cudnn[0] == 0 or cudnn[2].startswith("error: policy.attention=cudnn: "))
+    for programs in (report["programs"], json.loads(fused)["programs"]):
+        extend = programs["extend"]
+        assert extend["fits"] and extend["temp_gib"] < 0.3 * extend["argument_gib"]  # and here, by either kernel
+
+
+def test_cudnn_that_is_not_here_is_one_line(monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(dryrun, "open_topology", lambda name: (jax.devices()[:1], 1.0, name))
+    monkeypatch.setattr(dryrun, "trace_programs", fails)
+    assert dryrun.main(["experiments/embedded.yaml", "topology=cpu:1"]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.startswith("error: policy.attention=cudnn: ") and told.err.count("\n") == 1
 
 
 @pytest.mark.skipif(dryrun.find_libtpu() is None, reason="libtpu is for Linux only")
