@@ -177,7 +177,7 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, Traceable]:
     shapes = train.parameter_shapes(policy_config)
     of_type = lambda kind: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, kind), shapes)  # noqa: E731
     params = abstract(of_type(jnp.float32), train.parameter_specs(policy, mesh))
-    reading = abstract(of_type(c.policy.dtype), train.parameter_specs(policy, mesh, "tensor"))
+    reading = train.reading_copy(policy, mesh, c.policy.dtype).eval_shape(params)
 
     def state_of(params: Any) -> Any:
         optimiser = train.make_optimiser(c)
@@ -226,10 +226,9 @@ def trace_programs(config: Any, mesh: Any) -> dict[str, Traceable]:
     lies = sampler.layout(p, n)
     lanes = jax.eval_shape(functools.partial(sampler.prefill.jitted, rollouts=n), reading, prompts, encoded)
 
-    def cache(length: int) -> train.Keys:
+    def cache(length: int) -> tuple[train.Keys, ...]:
         longer = lambda x: jax.ShapeDtypeStruct((*x.shape[:4], length, x.shape[5]), x.dtype)  # noqa: E731
-        *_, k, v, _, _ = lies
-        return abstract(jax.tree.map(longer, lanes.past), [k, v])
+        return abstract(jax.tree.map(longer, lanes.past), lies.past)
 
     *_, before, most = (0, *sorted(c.rollout.cache_buckets))
     lanes = abstract(lanes.replace(past=cache(most)), lies)

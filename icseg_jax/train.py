@@ -83,7 +83,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -683,12 +683,22 @@ def _over_queries(
 
     own = [m.shape[2] > 1 for m in masks]  # the others are the same for all queries
 
-    def block(carry, piece):
-        some = iter(piece[1])
-        return step(carry, piece[0], tuple(next(some) if o else m for m, o in zip(masks, own, strict=True)))
+    def block(carry, queries, cut):
+        some = iter(cut)
+        return step(carry, queries, tuple(next(some) if o else m for m, o in zip(masks, own, strict=True)))
 
-    cut = tuple(split(m, 2) for m, o in zip(masks, own, strict=True) if o)
-    carry, out = jax.lax.scan(block, carry, (tuple(split(q, 4) for q in queries), cut))
+    def write(state, piece):
+        (carry, out), (number, *piece) = state, piece
+        carry, results = block(carry, *piece)
+        put = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, number, 0)  # noqa: E731
+        return (carry, jax.tree.map(put, out, results)), None
+
+    cut = tuple(split(q, 4) for q in queries), tuple(split(m, 2) for m, o in zip(masks, own, strict=True) if o)
+    # Results are written over a copy of the queries: XLA for GPUs makes zeros, which wait for nothing, for all layers
+    # before the first one.
+    results = jax.eval_shape(block, carry, *jax.tree.map(lambda x: x[0], cut))[1]
+    out = jax.tree.map(lambda x: (cut[0][0] if x.ndim == 6 else cut[0][0][..., 0]).astype(x.dtype), results)
+    (carry, out), _ = jax.lax.scan(write, (carry, out), (jnp.arange(pieces), *cut))
     return carry, jax.tree.map(join, out)
 
 
@@ -2182,14 +2192,28 @@ def bucket(size: int, buckets: Sequence[int]) -> int:
 
 
 class Lanes(struct.PyTreeNode):
-    """Device state of the dialogues in play. Everything of the prompt is [P], everything of the rollout [P, N]."""
+    """Device state of the dialogues in play. Everything of the prompt is [P], everything of the rollout [P, N].
 
-    prompt: Keys  # [L,P,K,S,h]
+    Keys lie in stacks of layers: all L in one, or on a GPU (`APART`) each layer in a stack of its own.
+    """
+
+    prompt: tuple[Keys, ...]  # [L,P,K,S,h]
     prompt_mask: Array  # [P,S]
     visual: Visual
-    past: Keys  # [L,P,N,K,C,h]: the rollout's own tokens so far
+    past: tuple[Keys, ...]  # [L,P,N,K,C,h]: the rollout's own tokens so far
     past_length: Array  # [P,N]
     hidden: Array  # [P,N,D]: what the next token is read from
+
+
+class Places(NamedTuple):
+    """Where the parts of lanes lie: a sharding for each leaf, in their order."""
+
+    prompt: tuple
+    prompt_mask: NamedSharding
+    visual: tuple
+    past: tuple
+    past_length: NamedSharding
+    hidden: NamedSharding
 
 
 class Penalty(struct.PyTreeNode):
@@ -2242,7 +2266,35 @@ def draw(scores: Array, temperature: Array, chance: Array) -> tuple[Array, Array
     return (block * scores.shape[1] + place).astype(jnp.int32), tops.max(0) * cool + jnp.log(whole)
 
 
-UNROLLED = 8  # layers of a policy whose decoding is compiled layer by layer, at most
+UNROLLED = 8  # layers of a policy whose decoding is compiled layer by layer on a CPU, at most
+# Where products read whole buffers only: before each, a layer's part of a stack would be copied, weights and cache, for
+# every token. So the policy is compiled layer by layer, and caches are never stacked.
+APART = ("gpu",)
+
+
+def one_by_one(stacks: Sequence[Any]) -> list[Any]:
+    """Stacks of layers [L,...] as stacks of one layer each [1,...]."""
+
+    def layer(stack, i):
+        return jax.tree.map(lambda x: x[i : i + 1], stack)
+
+    return [layer(stack, i) for stack in stacks for i in range(len(jax.tree.leaves(stack)[0]))]
+
+
+def is_apart(mesh: Mesh | None) -> bool:
+    """Whether what these devices read to decode lies layer by layer."""
+    return mesh is not None and mesh.devices.flat[0].platform in APART
+
+
+def as_one(stacks: Sequence[Any]) -> Any:
+    """Stacks of layers as one stack: where it is taken apart again in the same program, XLA sees through it."""
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *stacks) if len(stacks) > 1 else stacks[0]
+
+
+def stacked(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Parameters or a `reading_copy` of them, as the policy takes them: layers in one stack."""
+    layers = params["layers"]
+    return {**params, "layers": as_one(layers)} if isinstance(layers, tuple) else params
 
 
 class Sampler:
@@ -2253,7 +2305,10 @@ class Sampler:
     """
 
     def __init__(self, config: Config, policy: Policy, speaker: Speaker, mesh: Mesh, stops: Sequence[str] = STOPS):
-        self.c, self.policy, self.speaker, self.mesh = config, policy, speaker, mesh
+        self.c, self.speaker, self.mesh = config, speaker, mesh
+        layers = policy.config.num_hidden_layers
+        self.apart = is_apart(mesh)
+        self.policy = policy.clone(unroll=layers) if self.apart else policy
         tokenizer = speaker.tokenizer
         vocabulary = policy.config.vocab_size
         spelling = tokenizer.spelling()
@@ -2273,31 +2328,38 @@ class Sampler:
         self.commit = Program("commit", self._commit, donate_argnums=0)
         self.pick, self.keys = Program("pick", self._pick), Program("keys", self._keys)
 
-    def layout(self, prompts: int, rollouts: int) -> list[NamedSharding]:
-        """Where each part of the lanes lies, in the order of their leaves: prompts over data, rollouts over fsdp, heads
-        over tensor."""
+    def layout(self, prompts: int, rollouts: int) -> Places:
+        """Prompts over data, rollouts over fsdp, heads over tensor."""
         config, mesh = self.policy.config, self.mesh
         p, n, _ = row_axes(mesh, prompts, rollouts)
         heads = "tensor" if divides(mesh, "tensor", config.num_key_value_heads) else None
-        prompt, past = (None, p, heads), (None, p, n, heads)
-        axes = [prompt, prompt, (p,), (p,), (None, p), past, past, (p, n), (p, n)]
-        return [placement(mesh, x) for x in axes]
+        at = lambda *axes: placement(mesh, axes)  # noqa: E731
+        each = 2 * (config.num_hidden_layers if self.apart else 1)  # keys and values of each stack of layers
+        prompt, past = (at(None, p, heads),) * each, (at(None, p, n, heads),) * each
+        return Places(prompt, at(p), (at(p), at(None, p)), past, at(p, n), at(p, n))
 
-    def _hold(self, found: Any, places: Sequence[NamedSharding]) -> Any:
+    def _hold(self, found: Any, places: Any) -> Any:
         """found, each of its leaves in its place."""
         if self.mesh.size == 1:
             return found
         leaves, form = jax.tree.flatten(found)
-        held = [jax.lax.with_sharding_constraint(x, at) for x, at in zip(leaves, places, strict=True)]
+        held = [jax.lax.with_sharding_constraint(x, at) for x, at in zip(leaves, jax.tree.leaves(places), strict=True)]
         return jax.tree.unflatten(form, held)
+
+    def _keep(self, keys: Keys) -> tuple[Keys, ...]:
+        """New keys of all layers in the stacks that lanes have."""
+        return tuple(one_by_one([keys])) if self.apart else (keys,)
 
     # Device programs
 
+    def _apply(self, params, *args, **kwargs):
+        return self.policy.apply({"params": stacked(params)}, *args, **kwargs)
+
     def _run(self, params, *args, **kwargs):
-        return self.policy.apply({"params": params}, *args, method=Policy.run, **kwargs)
+        return self._apply(params, *args, method=Policy.run, **kwargs)
 
     def _encode(self, params, images: Images):
-        return self.policy.apply({"params": params}, images, method=Policy.encode)
+        return self._apply(params, images, method=Policy.encode)
 
     def _insert(self, visual: Visual, tokens, deepstack, prompt, first, rollouts: int):
         """Lays newly encoded images [I, m, D] into the banks: image i at prompt[i], from token first[i] on."""
@@ -2324,7 +2386,7 @@ class Sampler:
         there = prompts.segment[:, 0] > 0
         last = jnp.take_along_axis(hidden[:, 0], there.sum(-1)[:, None, None] - 1, 1)
         last = jnp.broadcast_to(last, (count, rollouts, last.shape[-1]))
-        keys = jax.tree.map(lambda x: x[:, :, 0], keys)
+        keys = self._keep(jax.tree.map(lambda x: x[:, :, 0], keys))
         capacity = min(c.rollout.cache_buckets)
         past = jax.tree.map(
             lambda x: jnp.zeros((x.shape[0], count, rollouts, x.shape[2], capacity, x.shape[-1]), x.dtype), keys
@@ -2333,7 +2395,7 @@ class Sampler:
         return self._hold(lanes, self.layout(count, rollouts))
 
     def _context(self, lanes: Lanes):
-        here = jnp.arange(lanes.past.k.shape[4]) < lanes.past_length[..., None]
+        here = jnp.arange(lanes.past[0].k.shape[4]) < lanes.past_length[..., None]
         return (lanes.prompt, lanes.past), (lanes.prompt_mask[:, None, None, :], here[:, :, None, :])
 
     def _extend(self, params, lanes: Lanes, rows: Rows):
@@ -2344,43 +2406,42 @@ class Sampler:
             rows.tokens,
             rows.positions,
             own_mask(rows),
-            context=context,
+            context=tuple(map(as_one, context)),
             context_masks=masks,
             visual=lanes.visual,
             slots=rows.slots,
         )
         count = (rows.segment > 0).sum(-1)
         last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[..., None, None], 2)[:, :, 0]
-        return self._hold((fresh, count, last), self.layout(*count.shape)[-4:])
+        lies = self.layout(*count.shape)
+        return self._hold((self._keep(fresh), count, last), (lies.past, lies.past_length, lies.hidden))
 
-    def _resize(self, past: Keys, length: int):
+    def _resize(self, past: tuple[Keys, ...], length: int):
         """A cache of `length` slots; what is beyond them belongs to rows that ended."""
 
         def cut(x):
             x = x[..., :length, :]
             return jnp.pad(x, ((0, 0),) * 4 + ((0, length - x.shape[4]), (0, 0)))
 
-        *_, k, v, _, _ = self.layout(*past.k.shape[1:3])
-        return self._hold(jax.tree.map(cut, past), [k, v])
+        return self._hold(jax.tree.map(cut, past), self.layout(*past[0].k.shape[1:3]).past)
 
-    def _commit(self, past: Keys, past_length, fresh: Keys, count):
+    def _commit(self, past: tuple[Keys, ...], past_length, fresh: tuple[Keys, ...], count):
         """Lays `count` fresh keys and values of each row behind its past, in place. One layer after the other: moved
         all at once they would take as much memory as the cache."""
-        slot = jnp.arange(past.k.shape[4])
+        slot = jnp.arange(past[0].k.shape[4])
         offset = past_length[..., None]
         new = (slot >= offset) & (slot < offset + count[..., None])
-        source = jnp.clip(slot - offset, 0, fresh.k.shape[4] - 1)
+        source = jnp.clip(slot - offset, 0, fresh[0].k.shape[4] - 1)
 
-        def lay(layer, past):
-            def one(past, fresh):
+        def lay(past, fresh):
+            def one(layer, past):
                 moved = jnp.take_along_axis(fresh[layer], source[:, :, None, :, None], 3)
                 return past.at[layer].set(jnp.where(new[:, :, None, :, None], moved, past[layer]))
 
-            return jax.tree.map(one, past, fresh)
+            return jax.lax.fori_loop(0, len(past), one, past)
 
-        *_, k, v, rows, _ = self.layout(*count.shape)
-        past = jax.lax.fori_loop(0, past.k.shape[0], lay, past)
-        return self._hold((past, past_length + count), [k, v, rows])
+        lies = self.layout(*count.shape)
+        return self._hold((jax.tree.map(lay, past, fresh), past_length + count), (lies.past, lies.past_length))
 
     def _pick(self, lanes: Lanes, p):
         """The lanes of prompts p [P']: those whose rollouts all ended are left behind."""
@@ -2417,18 +2478,12 @@ class Sampler:
         one = jnp.ones((p, n, 1, 1), bool)
         row, lane = jnp.arange(p)[:, None, None], jnp.arange(n)[:, None]
         layers = self.policy.config.num_hidden_layers
-        # On a CPU a layer's part of a stack is a copy. So stacks are taken apart here, not for each token; in the loop
-        # the policy gets them as stacks again, and XLA sees through those.
-        unrolled = self.mesh.devices.flat[0].platform == "cpu" and layers <= UNROLLED
+        # On a CPU, too, a layer's part of a stack is a copy. So stacks are taken apart here, not for each token; in the
+        # loop the policy gets them as one stack again.
+        unrolled = self.apart or (self.mesh.devices.flat[0].platform == "cpu" and layers <= UNROLLED)
         policy = self.policy.clone(unroll=layers) if unrolled else self.policy
-
-        def apart(stacked):
-            return [jax.tree.map(operator.itemgetter(i), stacked) for i in range(layers)] if unrolled else [stacked]
-
-        def together(parts):
-            return jax.tree.map(lambda *x: jnp.stack(x), *parts) if unrolled else parts[0]
-
-        read, recent = apart((params["layers"], context)), apart(recent)
+        params, apart = stacked(params), one_by_one if unrolled else list
+        read, recent = [apart(stacks) for stacks in ([params["layers"]], *context)], apart(recent)
         # Logits stay words first, as their product comes: turned around they would be copied for each token.
         vocabulary = self.policy.config.vocab_size
         words = "tensor" if divides(self.mesh, "tensor", vocabulary) else None
@@ -2480,15 +2535,15 @@ class Sampler:
             finished = finished | (live & stopped)
             live = live & ~stopped & (length < budget)
             place = jnp.broadcast_to((position + at)[..., None, None], (p, n, 1, 3))
-            kernels, context = together(read)
+            kernels, *context = map(as_one, read)
             hidden, fresh = policy.apply(
                 {"params": {**params, "layers": kernels}}, token[..., None], place, one, method=Policy.run,
-                context=(*context, together(recent)),
+                context=(*context, as_one(recent)),
                 context_masks=(*masks, (jnp.arange(most) < at)[None, None, None, :]),
             )  # fmt: skip
             hidden, fresh = jax.lax.optimization_barrier((hidden, fresh))  # so that recent is written after it was read
             lay = lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, at, buffer.ndim - 2)  # noqa: E731
-            recent = jax.tree.map(lay, recent, apart(fresh))
+            recent = jax.tree.map(lay, recent, apart([fresh]))
             return at + 1, hidden[:, :, 0], live, state, tokens, logp, length, finished, recent, said
 
         blank = jnp.zeros((p, n), jnp.int32)
@@ -2498,8 +2553,9 @@ class Sampler:
         )  # fmt: skip
         _, hidden, _, state, *whole, recent, _ = jax.lax.while_loop(go_on, body, start)
         tokens, logp, length, finished = (laid(x, self.mesh) for x in whole)
-        *_, k, v, _, rows = self.layout(p, n)
-        recent, hidden = self._hold((together(recent), hidden), [k, v, rows])
+        lies = self.layout(p, n)
+        recent = tuple(recent) if self.apart else (as_one(recent),)
+        recent, hidden = self._hold((recent, hidden), (lies.past, lies.hidden))
         return tokens, logp, length, laid(state, self.mesh), finished, recent, hidden
 
     # Host side
@@ -2513,13 +2569,13 @@ class Sampler:
         rows = shard_batch(self.mesh, prompt_rows(prompts, self.c, self.speaker))
         return self.prefill(params, rows, encoded, rollouts=rollouts)
 
-    def append(self, lanes: Lanes, fresh: Keys, count, size: int) -> Lanes:
+    def append(self, lanes: Lanes, fresh: tuple[Keys, ...], count, size: int) -> Lanes:
         """The lanes with `count` [P,N] fresh keys behind each row's past, in a cache of `size` slots.
 
         Those that were given can no longer be read: their cache is written to.
         """
         past = lanes.past
-        if past.k.shape[4] != size:
+        if past[0].k.shape[4] != size:
             past = self.resize(past, length=size)
             jax.tree.map(lambda x: x.delete(), lanes.past)  # whoever still names it would keep two caches alive
         past, length = self.commit(past, lanes.past_length, fresh, count)
@@ -3559,8 +3615,19 @@ def compute_copy(params: Any, dtype: str) -> Any:
 
 def reading_copy(policy: Policy, mesh: Mesh, dtype: str) -> Callable:
     """params -> their copy for decoding, in the type of the computation and cut by heads only: made once for all turns
-    of a step, so that the decode loop gathers no weights."""
-    return jax.jit(functools.partial(compute_copy, dtype=dtype), out_shardings=parameter_specs(policy, mesh, "tensor"))
+    of a step, so that the decode loop gathers no weights. On a GPU its layers are no stack but a tuple (`APART`)."""
+
+    def layers_apart(copy):
+        return copy | {"layers": tuple(one_by_one([copy["layers"]]))}
+
+    def make(params):
+        copy = compute_copy(params, dtype)
+        return layers_apart(copy) if is_apart(mesh) else copy
+
+    lies = parameter_specs(policy, mesh, "tensor")
+    if is_apart(mesh):
+        lies |= {"layers": (lies["layers"],) * policy.config.num_hidden_layers}
+    return jax.jit(make, out_shardings=lies)
 
 
 class Credit(struct.PyTreeNode):

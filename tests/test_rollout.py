@@ -398,13 +398,15 @@ def test_penalties_of_greedy_decoding(world):
             assert not heard if strengths[0] > 1 else heard
 
 
-def test_layers_in_a_loop_say_what_layers_apart_do(world, played, monkeypatch):
-    """An accelerator's form of decoding, and any deeper policy's; a small one's on CPU is played elsewhere here."""
-    monkeypatch.setattr(train, "UNROLLED", 0)
-    sampler = copy.copy(world.sampler)
-    sampler.decode = train.Program("decode", sampler._decode)
+@pytest.mark.parametrize("setting", [{"UNROLLED": 0}, {"APART": ("cpu",)}])
+def test_layers_in_a_loop_say_what_layers_apart_do(world, played, monkeypatch, setting):
+    """A TPU's form of decoding, and any deeper policy's; and a GPU's, whose caches are not stacked either. A small
+    policy's on CPU is played elsewhere here."""
+    for name, value in setting.items():
+        monkeypatch.setattr(train, name, value)
+    sampler = train.Sampler(world.config, world.policy, world.speaker, world.mesh)
     assert told(world.play(range(PROMPTS), sampler=sampler)) == told(played)
-    assert sampler.decode.known
+    assert sampler.decode.known and sampler.commit.known and sampler.apart == ("APART" in setting)
 
 
 def test_fewer_turns_at_test(world):
