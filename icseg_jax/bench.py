@@ -849,8 +849,10 @@ def chip(config: train.Config, repeats: int = 3) -> dict[str, Any]:
         read.pop("embedding")  # a row for a token
     count = sum(x.size for x in jax.tree.leaves(read))
     weighs = sum(x.nbytes for x in jax.tree.leaves(read))
+    del read
     sizes = dict(prompts=p, rollouts=n, images=c.protocol.frames, image_size=c.protocol.frame_size, new_tokens=new)
     dialogue = FixedDialogue(m, sizes | {"text_tokens": 64, "turns": 1, "observation_tokens": 1}, jax.devices()[:1])
+    params = train.reading_copy(dialogue.sampler.policy, dialogue.mesh, c.policy.dtype)(params)  # as a run has them
     dialogue.play(params)
     spent = [dialogue.play(params, seed=k + 1) for k in range(repeats)]
     step = min(each["decode"] for each in spent) / new
@@ -863,7 +865,7 @@ def chip(config: train.Config, repeats: int = 3) -> dict[str, Any]:
         "share_of_bandwidth": bandwidth and reads / (bandwidth * 1e12) / step,
         **{f"{phase}_s": min(each[phase] for each in spent) for phase in ("encode", "prefill")},
     }  # fmt: skip
-    del params, read, dialogue
+    del params, dialogue
 
     batch = random_batch(c, train.Speaker(c.protocol, m, train.load_tokenizer(
         train.resolve_path("asset:embedded_base"), m)))  # fmt: skip

@@ -179,6 +179,28 @@ def test_splash_compiles_for_a_tpu():
         assert re.search(rf"%{kernel}\S* = .*tpu_custom_call", text), kernel
 
 
+PAPER = """
+import hashlib, sys
+from icseg_jax import dryrun, train
+devices, _, _ = dryrun.open_topology("gpu:8")
+for size in ("4b", "8b"):
+    found = set()
+    for name in ("qwen3vl", "paper"):
+        c = train.load_config(f"experiments/{name}_{size}.yaml", ["topology=gpu:8"])
+        programs = dryrun.trace_programs(c, train.make_mesh(c.mesh, devices))
+        texts = [p.jitted.trace(*p.arguments, **p.static).lower().as_text() for p in programs.values()]
+        found.add(hashlib.sha256("".join(texts).encode()).hexdigest())
+    assert len(found) == 1 and len(texts) == len(dryrun.PROGRAMS), size
+"""
+
+
+@pytest.mark.slow
+def test_the_papers_configs_run_the_same_programs():
+    """Their reward lacks a term, which is added up on the host: what fits for `qwen3vl_*` fits for them."""
+    done = subprocess.run([sys.executable, "-c", PAPER], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.slow
 def test_the_update_gathers_no_activations():
     """P x N x T x D of them: what a mesh that loses the rows' sharding would bring together."""
