@@ -42,7 +42,7 @@ $(READY): pyproject.toml
 	  'from importlib.metadata import requires; print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')" || \
 	  { rm -rf $(VENV)/libtpu; echo "note: no libtpu for this platform; all but 'python -m icseg_jax.dryrun' for TPUs works" >&2; }
 	@test -d $(VENV)/cuda/jax_plugins || $(PIP) install --no-deps --target $(VENV)/cuda $$($(BIN)/python -c \
-	  'from importlib.metadata import version as v; print("jax-cuda12-pjrt==" + v("jax"), "jax-cuda12-plugin==" + v("jax"))') || \
+	  'from importlib.metadata import version as v; print("jax-cuda12-pjrt==" + v("jax"), "jax-cuda12-plugin==" + v("jax"))') nvidia-cuda-nvcc-cu12 || \
 	  { rm -rf $(VENV)/cuda; echo "note: no CUDA compiler of jax for this platform; dryrun for gpu:8 counts CPU devices" >&2; }
 	@touch $@
 

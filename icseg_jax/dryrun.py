@@ -66,7 +66,8 @@ def find_libtpu() -> Path | None:
 def find_cuda() -> Path | None:
     """The folder of XLA's compiler for CUDA where `make setup` puts it: elsewhere, JAX would look for a GPU."""
     folder = Path(sys.prefix) / "cuda"
-    return folder if any(folder.glob("jax_plugins/*/xla_cuda_plugin.so")) else None
+    needed = ("jax_plugins/*/xla_cuda_plugin.so", "nvidia/cuda_nvcc/nvvm/libdevice/*.bc", "nvidia/cuda_nvcc/bin/ptxas")
+    return folder if all(any(folder.glob(path)) for path in needed) else None
 
 
 @contextlib.contextmanager
