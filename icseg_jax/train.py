@@ -2272,6 +2272,11 @@ UNROLLED = 8  # layers of a policy whose decoding is compiled layer by layer on 
 APART = ("gpu",)
 
 
+def is_apart(mesh: Mesh) -> bool:
+    """Whether what these devices read to decode lies layer by layer."""
+    return mesh.devices.flat[0].platform in APART
+
+
 def one_by_one(stacks: Sequence[Any]) -> list[Any]:
     """Stacks of layers [L,...] as stacks of one layer each [1,...]."""
 
@@ -2279,11 +2284,6 @@ def one_by_one(stacks: Sequence[Any]) -> list[Any]:
         return jax.tree.map(lambda x: x[i : i + 1], stack)
 
     return [layer(stack, i) for stack in stacks for i in range(len(jax.tree.leaves(stack)[0]))]
-
-
-def is_apart(mesh: Mesh | None) -> bool:
-    """Whether what these devices read to decode lies layer by layer."""
-    return mesh is not None and mesh.devices.flat[0].platform in APART
 
 
 def as_one(stacks: Sequence[Any]) -> Any:
@@ -3616,16 +3616,13 @@ def compute_copy(params: Any, dtype: str) -> Any:
 def reading_copy(policy: Policy, mesh: Mesh, dtype: str) -> Callable:
     """params -> their copy for decoding, in the type of the computation and cut by heads only: made once for all turns
     of a step, so that the decode loop gathers no weights. On a GPU its layers are no stack but a tuple (`APART`)."""
-
-    def layers_apart(copy):
-        return copy | {"layers": tuple(one_by_one([copy["layers"]]))}
+    apart, lies = is_apart(mesh), parameter_specs(policy, mesh, "tensor")
 
     def make(params):
         copy = compute_copy(params, dtype)
-        return layers_apart(copy) if is_apart(mesh) else copy
+        return copy | {"layers": tuple(one_by_one([copy["layers"]]))} if apart else copy
 
-    lies = parameter_specs(policy, mesh, "tensor")
-    if is_apart(mesh):
+    if apart:
         lies |= {"layers": (lies["layers"],) * policy.config.num_hidden_layers}
     return jax.jit(make, out_shardings=lies)
 

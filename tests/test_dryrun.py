@@ -179,6 +179,27 @@ def test_splash_compiles_for_a_tpu():
         assert re.search(rf"%{kernel}\S* = .*tpu_custom_call", text), kernel
 
 
+COPIES = """
+import re
+from icseg_jax import dryrun, train
+devices, _, _ = dryrun.open_topology("gpu:8")
+config = train.load_config("experiments/qwen3vl_8b.yaml", ["topology=gpu:8"])
+decode = dryrun.trace_programs(config, train.make_mesh(config.mesh, devices))["decode"]
+text = decode.jitted.trace(*decode.arguments).lower().compile().as_text()
+assert re.search(r"bf16\\[1,16,4,2,6144,128\\]\\S* parameter", text)  # a layer's keys lie alone
+made = re.findall(r"= bf16\\[(?:1,)?16,4,2,6144,128\\]\\S* ([a-z-]+)\\(", text)
+print(set(made) - {"parameter", "get-tuple-element", "bitcast"})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(dryrun.find_cuda() is None, reason="jax has no CUDA compiler for this platform")
+def test_decoding_on_gpus_copies_no_layers_cache():
+    done = subprocess.run([sys.executable, "-c", COPIES], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "set()\n"
+
+
 PAPER = """
 import hashlib, sys
 from icseg_jax import dryrun, train
