@@ -149,16 +149,22 @@ def test_cudnn_compiles_for_gpus():
 @pytest.mark.skipif(dryrun.find_cuda() is None, reason="jax has no CUDA compiler for this platform")
 def test_a_box_of_gpus_that_is_not_there():
     """The shipped 8B with its own sizes and mesh, in bfloat16."""
-    call = ["experiments/qwen3vl_8b.yaml", "topology=gpu:8", "programs=decode,extend"]
-    (code, told, _), (_, fused, _) = dry_run((call, None), ([*call, "policy.attention=cudnn"], None))
+    [(code, told, _)] = dry_run((["experiments/qwen3vl_8b.yaml", "topology=gpu:8", "programs=decode"], None))
     report = json.loads(told)
     assert code == 0 and report["compiled_for"].startswith("8 H100 ") and report["hbm_gib"] > 50
     decode = report["programs"]["decode"]
     assert decode["peak_gib"] < 1.15 * decode["argument_gib"]  # the cache is there once
     assert max(kind["largest_mib"] for kind in decode["collectives"].values()) < 1
-    for programs in (report["programs"], json.loads(fused)["programs"]):
-        extend = programs["extend"]
-        assert extend["fits"] and extend["temp_gib"] < 0.3 * extend["argument_gib"]  # and here, by either kernel
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(dryrun.find_cuda() is None, reason="jax has no CUDA compiler for this platform")
+@pytest.mark.parametrize("attention", ["xla", "cudnn"])
+def test_observations_fit_beside_full_caches(attention):
+    call = ["experiments/qwen3vl_8b.yaml", "topology=gpu:8", "programs=extend", f"policy.attention={attention}"]
+    [(code, told, _)] = dry_run((call, None))
+    extend = json.loads(told)["programs"]["extend"]
+    assert code == 0 and extend["temp_gib"] < 0.3 * extend["argument_gib"]  # the cache is there once
 
 
 def test_cudnn_that_is_not_here_is_one_line(monkeypatch, capsys):
