@@ -33,7 +33,7 @@
     A fixed dialogue of several turns, every one of them as long as it may be: sampled tokens over the wall time of a
     second, warm dialogue. `against=huggingface` plays the same on the same rows with `generate` of transformers.
 `python -m icseg_jax.bench growth [model=DIR] [prompts=4 new_tokens=32]`
-    Seconds per decoded token as the shared prompt grows (256, 1k, 4k tokens) and as rollouts share it (1 to 16).
+    Milliseconds per decoded token as the shared prompt grows (256, 1k, 4k tokens) and as rollouts share it (1 to 16).
 `python -m icseg_jax.bench update [prompts=2 rollouts=8 prompt_tokens=1024 response_tokens=256 ...]`
     An update that runs each prompt once per group against one that runs it again for every rollout.
 
